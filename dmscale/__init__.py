@@ -1,0 +1,20 @@
+"""dmscale: scale any PyTorch network to a resource budget by gradient.
+
+    space = dmscale.trace(model, example_inputs)
+    search = dmscale.Search(space, budget="50% macs", steps=2000)
+    search.attach(optimizer)                     # then train `search.model` as usual
+    small = search.export()                      # a plain, smaller model of the same class
+"""
+
+from .budget import Budget
+from .cost import Cost
+from .errors import BudgetError, DmscaleError, ExportError, SearchError, TraceError
+from .space import Dimension, SearchSpace, trace
+from .storage import load, save
+from .structure import Structure
+
+__all__ = [
+    "Budget", "BudgetError", "Cost", "Dimension", "DmscaleError", "ExportError", "SearchError", "SearchSpace",
+    "Structure", "TraceError", "load", "save", "trace",
+]  # fmt: skip
+__version__ = "0.1.0"

@@ -1,0 +1,302 @@
+"""Where Python sizes arrive: which argument of which torch function says the size of which axis.
+
+ATen operators receive plain ints, so sizes are read one level higher, where Python calls torch: a `TorchFunctionMode`
+sees `x.shape`, `view`, `split`, slices and `groups=` with the very int objects that the model passed.  A size that
+arrives anywhere else is a plain number, and what it was computed from must stay as it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+from . import axes
+from .axes import Dim
+from .sizes import SizedInt
+from .tracer import Tracer, _constant, shape_of
+
+Tensor = torch.Tensor
+_SHAPE = torch.Tensor.shape  # the getset descriptor behind `x.shape`
+
+
+class Arrivals(TorchFunctionMode):
+    """Hands out sizes that remember their axes and notes where sizes arrive."""
+
+    def __init__(self, tracer: Tracer):
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__self__", None) is _SHAPE:
+            return shape_of(self.tracer, args[0])
+        if func is torch.Tensor.size:
+            shape = shape_of(self.tracer, args[0])
+            position = args[1] if len(args) > 1 else kwargs.get("dim")
+            return shape if position is None else shape[position]
+        if func is F.scaled_dot_product_attention:
+            return _attention(self.tracer, *args, **kwargs)
+        name = getattr(func, "__name__", "")
+        handler = _HANDLERS.get(name)
+        if handler is None:
+            out = func(*args, **kwargs)
+            for value in _sized(args, kwargs):
+                self.tracer.equate(value, _constant(int(value)))
+            return out
+        self.tracer.making_sized = handler is _created
+        try:
+            out = func(*args, **kwargs)
+        finally:
+            self.tracer.making_sized = False
+        handler(self.tracer, out, *args, **kwargs)
+        return out
+
+
+def _sized(args: Any, kwargs: Any) -> Iterator[SizedInt]:
+    for x in (*args, *kwargs.values()):
+        if isinstance(x, SizedInt):
+            yield x
+        elif isinstance(x, (tuple, list)):
+            yield from (y for y in x if isinstance(y, SizedInt))
+
+
+@contextlib.contextmanager
+def transparent_functional() -> Iterator[None]:
+    """Let the Python bodies of `torch.nn.functional` run under a function mode.
+
+    A mode receives such a function as one call and cannot see the `view`s inside (attention, layer_norm, einsum).  While
+    tracing, these modules are told that nothing overrides them, so the calls inside reach the mode one by one.
+    """
+    names = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+    modules = (torch.nn.functional, torch.functional)
+    saved = [(m, n, getattr(m, n)) for m in modules for n in names if hasattr(m, n)]
+    fast = torch.backends.mha.get_fastpath_enabled()
+    for m, n, _ in saved:
+        setattr(m, n, lambda *args: False)
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for m, n, function in saved:
+            setattr(m, n, function)
+
+
+def _attention(
+    tracer: Tracer, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+) -> Tensor:  # fmt: skip
+    """Scaled dot-product attention, (..., heads, L, d) x (..., heads, S, d), as the matrix products that it is.
+
+    Fused kernels hide both products; this is PyTorch's documented reference, so that one set of rules serves.
+    """
+    if scale is None:
+        # sliced to fewer head dims the kernel would scale by the new size, masked by the old one
+        tracer._operator = "scaled_dot_product_attention"
+        tracer.freeze(tracer.dims(query)[-1], "the default scale of attention depends on the head size")
+        scale = 1 / math.sqrt(query.size(-1))
+    if enable_gqa:
+        repeats = query.size(-3) // key.size(-3)
+        key, value = (
+            t.unsqueeze(-3).expand(*t.shape[:-2], repeats, *t.shape[-2:]).flatten(-4, -3) for t in (key, value)
+        )
+    scores = query @ key.transpose(-2, -1) * scale
+    if is_causal:
+        allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril()
+        scores = scores.masked_fill(~allowed, float("-inf"))
+    if attn_mask is not None:
+        mask_bool = attn_mask.dtype == torch.bool
+        scores = torch.where(attn_mask, scores, float("-inf")) if mask_bool else scores + attn_mask
+    return torch.softmax(scores, dim=-1).to(value.dtype) @ value
+
+
+# -- handlers: tracer, out, then the function's own arguments ---------------------------------------------------------
+
+_Handler = Callable[..., None]
+_HANDLERS: dict[str, _Handler] = {}
+
+
+def _on(*names: str) -> Callable[[_Handler], _Handler]:
+    def register(handler: _Handler) -> _Handler:
+        _HANDLERS.update(dict.fromkeys(names, handler))
+        return handler
+
+    return register
+
+
+def _ints(args: Sequence[Any]) -> list[int]:
+    out: list[int] = []
+    for a in args:
+        out += a if isinstance(a, (tuple, list)) else [a]
+    return [a for a in out if isinstance(a, int)]
+
+
+def _equate_all(tracer: Tracer, sizes: Sequence[int], dims: Sequence[Dim]) -> None:
+    for n, dim in zip(reversed(sizes), reversed(dims)):
+        if n >= 0:
+            tracer.equate(n, dim)
+
+
+@_on("view", "reshape", "expand", "broadcast_to", "_unsafe_view")
+def _shaped(tracer: Tracer, out: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> None:
+    _equate_all(tracer, _ints((*args, *kwargs.values())), tracer.dims(out))
+
+
+@_on("unflatten")
+def _unflatten(tracer: Tracer, out: Tensor, x: Tensor, dim: int, sizes: Sequence[int]) -> None:
+    dim %= x.dim()
+    _equate_all(tracer, list(sizes), tracer.dims(out)[dim : dim + len(sizes)])
+
+
+@_on("repeat", "tile")
+def _repeat(tracer: Tracer, out: Tensor, x: Tensor, *counts: Any, **kwargs: Any) -> None:
+    numbers = _ints((*counts, *kwargs.values()))
+    for n, dim in zip(reversed(numbers), reversed(tracer.dims(out))):
+        tracer.equate(n, _leading(dim, int(n)))
+
+
+@_on("repeat_interleave")
+def _repeat_interleave(tracer: Tracer, out: Tensor, x: Tensor, repeats: Any, dim: Any = None, **kwargs: Any) -> None:
+    if isinstance(repeats, int) and dim is not None:
+        tracer.equate(repeats, _trailing(tracer.dims(out)[dim], int(repeats)))
+
+
+def _leading(dim: Dim, n: int) -> Dim:
+    """The factors of `dim` that make up its first `n`; a constant where there is no such boundary."""
+    got: list[axes.Axis] = []
+    for a in axes.factors(dim):
+        if axes.size(tuple(got)) >= n:
+            break
+        got.append(a)
+    return tuple(got) if axes.size(tuple(got)) == n else _constant(n)
+
+
+def _trailing(dim: Dim, n: int) -> Dim:
+    got: list[axes.Axis] = []
+    for a in reversed(axes.factors(dim)):
+        if axes.size(tuple(got)) >= n:
+            break
+        got.insert(0, a)
+    return tuple(got) if axes.size(tuple(got)) == n else _constant(n)
+
+
+@_on("split", "split_with_sizes", "tensor_split", "unsafe_split")
+def _split(tracer: Tracer, out: Sequence[Tensor], x: Tensor, sizes: Any, dim: int = 0) -> None:
+    pieces = [tracer.dims(o)[dim] for o in out]
+    listed = list(sizes) if isinstance(sizes, (tuple, list)) else [sizes] * len(pieces)
+    for n, piece in zip(listed, pieces):
+        tracer.equate(n, piece if int(n) == axes.size(piece) else _constant(int(n)))
+
+
+@_on("chunk", "unsafe_chunk")
+def _chunk(tracer: Tracer, out: Sequence[Tensor], x: Tensor, chunks: int, dim: int = 0) -> None:
+    first, *others = [tracer.dims(o)[dim] for o in out]
+    for piece in others:  # equal pieces stay equal pieces
+        if axes.size(piece) == axes.size(first):
+            tracer.equate(SizedInt(axes.size(first), _extent(first)), piece)
+        else:
+            tracer.freeze_dims([first, piece], "cut into unequal chunks")
+
+
+def _extent(dim: Dim) -> Any:
+    from .sizes import Extent
+
+    return Extent(dim)
+
+
+@_on("narrow")
+def _narrow(tracer: Tracer, out: Tensor, x: Tensor, dim: int, start: int, length: int) -> None:
+    _slice_arrives(tracer, tracer.dims(x)[dim], x.size(dim), start, start + length)
+
+
+@_on("__getitem__")
+def _getitem(tracer: Tracer, out: Tensor, x: Tensor, index: Any) -> None:
+    index = index if isinstance(index, tuple) else (index,)
+    if not all(i is None or i is Ellipsis or isinstance(i, (int, slice)) for i in index):
+        for i in index:
+            if isinstance(i, slice):
+                for end in (i.start, i.stop):
+                    if isinstance(end, SizedInt):
+                        tracer.equate(end, _constant(int(end)))
+        return
+    named = [i for i in index if i is not None and i is not Ellipsis]
+    position = 0
+    for i in index:
+        if i is None:
+            continue
+        if i is Ellipsis:
+            position += x.dim() - len(named)
+            continue
+        if isinstance(i, slice) and i.step in (None, 1):
+            _slice_arrives(tracer, tracer.dims(x)[position], x.size(position), i.start, i.stop)
+        elif isinstance(i, SizedInt):
+            tracer.equate(i, _constant(int(i)))
+        position += 1
+
+
+def _slice_arrives(tracer: Tracer, dim: Dim, total: int, start: int | None, stop: int | None) -> None:
+    """The ends of a slice are the sizes of what lies before, in and behind it."""
+    first, last, _ = slice(start, stop).indices(total)
+    if last <= first or (first == 0 and last == total and not isinstance(stop, SizedInt)):
+        return
+    try:
+        before, middle, behind = axes.cut(dim, [first, last - first, total - last])
+    except axes.Conflict:
+        return  # the operator's own rule has frozen it
+    if start is not None and first > 0:
+        if start >= 0:
+            tracer.equate(start, before)
+        else:
+            tracer.equate(-start, axes.concat([middle, behind]))
+    if stop is not None and (last < total or stop == total):
+        if stop >= 0:
+            tracer.equate(stop, axes.concat([before, middle]))
+        else:
+            tracer.equate(-stop, behind)
+
+
+@_on("conv1d", "conv2d", "conv3d")
+def _convolution(
+    tracer: Tracer, out: Tensor, input: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1, padding: Any = 0,
+    dilation: Any = 1, groups: int = 1,
+) -> None:  # fmt: skip
+    if groups > 1:
+        tracer.equate(groups, _leading(tracer.dims(out)[1 if out.dim() == weight.dim() else 0], int(groups)))
+
+
+@_on("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+def _transposed(
+    tracer: Tracer, out: Tensor, input: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1, padding: Any = 0,
+    output_padding: Any = 0, groups: int = 1, dilation: Any = 1,
+) -> None:  # fmt: skip
+    _convolution(tracer, out, input, weight, groups=groups)
+
+
+@_on("group_norm")
+def _group_norm(tracer: Tracer, out: Tensor, x: Tensor, num_groups: int, *args: Any, **kwargs: Any) -> None:
+    if num_groups > 1:
+        tracer.equate(num_groups, _leading(tracer.dims(x)[1], int(num_groups)))
+
+
+@_on("layer_norm", "rms_norm")
+def _layer_norm(tracer: Tracer, out: Tensor, x: Tensor, normalized_shape: Sequence[int], *args: Any, **kw: Any) -> None:
+    _equate_all(tracer, list(normalized_shape), tracer.dims(x)[-len(normalized_shape) :])
+
+
+@_on(
+    "zeros", "ones", "empty", "full", "rand", "randn", "new_zeros", "new_ones", "new_empty", "new_full", "new_tensor"
+)  # fmt: skip
+def _created(tracer: Tracer, out: Tensor, *args: Any, **kwargs: Any) -> None:
+    sizes = next((list(a) for a in (*args, *kwargs.values()) if isinstance(a, (tuple, list))), None)
+    if sizes is None:
+        sizes = [a for a in args if isinstance(a, int)][: out.dim()]
+    if len(sizes) == out.dim():
+        _equate_all(tracer, sizes, tracer.dims(out))
+    else:
+        tracer.freeze_dims(tracer.dims(out), "a constant")

@@ -1,0 +1,309 @@
+"""Budgets: what a user asks for, whether it can be reached, and the last step that meets it exactly."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .cost import METRICS, UNITS, Cost
+from .errors import BudgetError
+from .structure import Structure
+from .tables import number
+
+if TYPE_CHECKING:
+    from .space import Dimension, SearchSpace
+
+SLACK = 0.005
+"""A fitted structure lies at most this share below the binding target, and never above it."""
+
+_PREFIX = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
+_TERM = re.compile(r"\s*([\d.]+(?:[eE][+-]?\d+)?)\s*(%|[kKMGBT]?)\s*([A-Za-z_]+)\s*")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Upper bounds: metric -> absolute number (MACs, parameters, bytes).  See `parse` for how users write one."""
+
+    targets: Mapping[str, float]
+
+    def __str__(self) -> str:
+        return ", ".join(f"{number(t)} {UNITS[m]}" for m, t in self.targets.items())
+
+
+def parse(target: Any, space: SearchSpace) -> Budget:
+    """A budget from "50% macs", "6M params, 50% macs", dict(macs=0.5, params=6e6) or a `Budget`.
+
+    A number up to one in a dict is a share of the full model's cost, a larger one absolute.
+
+    Raises:
+        BudgetError: misspelt, more than the full model, below what is reachable, or contradictory.
+    """
+    shares = dict(_entries(target))
+    if not shares:
+        raise BudgetError("the budget is empty; write for example '50% macs' or dict(macs=0.5, params=6e6)")
+    full, targets, problems = space.cost(), {}, []
+    for metric, (value, relative) in shares.items():
+        wanted = value * full[metric] if relative else value
+        if not 0 < wanted < float("inf"):
+            problems.append(f"{metric}: {value} is not a positive number")
+        elif wanted > full[metric] * (1 + 1e-9):
+            problems.append(
+                f"{metric}: {number(wanted)} is {wanted / max(full[metric], 1):.0%} of the full model's "
+                f"{number(full[metric])}; a budget cannot exceed 100%"
+            )
+        targets[metric] = wanted
+    if problems:
+        raise BudgetError("; ".join(problems))
+    found = Budget(targets)
+    _check_reachable(space, found, full)
+    return found
+
+
+def _entries(target: Any) -> Iterator[tuple[str, tuple[float, bool]]]:
+    if isinstance(target, Budget):
+        yield from ((m, (float(t), False)) for m, t in target.targets.items())
+    elif isinstance(target, Mapping):
+        for metric, value in target.items():
+            _check_metric(metric)
+            if isinstance(value, str):
+                yield from _entries(f"{value} {metric}")
+            elif isinstance(value, (int, float)) and not isinstance(value, bool):
+                yield metric, (float(value), value <= 1)
+            else:
+                raise BudgetError(f"budget {metric}={value!r} is no number")
+    elif isinstance(target, str):
+        seen: set[str] = set()
+        for part in target.split(","):
+            match = _TERM.fullmatch(part)
+            if not match:
+                raise BudgetError(f"cannot read the budget {part.strip()!r}; write for example '50% macs' or '6M params'")
+            value, unit, metric = float(match[1]), match[2], match[3].lower()
+            _check_metric(metric)
+            if metric in seen:
+                raise BudgetError(f"the budget {target!r} names {metric} twice")
+            seen.add(metric)
+            yield metric, (value / 100, True) if unit == "%" else (value * _PREFIX[unit], unit == "" and value <= 1)
+    else:
+        raise BudgetError(f"a budget is a string, a dict or a Budget, not {target!r}")
+
+
+def _check_metric(metric: str) -> None:
+    if metric not in METRICS:
+        import difflib
+
+        close = difflib.get_close_matches(metric, METRICS, 1, 0.4)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise BudgetError(f"unknown metric {metric!r} in the budget{hint} Metrics are {', '.join(METRICS)}")
+
+
+def _check_reachable(space: SearchSpace, wanted: Budget, full: Cost) -> None:
+    if not space.dimensions:
+        reasons = "; ".join(f"{n}: {r}" for n, r in list(space.frozen.items())[:5])
+        raise BudgetError(f"nothing in this model can shrink. Frozen: {reasons or 'no axis of any weight was found'}")
+    least = space.cost(smallest(space))
+    problems = [
+        f"{m}: {number(t)} ({t / max(full[m], 1):.1%}) is below what is reachable, {number(least[m])} to {number(full[m])} "
+        f"({least[m] / max(full[m], 1):.1%} to 100%)"
+        for m, t in wanted.targets.items()
+        if least[m] > t
+    ]
+    if problems:
+        blocking = ", ".join(list(space.frozen)[:6]) or "none: the minimum sizes hold it up"
+        raise BudgetError("; ".join(problems) + f". Frozen dimensions that would have to thaw: {blocking}")
+
+
+def smallest(space: SearchSpace) -> Structure:
+    """The structure with every dimension at its minimum."""
+    return space.structure({n: d.lowest for n, d in space.dimensions.items()})
+
+
+def satisfied(cost: Cost, wanted: Budget) -> bool:
+    """Whether every constraint holds."""
+    return all(cost[m] <= t for m, t in wanted.targets.items())
+
+
+# -- the exact fit ----------------------------------------------------------------------------------------------------
+
+
+def fit(
+    space: SearchSpace, start: Structure, wanted: Budget, scores: Mapping[str, Any], keep: Structure | None
+) -> Structure:
+    """Move from `start` to a structure within `SLACK` below the budget.
+
+    Far from the target all dimensions are scaled alike; the rest is done one step at a time, least importance per cost
+    first, and where no single step fits, by exchanging one step for another.
+
+    Args:
+        scores: member -> score an element; the lowest go first, the highest come back first.
+        keep: a structure whose elements come before all others, whatever their scores.
+    """
+    problem = _Problem(space, wanted, scores, keep)
+    sizes = np.array([start.sizes[n] for n in space.dimensions], dtype=np.int64)
+    sizes = problem.add(problem.exchange(problem.add(problem.remove(problem.scale(sizes)))))
+    chosen = {n: int(k) for n, k in zip(space.dimensions, sizes)}
+    return space.structure(chosen, problem.scores)
+
+
+class _Problem:
+    """Sizes of all dimensions as a vector (D,), their costs, and the moves between them."""
+
+    def __init__(self, space: SearchSpace, wanted: Budget, scores: Mapping[str, Any], keep: Structure | None):
+        self.space, self.wanted = space, wanted
+        self.dimensions: list[Dimension] = list(space.dimensions.values())
+        self.scores = {m: _preferring(np.asarray(s, dtype=np.float64), keep, m) for m, s in scores.items()}
+        self.columns: list[tuple[int, Any]] = []  # dimension -> its columns in the vector of variables
+        self.gain: list[np.ndarray] = []  # dimension -> importance of its first, second, ... step, best first
+        column = 0
+        for d in self.dimensions:
+            if d.kind == "depth":
+                continue
+            totals = np.array([a.size for a in d.axes], dtype=np.int64)
+            self.columns.append((column, totals))
+            column += len(totals)
+        widths = iter(list(self.columns))
+        self.columns = []
+        for d in self.dimensions:
+            if d.kind == "depth":
+                order = np.argsort(-self._score(d.name, d.size), kind="stable")
+                self.columns.append((column, order))
+                column += d.size
+            else:
+                self.columns.append(next(widths))
+            self.gain.append(self._gains(d))
+        self.width = column
+        self.lowest = np.array([d.lowest for d in self.dimensions])
+        self.full = np.array([d.size for d in self.dimensions])
+        self.targets = {m: t for m, t in wanted.targets.items()}
+
+    def _score(self, member: str, size: int) -> np.ndarray:
+        found = self.scores.get(member)
+        return np.zeros(size) if found is None else found
+
+    def _gains(self, d: Dimension) -> np.ndarray:
+        """Importance of each element of a dimension with what is linked to it, the most important first."""
+        total = np.zeros(d.size)
+        for member, count in self.space._members(d):
+            upto = np.concatenate([[0.0], np.cumsum(np.sort(self._score(member, count))[::-1])])
+            ends = np.array([d.count(count, k) for k in range(d.size + 1)])
+            total += np.diff(upto[ends])
+        return total
+
+    def row(self, sizes: np.ndarray) -> np.ndarray:
+        """The vector of cost variables."""
+        out = np.zeros(self.width, dtype=np.int64)
+        for d, (column, layout), k in zip(self.dimensions, self.columns, sizes):
+            if d.kind == "depth":
+                out[column + layout[:k]] = 1
+            else:
+                out[column : column + len(layout)] = k * layout // d.size
+        return out
+
+    def costs(self, rows: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+        """Metric -> cost of each row, for the metrics of the budget."""
+        stacked = np.stack(rows)
+        return {m: self.space.costs.many(stacked, m) for m in self.targets}
+
+    def fits(self, sizes: np.ndarray) -> bool:
+        found = self.costs([self.row(sizes)])
+        return all(found[m][0] <= t for m, t in self.targets.items())
+
+    def load(self, found: Mapping[str, np.ndarray]) -> np.ndarray:
+        """The largest ratio of cost to target: at most one means feasible."""
+        return np.max([found[m] / t for m, t in self.targets.items()], axis=0)
+
+    def _scaled(self, sizes: np.ndarray, factor: float) -> np.ndarray:
+        return np.array(
+            [k if d.kind == "depth" else d.allowed(k * factor) for d, k in zip(self.dimensions, sizes)], dtype=np.int64
+        )
+
+    def scale(self, sizes: np.ndarray) -> np.ndarray:
+        """All widths alike, where the target is more than a tenth away."""
+        load = float(self.load(self.costs([self.row(sizes)]))[0])
+        if 0.9 <= load <= 1.1:
+            return sizes
+        low, high = (0.0, 1.0) if load > 1 else (1.0, float(max(self.full / np.maximum(sizes, 1))))
+        for _ in range(40):
+            middle = (low + high) / 2
+            low, high = (middle, high) if self.fits(self._scaled(sizes, middle)) else (low, middle)
+        return self._scaled(sizes, low)
+
+    def _step(self, d: Dimension, k: int, up: bool) -> int:
+        """The next allowed size above or below `k`; `k` itself at the end."""
+        if up:
+            return min((k // d.multiple + 1) * d.multiple, d.size)
+        return max(-(-k // d.multiple - 1) * d.multiple if k % d.multiple == 0 else k // d.multiple * d.multiple, d.lowest)
+
+    def moves(self, sizes: np.ndarray, up: bool) -> list[tuple[int, int]]:
+        """(dimension, new size) one step away."""
+        steps = [(i, self._step(d, int(sizes[i]), up)) for i, d in enumerate(self.dimensions)]
+        return [(i, k) for i, k in steps if k != sizes[i]]
+
+    def _moved(self, sizes: np.ndarray, i: int, k: int) -> np.ndarray:
+        out = sizes.copy()
+        out[i] = k
+        return out
+
+    def _importance(self, i: int, a: int, b: int) -> float:
+        low, high = sorted((a, b))
+        return float(self.gain[i][low:high].sum())
+
+    def remove(self, sizes: np.ndarray) -> np.ndarray:
+        """Steps off, least importance per saved cost first, until the budget holds; blocks only when widths are spent."""
+        while True:
+            base = self.costs([self.row(sizes)])
+            over = [m for m, t in self.targets.items() if base[m][0] > t]
+            if not over:
+                return sizes
+            moves = self.moves(sizes, up=False)
+            moves = [m for m in moves if self.dimensions[m[0]].kind != "depth"] or moves
+            found = self.costs([self.row(self._moved(sizes, i, k)) for i, k in moves])
+            saved = sum((base[m][0] - found[m]) / self.targets[m] for m in over)
+            price = [self._importance(i, int(sizes[i]), k) for i, k in moves] / np.maximum(saved, 1e-12)
+            i, k = moves[int(np.argmin(np.where(saved > 0, price, np.inf)))]
+            sizes = self._moved(sizes, i, k)
+
+    def add(self, sizes: np.ndarray) -> np.ndarray:
+        """Steps back on, most importance per cost first, as long as one fits."""
+        while True:
+            moves = self.moves(sizes, up=True)
+            if not moves:
+                return sizes
+            base = self.load(self.costs([self.row(sizes)]))[0]
+            load = self.load(self.costs([self.row(self._moved(sizes, i, k)) for i, k in moves]))
+            worth = [self._importance(i, int(sizes[i]), k) for i, k in moves] / np.maximum(load - base, 1e-12)
+            worth = np.where(load <= 1, worth, -np.inf)
+            best = int(np.argmax(worth))
+            if worth[best] == -np.inf or (load[best] <= base and worth[best] <= 0):
+                return sizes
+            sizes = self._moved(sizes, *moves[best])
+
+    def exchange(self, sizes: np.ndarray) -> np.ndarray:
+        """Where more than `SLACK` is left unused: one step up for one or two down, whatever comes closest."""
+        for _ in range(20):
+            current = float(self.load(self.costs([self.row(sizes)]))[0])
+            if current >= 1 - SLACK:
+                return sizes
+            ups = [self._moved(sizes, i, k) for i, k in self.moves(sizes, up=True)]
+            pairs = [self._moved(up, i, k) for up in ups for i, k in self.moves(up, up=False)]
+            if not pairs:
+                return sizes
+            load = self.load(self.costs([self.row(p) for p in pairs]))
+            load = np.where(load <= 1, load, -np.inf)
+            best = int(np.argmax(load))
+            if load[best] <= current:
+                return sizes
+            sizes = pairs[best]
+        return sizes
+
+
+def _preferring(scores: np.ndarray, keep: Structure | None, member: str) -> np.ndarray:
+    """Scores with those of `keep`'s elements raised above all others."""
+    if keep is None or member not in keep.kept:
+        return scores
+    raised = scores.copy()
+    raised[list(keep.kept[member])] += scores.max() - scores.min() + 1
+    return raised

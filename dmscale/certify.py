@@ -1,0 +1,109 @@
+"""Certification: a dimension is offered only if it survives a trial.
+
+Half of everything is removed at once, exported, run, and compared with the gated model; if that fails, dimensions are
+tried in ever smaller groups until the ones at fault are known.  A trial runs on weights that leave nothing trivial:
+layers initialised to zero or one would hide a wrong slice.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from . import running
+from .clone import clone
+from .known import quiet
+
+if TYPE_CHECKING:
+    from .space import SearchSpace
+    from .structure import Structure
+
+
+def certify(space: SearchSpace) -> None:
+    """Freeze, with the reason, every dimension of `space` whose export fails or differs from its gated model."""
+    model = quiet(clone(space.model, _non_trivial)).eval()
+    inputs = space.example_inputs
+    low = {t.dtype for t in model.parameters() if t.is_floating_point()} - {torch.float32, torch.float64}
+    if low:  # half precision: the trial is about indices, not about rounding
+        model = clone(model, lambda t: _to_float(t, space)).float()
+        inputs = running.map_tensors(lambda t: t.float() if t.is_floating_point() else t, inputs)
+    names = list(space.dimensions)
+    while names and _trial(space, model, inputs, names) is not None:
+        bad = dict(_at_fault(space, model, inputs, names))
+        if not bad:  # only together: without a single culprit all of them stay as they are
+            bad = {n: "exported and gated model differ when several dimensions shrink together" for n in names}
+        for name, reason in bad.items():
+            if name in space.dimensions:
+                space.freeze([name], f"failed its trial: {reason}")
+        names = list(space.dimensions)
+
+
+def _at_fault(space: SearchSpace, model: nn.Module, inputs: Any, names: Sequence[str]) -> list[tuple[str, str]]:
+    """(dimension, reason) for the dimensions that fail on their own, by bisection."""
+    if len(names) == 1:
+        failure = _trial(space, model, inputs, names)
+        return [(names[0], failure)] if failure else []
+    found = []
+    for half in (names[: len(names) // 2], names[len(names) // 2 :]):
+        if _trial(space, model, inputs, half) is not None:
+            found += _at_fault(space, model, inputs, half)
+    return found
+
+
+def _trial(space: SearchSpace, model: nn.Module, inputs: Any, names: Sequence[str]) -> str | None:
+    """Remove about half of the named dimensions; None if exported and gated agree, else what happened."""
+    structure = _halved(space, names)
+    try:
+        small = space.build(structure, model)
+        error = compare(space._gate(model, structure), small, inputs)
+    except Exception as failure:
+        return f"{type(failure).__name__}: {str(failure).splitlines()[0][:200] if str(failure) else ''}"
+    return None if error <= 1e-4 else f"exported and gated model differ by {error:.1e}"
+
+
+def _halved(space: SearchSpace, names: Sequence[str]) -> Structure:
+    rng = random.Random(0)
+    sizes = {n: max(space.dimensions[n].lowest, space.dimensions[n].size // 2) for n in names}
+    scores = {m: [rng.random() for _ in range(t)] for n in names for m, t in space._members(space.dimensions[n])}
+    return space.structure(sizes, scores)
+
+
+def compare(gated: nn.Module, small: nn.Module, example_inputs: Any) -> float:
+    """Relative error of `small` against `gated` in evaluation mode; both are left in the mode they were in."""
+    found = []
+    for model in (gated, small):
+        modes = {m: m.training for m in model.modules()}
+        try:
+            with torch.random.fork_rng([]):
+                torch.manual_seed(0)
+                found.append(running.outputs(model.eval(), example_inputs))
+        finally:
+            for module, training in modes.items():
+                module.training = training
+    return running.relative_error(found[1], found[0])
+
+
+def tolerance(model: nn.Module) -> float:
+    """The relative error that rounding explains: 1e-4 in float32, 16 units in the last place of half precisions."""
+    kinds = [t.dtype for t in model.parameters() if t.is_floating_point()]
+    return max([1e-4, *(16 * torch.finfo(d).eps for d in kinds if d.itemsize < 4)])
+
+
+def _non_trivial(t: Tensor) -> Tensor:
+    """`t` itself if its elements differ, else random ones around its constant: ones of a norm, zeros of a gate."""
+    if not t.is_floating_point() or t.numel() < 2 or bool((t != t.flatten()[0]).any()):
+        return t if isinstance(t, nn.Parameter) else t.detach().clone()
+    c = float(t.flatten()[0])
+    generator = torch.Generator().manual_seed(t.numel())
+    noise = torch.rand(t.shape, generator=generator) - 0.5
+    values = c * (1 + noise) if abs(c) >= 0.1 else 0.4 * noise
+    values = values.to(t.device, t.dtype)
+    return nn.Parameter(values, requires_grad=False) if isinstance(t, nn.Parameter) else values
+
+
+def _to_float(t: Tensor, space: SearchSpace) -> Tensor:
+    return nn.Parameter(t.detach().float(), requires_grad=False) if isinstance(t, nn.Parameter) else t.detach().clone()

@@ -1,0 +1,211 @@
+"""The command line: `dmscale demo`, `dmscale trace MODEL`, `dmscale scale MODEL --data D --budget B`.
+
+Every error of dmscale is one red message and exit code 2; `dmscale --debug ...` shows its traceback.
+"""
+
+import copy
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from typer.core import TyperGroup
+
+import dmscale
+
+from .data import OnDevice, load_data, to_device
+from .errors import DmscaleError
+from .evaluate import accuracy, check_fit, classification_loss, latency
+from .sources import SourceError, load_model, parse_shape
+
+
+class _CleanErrors(TyperGroup):
+    """Shows an error of dmscale as its message alone: the user's input is wrong, not our code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except DmscaleError as error:
+            if ctx.params.get("debug"):
+                raise
+            Console(stderr=True).print(f"[red]Error:[/red] {escape(str(error))}", soft_wrap=True)
+            raise typer.Exit(2) from None
+
+
+app = typer.Typer(
+    cls=_CleanErrors,
+    help="Scale any PyTorch network to a resource budget by gradient search.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+
+ModelSpec = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="timm:NAME, torchvision:NAME, hf:PATH_OR_CONFIG or file.py:factory"),
+]
+InputShape = Annotated[
+    str | None,
+    typer.Option("--input", help="Shape of the example input, as 1x3x224x224; by default the model's own."),
+]
+Classes = Annotated[int | None, typer.Option(min=1, help="Size of the model's classification head.")]
+Weights = Annotated[Path | None, typer.Option(help="Local state dict: safetensors or a torch file.")]
+Freeze = Annotated[
+    list[str] | None, typer.Option(help="Dimensions to leave as they are (a pattern; repeatable).")
+]
+Only = Annotated[
+    list[str] | None, typer.Option(help="Dimensions to scale, no others (a pattern; repeatable).")
+]
+Seed = Annotated[int, typer.Option(help="Seed of weights, data order and search.")]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"dmscale {version('dmscale')}")
+        raise typer.Exit()
+
+
+@app.callback()
+def main(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Scale any PyTorch network to a resource budget by gradient search."""
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("runs/demo"),
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds to repeat it with.")] = 1,
+    seed: Annotated[int, typer.Option(help="The first seed.")] = 0,
+    quick: Annotated[bool, typer.Option("--quick", help="One model and one budget.")] = False,
+) -> None:
+    """Search small networks on embedded data: a minute or two on two CPU cores."""
+    from . import demo as demonstration
+
+    smaller: dict[str, Any] = {"models": ("cnn",), "budgets": (0.25,)} if quick else {}
+    demonstration.run(out=out, seeds=seeds, first_seed=seed, console=Console(), **smaller)
+
+
+@app.command()
+def trace(
+    model: ModelSpec,
+    input: InputShape = None,
+    classes: Classes = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    freeze: Freeze = None,
+    only: Only = None,
+) -> None:
+    """Show what in MODEL can be made smaller, its share of the cost, and what is frozen and why."""
+    source = load_model(model, shape=parse_shape(input) if input else None, classes=classes)
+    space = dmscale.trace(source.model, source.inputs, freeze=freeze or (), only=only or ())
+    if as_json:
+        print(json.dumps(space.to_dict(), indent=2))
+    else:
+        Console().print(space)
+
+
+@app.command()
+def scale(
+    model: ModelSpec,
+    data: Annotated[str, typer.Option(help="digits, a folder of images, or file.py:loader.")],
+    budget: Annotated[str, typer.Option(help='What to reach, as "50% macs" or "6M params".')],
+    out: Annotated[Path, typer.Option(help="Folder for the smaller model and the report.")],
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps of the search.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=0, help="Epochs of fine-tuning after it.")] = None,
+    lr: Annotated[float | None, typer.Option(min=0, help="Learning rate of the weights.")] = None,
+    batch_size: Annotated[int, typer.Option(min=2)] = 64,
+    seed: Seed = 0,
+    input: InputShape = None,
+    classes: Classes = None,
+    weights: Weights = None,
+    freeze: Freeze = None,
+    only: Only = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda; by default cuda where there is one.")
+    ] = None,
+) -> None:
+    """Search MODEL down to a budget, fine-tune the smaller network and save it."""
+    torch.manual_seed(seed)
+    place = _device(device)
+    source = load_model(model, shape=parse_shape(input) if input else None, classes=classes, weights=weights)
+    batches = load_data(data, source, batch_size=batch_size, seed=seed)
+    train, val = OnDevice(batches.train, place), OnDevice(batches.val, place)
+    network, inputs = source.model.to(place), to_device(source.inputs, place)
+    try:
+        check_fit(network, val, batches.num_classes)
+    except DmscaleError as error:
+        raise SourceError(f"{model} on {data}: {error}") from error
+    if weights is None and model.startswith(("timm:", "torchvision:")):
+        print("The dense model has random weights, its accuracy is chance; --weights brings trained ones.")
+    out.mkdir(parents=True, exist_ok=True)
+
+    dense = copy.deepcopy(network)  # the search trains the network's own weights
+    chosen: dict[str, Any] = {
+        "steps": steps,
+        "finetune_steps": None if epochs is None else epochs * len(train),
+        "lr": lr,
+        "freeze": freeze,
+        "only": only,
+    }
+    result = dmscale.scale(
+        network,
+        inputs,
+        train,
+        classification_loss,
+        budget=budget,
+        seed=seed,
+        progress=True,
+        **{name: value for name, value in chosen.items() if value is not None},
+    )
+
+    rows = {}
+    for name, net, cost in (("dense", dense, result.space.cost()), ("scaled", result.model, result.cost)):
+        rows[name] = {
+            "accuracy": accuracy(net, val),
+            "macs": int(cost.macs),
+            "params": int(cost.params),
+            "bytes": int(cost.bytes),
+            "latency_ms": latency(net, inputs),
+        }
+    dmscale.save(result.model, out / "small.safetensors")
+    (out / "structure.json").write_text(result.structure.to_json())
+    report: dict[str, Any] = {"model": model, "weights": weights and str(weights), "data": data}
+    report |= {"budget": budget, "seed": seed, "batch_size": batch_size, "device": str(place), **chosen}
+    report |= {"torch": torch.__version__, "dmscale": version("dmscale")}
+    (out / "report.json").write_text(json.dumps({**report, **rows}, indent=2) + "\n")
+    _print_rows(rows, out)
+
+
+def _device(name: str | None) -> torch.device:
+    try:
+        place = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=place)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise SourceError(f"--device {name} cannot be used here: {error}") from error
+    return place
+
+
+def _print_rows(rows: dict[str, dict[str, Any]], out: Path) -> None:
+    table = Table("", "dense", "scaled", "share")
+    for label, key, unit, form in (
+        ("accuracy", "accuracy", 100, "{:.2f} %"),
+        ("MACs (M)", "macs", 1e-6, "{:,.2f}"),
+        ("parameters (M)", "params", 1e-6, "{:,.3f}"),
+        ("latency (ms)", "latency_ms", 1, "{:.2f}"),
+    ):
+        dense, scaled = rows["dense"][key], rows["scaled"][key]
+        share = "" if key == "accuracy" else f"{scaled / dense:.1%}"
+        table.add_row(label, form.format(dense * unit), form.format(scaled * unit), share)
+    console = Console()
+    console.print(table)
+    console.print(
+        f"Written to {escape(str(out))}: small.safetensors, structure.json, report.json", soft_wrap=True
+    )

@@ -1,0 +1,21 @@
+"""What dmscale raises.  Every message names the module or dimension, what was expected and what to do."""
+
+
+class DmscaleError(ValueError):
+    """Base of all errors of dmscale: the input cannot be served as asked."""
+
+
+class TraceError(DmscaleError):
+    """The model could not be run or read on the example inputs."""
+
+
+class ExportError(DmscaleError):
+    """A structure could not be turned into a plain model that equals the gated one."""
+
+
+class BudgetError(DmscaleError):
+    """A budget is misspelt, contradictory or out of reach."""
+
+
+class SearchError(DmscaleError):
+    """A search was used wrongly, or the training diverged."""

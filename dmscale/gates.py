@@ -1,0 +1,360 @@
+"""Gates: run the full-size model as if parts of it were gone.
+
+A mask acts where an axis is *consumed*.  Up to there a removed element may hold what it likes: masking the weight of the
+linear or convolution that sums over it (`W * m`, O(weights)) equals masking its input.  Three more places need a mask:
+
+- two activations that are contracted with each other (query and key over the head dims): the producers' rows are masked;
+- a normalisation over a gated axis: its kept-count form.  For x' = m (x - mean_kept) sqrt(N / k) the full-size operator
+  computes exactly the statistics of the k kept elements, and its scale is corrected by sqrt(k / N): true of LayerNorm,
+  GroupNorm and every RMSNorm, whatever class implements it;
+- a block: lerp(input, block(input), gate).
+
+All of it lives on a clone of the module tree that shares the user's parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from . import axes, running
+from .axes import Axis, Dim
+from .blocks import Blocks
+from .clone import clone
+from .tracing import Trace
+from .tracer import Call, Contraction, Normalisation, Value
+
+KEPT_COUNT = {"centred": True, "scaled": False, "mean square": False}
+"""Kinds of normalisation that have a kept-count form -> whether the mean is subtracted."""
+
+
+@dataclass(frozen=True, eq=False)
+class WeightSite:
+    """Mask parameter `name` of module `module` along its dimensions `dims` (position -> axes)."""
+
+    module: str
+    name: str
+    dims: tuple[tuple[int, Dim], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class NormSite:
+    """Give module `module` its kept-count form over `dim` at `position` of its input; `weight` is scaled, or the output."""
+
+    module: str
+    position: int
+    dim: Dim
+    group: Dim
+    centred: bool
+    over_space: bool
+    weight: str | None
+
+
+@dataclass(frozen=True)
+class Sites:
+    """Everywhere that a gated model differs from the user's."""
+
+    weights: tuple[WeightSite, ...]
+    norms: tuple[NormSite, ...]
+    blocks: tuple[Blocks, ...]
+    by_products: tuple[tuple[str, tuple[Dim, ...]], ...] = ()
+
+
+# -- planning: which places, or why an axis must stay ------------------------------------------------------------------
+
+
+def plan(trace: Trace, blocks: Sequence[Blocks]) -> Sites:
+    """Find a gate for every consumption of every free axis; freezes the axes that have none, with the reason."""
+    weights: dict[tuple[str, str], dict[int, Dim]] = {}
+    norms: dict[str, NormSite] = {}
+    for norm in trace.record.normalisations:
+        if norm.kind == "sum":
+            for dim in norm.dims:
+                if axes.is_free(dim):
+                    _mask_producers(trace, dim, [norm.source], norm.path, norm.operator, weights)
+        elif any(axes.is_free(dim) for dim in norm.dims):
+            site = _norm_site(trace, norm)
+            if isinstance(site, str):
+                for dim in norm.dims:
+                    axes.freeze(dim, site)
+            else:
+                norms[norm.path] = site
+    for contraction in trace.record.contractions:
+        if axes.is_free(contraction.dim):
+            _plan_contraction(trace, contraction, weights)
+    sites = tuple(
+        WeightSite(module, name, tuple(sorted((i, d) for i, d in dims.items() if axes.is_free(d))))
+        for (module, name), dims in weights.items()
+    )
+    return Sites(
+        tuple(s for s in sites if s.dims),
+        tuple(s for s in norms.values() if axes.is_free(s.dim)),
+        tuple(blocks),
+        tuple((k, dims) for k, dims in trace.record.by_products.items() if any(axes.is_free(d) for d in dims)),
+    )
+
+
+def _norm_site(trace: Trace, norm: Normalisation) -> NormSite | str:
+    """The kept-count form of the module that runs `norm`, or why there is none."""
+    where = f"{norm.path or 'the model'} ({norm.operator})"
+    if norm.kind not in KEPT_COUNT:
+        return f"{norm.kind} over it in {where}" if norm.kind != "softmax" else f"softmax over it in {where}"
+    calls = [c for c in trace.record.calls if c.path == norm.path]
+    if not calls or len(norm.dims) != 1:
+        return f"normalised over several axes, or outside a module of its own, in {where}"
+    call = next((c for c in calls if c.start < norm.op <= c.end), calls[0])
+    inside = any(c.start < term.op <= c.end for c in calls for term in trace.record.terms)
+    others = [n for n in trace.record.normalisations if n is not norm and n.path == norm.path and call.start < n.op <= call.end
+              and any(axes.is_free(d) for d in n.dims)]  # fmt: skip
+    position = _position(call, norm.group + norm.dims[0])
+    if inside or others or position is None:
+        return f"normalised inside a module that does more than that, in {where}"
+    weight = norm.weight.rpartition(".")[2] if norm.weight and norm.bias else None
+    return NormSite(
+        norm.path, position, norm.dims[0], norm.group, KEPT_COUNT[norm.kind],
+        norm.operator == "native_group_norm", weight,
+    )  # fmt: skip
+
+
+def _position(call: Call, dim: Dim) -> int | None:
+    """Where `dim` stands in the module's input and, unchanged, in its output."""
+    if call.source is None or call.result is None or len(call.source.dims) != len(call.result.dims):
+        return None
+    return next(
+        (i for i, (p, q) in enumerate(zip(call.source.dims, call.result.dims)) if axes.same(p, dim) and axes.same(q, dim)),
+        None,
+    )  # fmt: skip
+
+
+def _plan_contraction(trace: Trace, c: Contraction, weights: dict[tuple[str, str], dict[int, Dim]]) -> None:
+    consumers = [(value, own) for value, own in c.operands if not value.data and value.params]
+    if consumers:
+        for value, own in consumers:
+            for name in value.params:
+                positions = [i for i, d in enumerate(trace.slots[name]) if d is own] or _holding(trace, name, c.dim)
+                _mask(trace, c.path, name, positions, weights)
+        return
+    _mask_producers(trace, c.dim, [value for value, _ in c.operands], c.path, c.operator, weights)
+
+
+def _mask_producers(
+    trace: Trace, dim: Dim, values: Sequence[Value], path: str, operator: str, weights: dict[tuple[str, str], dict[int, Dim]]
+) -> None:
+    """Make the removed elements of `dim` zero in one of `values`, at the weights that made them."""
+    producers = [v.params for v in values if any(_holding(trace, n, dim) for n in v.params)]
+    if not producers:
+        axes.freeze(dim, f"summed over, with no weight to mask, in {path or 'the model'} ({operator})")
+        return
+    for name in min(producers, key=len):
+        _mask(trace, path, name, _holding(trace, name, dim), weights)
+
+
+def _holding(trace: Trace, name: str, dim: Dim) -> list[int]:
+    """Positions of the parameter that hold a free axis of `dim`."""
+    wanted = {a for a in axes.atoms(dim) if not a.reasons}
+    return [i for i, d in enumerate(trace.slots[name]) if wanted & set(axes.atoms(d))]
+
+
+def _mask(
+    trace: Trace, path: str, name: str, positions: list[int], weights: dict[tuple[str, str], dict[int, Dim]]
+) -> None:
+    names = [name, *(alias for alias, first in trace.aliases.items() if first == name)]
+    chosen = next((n for n in names if n.rpartition(".")[0] == path), name)  # of tied ones, the consumer's own
+    module, _, leaf = chosen.rpartition(".")
+    slot = weights.setdefault((module, leaf), {})
+    for i in positions:
+        slot[i] = trace.slots[name][i]
+
+
+# -- acting ------------------------------------------------------------------------------------------------------------
+
+
+class Masks(nn.Module):
+    """The masks of a gated model, one parameter for each free axis and each stack of blocks.
+
+    Being parameters they collect gradients over micro-batches, are reduced by DDP and unscaled by a GradScaler like all
+    others; a search reads them once per optimizer step.
+    """
+
+    def __init__(self, widths: Mapping[Axis, Tensor], depths: Mapping[str, Tensor], trainable: bool):
+        super().__init__()
+        self.widths = dict(zip(widths, (nn.Parameter(m, requires_grad=trainable) for m in widths.values())))
+        self.depths = dict(zip(depths, (nn.Parameter(m, requires_grad=trainable) for m in depths.values())))
+        self._list = nn.ParameterList([*self.widths.values(), *self.depths.values()])
+
+    def forward(self, dim: Dim) -> Tensor:
+        """The mask of `dim`, (size(dim),)."""
+        free = {a: self.widths[a] for a in axes.atoms(dim) if a in self.widths}
+        return axes.kept(dim, free)
+
+
+class MaskedWeight(nn.Module):
+    """Parametrisation W * m along some dimensions, and a scale for the weight of a normalisation."""
+
+    def __init__(self, masks: Masks, dims: Sequence[tuple[int, Dim]], scale: NormScale | None = None):
+        super().__init__()
+        self.masks, self.dims, self.scale = masks, list(dims), scale
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """`weight` with the shape that it has."""
+        for position, dim in self.dims:
+            shape = [1] * weight.dim()
+            shape[position] = -1
+            weight = weight * self.masks(dim).to(weight.dtype).view(shape)
+        return weight if self.scale is None else weight * self.scale().to(weight.dtype)
+
+
+@dataclass(eq=False)
+class NormScale:
+    """sqrt(k / N) of a normalised axis: what its kept-count form multiplies the result with."""
+
+    masks: Masks
+    dim: Dim
+
+    def __call__(self) -> Tensor:
+        return torch.sqrt(self.masks(self.dim).sum() / axes.size(self.dim))
+
+
+def attach(model: nn.Module, sites: Sites, widths: Mapping[Axis, Tensor], depths: Mapping[str, Tensor], trainable: bool = False) -> nn.Module:
+    """A clone of `model` that shares its parameters, with gates at `sites`.
+
+    Args:
+        model: the user's model; it is not touched.
+        sites: from `plan`.
+        widths: axis -> mask, (size,) in [0, 1].
+        depths: name of a stack of blocks -> mask, (number of blocks,).
+        trainable: whether the masks collect gradients.
+    Returns:
+        a model of the same class; `masks_of(it)` gives its `Masks`.
+    """
+    gated = clone(model)
+    masks = Masks(widths, depths, trainable)
+    _hold(gated, masks)
+    scales = {s.module: NormScale(masks, s.dim) for s in sites.norms}
+    scaled = {(s.module, s.weight) for s in sites.norms if s.weight}
+    dims = {(s.module, s.name): s.dims for s in sites.weights}
+    for module, name in dims.keys() | scaled:
+        mask = MaskedWeight(masks, dims.get((module, name), ()), scales[module] if (module, name) in scaled else None)
+        parametrize.register_parametrization(gated.get_submodule(module), name, mask, unsafe=True)
+    for site in sites.norms:
+        norm = gated.get_submodule(site.module)
+        norm.register_forward_pre_hook(KeptCount(masks, site), with_kwargs=True)
+        if site.weight is None:
+            norm.register_forward_hook(Rescale(scales[site.module]))
+    for stack in sites.blocks:
+        for i, path in enumerate(stack.paths):
+            gated.get_submodule(path).register_forward_hook(BlockGate(masks, stack.name, i), with_kwargs=True)
+    if sites.by_products and not trainable:
+        gated.register_forward_hook(KeptByProducts(masks, sites.by_products))
+    return gated
+
+
+_MASKS = "_dmscale_masks"
+
+
+def _hold(gated: nn.Module, masks: Masks) -> None:
+    """Let the module tree own the masks, in a leaf: a `Sequential` would run a child that it is given."""
+    leaf = next((m for m in gated.modules() if not m._modules and m._parameters), gated)
+    leaf.add_module(_MASKS, masks)
+    gated.__dict__[_MASKS] = masks
+
+
+def masks_of(gated: nn.Module) -> Masks:
+    """The masks of a model made by `attach`."""
+    return gated.__dict__[_MASKS]
+
+
+# Hooks are objects rather than closures, so that a copy of a gated model has masks of its own.
+
+
+@dataclass
+class KeptCount:
+    """Before a normalisation: x' = m (x - mean of the kept) sqrt(N / k), in the dtype of x."""
+
+    masks: Masks
+    site: NormSite
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        return _replace_first((args, kwargs), self.apply)
+
+    def apply(self, x: Tensor) -> Tensor:
+        mask, at, shape = self.masks(self.site.dim), self.site.position, x.shape
+        count = mask.sum()
+        groups = axes.size(self.site.group)
+        x = x.reshape(*shape[:at], groups, mask.numel(), *shape[at + 1 :])  # (..., group, inner, ...)
+        trailing = [1] * (x.dim() - at - 2)
+        if self.site.centred:
+            mean = (x * (mask / count).to(x.dtype).view(-1, *trailing)).sum(at + 1, keepdim=True)
+            if self.site.over_space and trailing:
+                mean = mean.mean(list(range(at + 2, x.dim())), keepdim=True)
+            x = x - mean
+        factor = mask * torch.sqrt(mask.numel() / count)
+        return (x * factor.to(x.dtype).view(-1, *trailing)).reshape(shape)
+
+
+@dataclass
+class Rescale:
+    """After a normalisation without a bias: times sqrt(k / N)."""
+
+    scale: NormScale
+
+    def __call__(self, module: nn.Module, args: tuple, out: Any) -> Any:
+        return _replace_first(out, lambda y: y * self.scale().to(y.dtype))
+
+
+@dataclass
+class BlockGate:
+    """After a block: lerp(input, output, gate)."""
+
+    masks: Masks
+    stack: str
+    index: int
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, out: Any) -> Any:
+        x = running.tensors_in((args, kwargs))[0]
+        gate = self.masks.depths[self.stack][self.index]
+        return _replace_first(out, lambda y: torch.lerp(x, y, gate.to(y.dtype)))
+
+
+@dataclass
+class KeptByProducts:
+    """After the model: hand out the kept elements of inner activations, as the exported model will."""
+
+    masks: Masks
+    fields: tuple[tuple[str, tuple[Dim, ...]], ...]
+
+    def __call__(self, module: nn.Module, args: tuple, out: Any) -> Any:
+        for key, dims in self.fields:
+            for i, dim in enumerate(dims):
+                if axes.is_free(dim):
+                    kept = (self.masks(dim) > 0.5).nonzero()[:, 0]
+                    out[key] = out[key].index_select(i, kept)
+        return out
+
+
+def _replace_first(tree: Any, function: Any) -> Any:
+    """`tree` with its first tensor, in the order of `running.tensors_in`, replaced by `function` of it."""
+    done = False
+
+    def visit(node: Any) -> Any:
+        nonlocal done
+        if done:
+            return node
+        if isinstance(node, Tensor):
+            done = True
+            return function(node)
+        if isinstance(node, tuple) and hasattr(node, "_fields"):
+            return type(node)(*[visit(x) for x in node])
+        if isinstance(node, (tuple, list)):
+            return type(node)(visit(x) for x in node)
+        if isinstance(node, Mapping):
+            changed = {k: visit(v) for k, v in node.items()}
+            return type(node)(**changed) if type(node) is not dict else changed
+        return node
+
+    return visit(tree)

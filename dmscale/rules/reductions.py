@@ -1,0 +1,171 @@
+"""Operators whose result depends on how many elements an axis has: normalisations, softmax, sums and means.
+
+Masking and slicing differ here.  A rule notes the axis as normalised over; whether a kept-count form exists for it is
+decided when the whole network has been read (`gates.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .. import axes
+from ..axes import Dim
+from .registry import rule
+
+if TYPE_CHECKING:
+    from ..trace import Tracer
+
+aten = torch.ops.aten
+Tensor = torch.Tensor
+
+
+@rule(
+    aten.native_batch_norm, aten._native_batch_norm_legit_no_training, aten._native_batch_norm_legit,
+    aten._native_batch_norm_legit_functional, aten.cudnn_batch_norm, aten.miopen_batch_norm,
+    aten._batch_norm_with_update, aten._batch_norm_no_update,
+)  # fmt: skip
+def batch_norm(trace: Tracer, out: Sequence[Tensor], x: Tensor, *parameters: Any, **kwargs: Any) -> Sequence[Any]:
+    """Statistics by channel: every per-channel vector has the channel's axis, and nothing mixes channels."""
+    dims = trace.dims(x)
+    for p in parameters[:4]:
+        if isinstance(p, Tensor):
+            axes.unify(dims[1], trace.dims(p)[0])
+    return [dims, *([dims[1]] if o.dim() == 1 and o.numel() == x.shape[1] else trace.fresh(o, "statistics")
+                    for o in out[1:])]  # fmt: skip
+
+
+@rule(aten.native_layer_norm)
+def layer_norm(
+    trace: Tracer, out: Sequence[Tensor], x: Tensor, shape: Sequence[int], weight: Tensor | None,
+    bias: Tensor | None, eps: float,
+) -> Sequence[Any]:  # fmt: skip
+    """Mean and variance over the last dimensions."""
+    dims = trace.dims(x)
+    for p in (weight, bias):
+        if p is not None:
+            for own, other in zip(dims[-len(shape) :], trace.dims(p)):
+                axes.unify(own, other)
+    trace.normalised("centred", dims[-len(shape) :], x, weight, bias)
+    return [dims, *(trace.fresh(o, "statistics") for o in out[1:])]
+
+
+@rule(aten._fused_rms_norm)
+def rms_norm(
+    trace: Tracer, out: Any, x: Tensor, shape: Sequence[int], weight: Tensor | None = None, *args: Any
+) -> Sequence[Any]:  # fmt: skip
+    """Root mean square over the last dimensions."""
+    dims = trace.dims(x)
+    if weight is not None:
+        for own, other in zip(dims[-len(shape) :], trace.dims(weight)):
+            axes.unify(own, other)
+    trace.normalised("scaled", dims[-len(shape) :], x, weight, None)
+    return [dims, *(trace.fresh(o, "statistics") for o in out[1:])] if isinstance(out, (tuple, list)) else dims
+
+
+@rule(aten.native_group_norm)
+def group_norm(
+    trace: Tracer, out: Sequence[Tensor], x: Tensor, weight: Tensor | None, bias: Tensor | None,
+    n: int, c: int, hw: int, groups: int, eps: float,
+) -> Sequence[Any]:  # fmt: skip
+    """Mean and variance over the channels of a group; groups themselves do not meet (instance norm: one channel each)."""
+    dims = list(trace.dims(x))
+    inner = axes.axis(c // groups)
+    group = axes.axis(groups)
+    axes.unify(dims[1], (*group, *inner))
+    for p in (weight, bias):
+        if p is not None:
+            axes.unify(trace.dims(p)[0], dims[1])
+    trace.normalised("centred", [inner], x, weight, bias, group=group)
+    return [dims, *(trace.fresh(o, "statistics") for o in out[1:])]
+
+
+@rule(aten._softmax, aten._safe_softmax, aten._log_softmax, aten.softmax, aten.log_softmax)
+def softmax(trace: Tracer, out: Tensor, x: Tensor, dim: int, *args: Any) -> Sequence[Dim]:
+    """A masked element would still take its share."""
+    trace.normalised("softmax", [trace.dims(x)[dim]], x)
+    return trace.dims(x)
+
+
+@rule(aten.cumsum, aten.cumprod, aten.logcumsumexp, aten.cummax, aten.cummin)
+def cumulative(trace: Tracer, out: Any, x: Tensor, dim: int, *args: Any, **kwargs: Any) -> Sequence[Any]:
+    """Every element depends on those before it: the axis is fixed."""
+    trace.freeze(trace.dims(x)[dim], "cumulative")
+    return trace.dims(x) if isinstance(out, Tensor) else [trace.dims(x)] * len(out)
+
+
+def _reduced_positions(x: Tensor, dim: Any) -> set[int]:
+    if dim is None or (isinstance(dim, (list, tuple)) and not dim):
+        return set(range(x.dim()))
+    return {i % max(1, x.dim()) for i in (dim if isinstance(dim, (list, tuple)) else [dim])}
+
+
+def _reduce(trace: Tracer, out: Any, x: Tensor, dim: Any, kind: str) -> Sequence[Any]:
+    dims, first = trace.dims(x), out if isinstance(out, Tensor) else out[0]
+    gone = _reduced_positions(x, dim)
+    trace.normalised(kind, [dims[i] for i in sorted(gone)], x)
+    keepdim = first.dim() == x.dim()
+    result = [() if i in gone else d for i, d in enumerate(dims) if keepdim or i not in gone]
+    return result if isinstance(out, Tensor) else [result for _ in out]
+
+
+@rule(aten.mean)
+def mean(trace: Tracer, out: Tensor, x: Tensor, dim: Any = None, *args: Any, **kwargs: Any) -> Sequence[Dim]:
+    """Mean; over the squares of its input it is the heart of RMSNorm."""
+    return _reduce(trace, out, x, dim, "mean square" if trace.is_square(x) else "mean")
+
+
+@rule(
+    aten.amax, aten.amin, aten.prod, aten.any, aten.all, aten.logsumexp, aten.argmax,
+    aten.argmin, aten.median, aten.count_nonzero,
+)  # fmt: skip
+def reduce(trace: Tracer, out: Any, x: Tensor, dim: Any = None, *args: Any, **kwargs: Any) -> Sequence[Any]:
+    """Reductions over dimensions, or over everything."""
+    return _reduce(trace, out, x, dim, "reduced")
+
+
+@rule(aten.sum, aten.nansum)
+def sum_(trace: Tracer, out: Tensor, x: Tensor, dim: Any = None, *args: Any, **kwargs: Any) -> Sequence[Dim]:
+    """A sum does not mind elements that are zero: masking the weights that make them is enough."""
+    return _reduce(trace, out, x, dim, "sum")
+
+
+@rule(aten.var, aten.std, aten.var_mean, aten.std_mean)
+def variance(trace: Tracer, out: Any, x: Tensor, dim: Any = None, *args: Any, **kwargs: Any) -> Sequence[Any]:
+    """Variance; its second argument may be the old boolean `unbiased`."""
+    return _reduce(trace, out, x, None if isinstance(dim, bool) else dim, "variance")
+
+
+@rule(aten.max, aten.min)
+def extremum(trace: Tracer, out: Any, x: Tensor, other: Any = None, *args: Any, **kwargs: Any) -> Sequence[Any]:
+    """`max(x)`, `max(x, dim)` reduce; `max(x, y)` is pointwise."""
+    if isinstance(other, Tensor):
+        return trace.broadcast([x, other], out.shape)
+    return _reduce(trace, out, x, other, "reduced")
+
+
+@rule(aten.linalg_vector_norm)
+def vector_norm(
+    trace: Tracer, out: Tensor, x: Tensor, order: Any = 2, dim: Any = None, *args: Any, **kwargs: Any
+) -> Sequence[Dim]:  # fmt: skip
+    """Norm over dimensions."""
+    return _reduce(trace, out, x, dim, "sum" if order not in (0, float("-inf")) else "reduced")
+
+
+@rule(aten.norm)
+def norm(trace: Tracer, out: Tensor, x: Tensor, order: Any = 2, dim: Any = None, *args: Any, **kw: Any) -> Sequence[Dim]:
+    """Norm over dimensions, the older operator."""
+    return _reduce(trace, out, x, dim, "sum" if order not in (0, float("-inf")) else "reduced")
+
+
+@rule(aten._weight_norm_interface)
+def weight_norm(trace: Tracer, out: Sequence[Tensor], v: Tensor, g: Tensor, dim: int = 0) -> Sequence[Any]:
+    """g * v / |v|, the norm over every dimension but `dim`."""
+    dims = trace.dims(v)
+    for own, other in zip(dims, trace.dims(g)):
+        if other:
+            axes.unify(own, other)
+    trace.normalised("reduced", [d for i, d in enumerate(dims) if i != dim % v.dim()], v)
+    return [dims, trace.dims(g)]

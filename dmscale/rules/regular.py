@@ -1,0 +1,55 @@
+"""Contractions: matrix products and convolutions, each one equation."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .. import axes
+from ..axes import Dim
+from .registry import Equation, contract, equation, rule
+
+if TYPE_CHECKING:
+    from ..trace import Tracer
+
+aten = torch.ops.aten
+
+equation(aten.mm, "n k, k m -> n m")
+equation(aten.mv, "n k, k -> n")
+equation(aten.dot, "k, k -> ")
+equation(aten.bmm, "b n k, b k m -> b n m")
+equation(aten.addmm, "n k, k m -> n m", bias=True)
+equation(aten.addmv, "n k, k -> n", bias=True)
+equation(aten.baddbmm, "b n k, b k m -> b n m", bias=True)
+
+# One line is the plain, the grouped and the depthwise convolution: with one group `(g i)` is `i`, in a depthwise one
+# `i` has size one.  The letters of the MACs are those of `torch.utils.flop_counter`.
+_CONVOLUTION = Equation("b (g i) *x, (g o) i *k -> b (g o) *y", macs="b g i o k y")
+_TRANSPOSED = Equation("b (g i) *x, (g i) o *k -> b (g o) *y", macs="b g i o k x")
+
+
+@rule(aten.convolution)
+def convolution(
+    trace: Tracer, out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
+    stride: Any, padding: Any, dilation: Any, transposed: bool, output_padding: Any, groups: int,
+) -> list[Dim]:  # fmt: skip
+    """(B, C, *spatial) with (O, C / groups, *kernel); the kernel axes are fixed, the spatial ones come anew."""
+    trace.freeze_dims(trace.dims(weight)[2:], "kernel size")
+    spatial = trace.spatial(out, x, 2)
+    eq = _TRANSPOSED if transposed else _CONVOLUTION
+    dims, _ = contract(trace, eq, (x, weight), sizes={"g": groups}, known={"y": spatial})
+    if bias is not None:
+        axes.unify(dims[1], trace.dims(bias)[0])
+    return dims
+
+
+@rule(aten._grouped_mm)
+def grouped_mm(trace: Tracer, out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *rest: Any, **kw: Any) -> list[Dim]:
+    """Rows of `a` (T, K) in groups, each with its own matrix of `b` (G, K, M): mixtures of experts."""
+    k, m = trace.dims(b)[-2:]
+    axes.unify(trace.dims(a)[-1], k)
+    trace.freeze_dims(trace.dims(b)[:-2], "experts are indexed by the routing")
+    trace.contracted(k, [(a, trace.dims(a)[-1]), (b, k)])
+    trace.count_macs([*trace.dims(a)[:-1], k, m])
+    return [*trace.dims(a)[:-1], m]

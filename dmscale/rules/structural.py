@@ -1,0 +1,260 @@
+"""Operators that move, split, join or repeat axes without looking at the elements."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .. import axes
+from ..axes import Conflict, Dim
+from .registry import rule
+
+if TYPE_CHECKING:
+    from ..trace import Tracer
+
+aten = torch.ops.aten
+Tensor = torch.Tensor
+
+
+@rule(
+    aten.alias, aten.detach, aten.lift_fresh, aten.clone, aten._to_copy, aten.contiguous, aten.zeros_like,
+    aten.ones_like, aten.empty_like, aten.full_like, aten.rand_like, aten.randn_like, aten.bernoulli, aten.tril,
+    aten.triu, aten.nan_to_num, aten.view_as_real_copy, aten.positive, aten.lift,
+)  # fmt: skip
+def unchanged(trace: Tracer, out: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Sequence[Dim]:
+    """Every dimension as it was."""
+    return trace.dims(x)
+
+
+@rule(aten.t, aten.t_)
+def t(trace: Tracer, out: Tensor, x: Tensor) -> Sequence[Dim]:
+    """Transpose of a matrix, or a vector as it was."""
+    return list(reversed(trace.dims(x)))
+
+
+@rule(aten.transpose, aten.transpose_, aten.swapaxes)
+def transpose(trace: Tracer, out: Tensor, x: Tensor, i: int, j: int) -> Sequence[Dim]:
+    """Two dimensions change places."""
+    dims = list(trace.dims(x))
+    if dims:
+        dims[i], dims[j] = dims[j], dims[i]
+    return dims
+
+
+@rule(aten.permute)
+def permute(trace: Tracer, out: Tensor, x: Tensor, order: Sequence[int]) -> Sequence[Dim]:
+    """Dimensions in a new order."""
+    dims = trace.dims(x)
+    return [dims[i] for i in order]
+
+
+@rule(aten.unsqueeze, aten.unsqueeze_)
+def unsqueeze(trace: Tracer, out: Tensor, x: Tensor, position: int) -> Sequence[Dim]:
+    """A dimension of size one comes in."""
+    dims = list(trace.dims(x))
+    dims.insert(position % out.dim(), ())
+    return dims
+
+
+@rule(aten.squeeze, aten.squeeze_)
+def squeeze(trace: Tracer, out: Tensor, x: Tensor, positions: Any = None) -> Sequence[Dim]:
+    """Dimensions of size one go."""
+    wanted = range(x.dim()) if positions is None else positions if isinstance(positions, Sequence) else [positions]
+    gone = {i % max(x.dim(), 1) for i in wanted}
+    return [d for i, d in enumerate(trace.dims(x)) if not (i in gone and x.shape[i] == 1)]
+
+
+@rule(aten.view, aten._unsafe_view, aten.reshape, aten._reshape_alias)
+def view(trace: Tracer, out: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Sequence[Dim]:
+    """The same factors in the same order, grouped anew; a view to another dtype keeps what it can."""
+    if args and isinstance(args[0], torch.dtype):
+        if out.shape != x.shape:
+            raise Conflict("view to a dtype of another width")
+        return trace.dims(x)
+    if 0 in x.shape:
+        return trace.fresh(out, "empty")
+    return axes.regroup(trace.dims(x), out.shape)
+
+
+@rule(aten.expand)
+def expand(trace: Tracer, out: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Sequence[Dim]:
+    """New and stretched dimensions are axes of their own, free until something says otherwise: GQA repeats."""
+    dims, lead = trace.dims(x), out.dim() - x.dim()
+    return [
+        axes.axis(n) if i < lead or x.shape[i - lead] != n else dims[i - lead] for i, n in enumerate(out.shape)
+    ]  # fmt: skip
+
+
+@rule(aten.repeat)
+def repeat(trace: Tracer, out: Tensor, x: Tensor, counts: Sequence[int]) -> Sequence[Dim]:
+    """Each dimension becomes (count, dimension)."""
+    dims, lead = trace.dims(x), len(counts) - x.dim()
+    return [(*axes.axis(n), *(dims[i - lead] if i >= lead else ())) for i, n in enumerate(counts)]
+
+
+@rule(aten.cat)
+def cat(trace: Tracer, out: Tensor, tensors: Sequence[Tensor], dim: int = 0) -> Sequence[Dim]:
+    """A sum along one dimension, unified along the others; empty one-dimensional tensors are skipped as in PyTorch."""
+    parts = [trace.dims(t) for t in tensors if t.dim() > 1 or t.numel() > 0]
+    if not parts:
+        return trace.fresh(out, "empty")
+    dim %= out.dim()
+    for other in parts[1:]:
+        for i, (p, q) in enumerate(zip(parts[0], other)):
+            if i != dim:
+                axes.unify(p, q)
+    dims = list(parts[0])
+    dims[dim] = axes.concat([part[dim] for part in parts])
+    return dims
+
+
+@rule(aten.stack)
+def stack(trace: Tracer, out: Tensor, tensors: Sequence[Tensor], dim: int = 0) -> Sequence[Dim]:
+    """A new frozen dimension; the others unified."""
+    dims = list(trace.broadcast(tensors, tensors[0].shape))
+    dims.insert(dim % out.dim(), axes.axis(len(tensors), "index of a stack"))
+    return dims
+
+
+@rule(aten.split, aten.split_with_sizes, aten.chunk, aten.unsafe_split, aten.unsafe_chunk, aten.unsafe_split_with_sizes)
+def split(trace: Tracer, out: Sequence[Tensor], x: Tensor, sizes: Any, dim: int = 0) -> Sequence[Sequence[Dim]]:
+    """The axis is the sum of the pieces."""
+    dims = trace.dims(x)
+    pieces = axes.cut(dims[dim], [o.shape[dim] for o in out])
+    return [_replaced(dims, dim % x.dim(), piece) for piece in pieces]
+
+
+def _replaced(dims: Sequence[Dim], position: int, dim: Dim) -> list[Dim]:
+    out = list(dims)
+    out[position] = dim
+    return out
+
+
+@rule(aten.slice)
+def slice_(
+    trace: Tracer, out: Tensor, x: Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+) -> Sequence[Dim]:
+    """The middle of three pieces; with a step the axis is viewed as (piece, step), which needs a fixed step."""
+    dims, total, wanted = trace.dims(x), x.shape[dim], out.shape[dim]
+    dim %= x.dim()
+    start = 0 if start is None else min(max(start + total if start < 0 else start, 0), total)
+    if wanted == total:
+        return dims
+    if step == 1:
+        sizes = [start, wanted, total - start - wanted]
+        return _replaced(dims, dim, axes.cut(dims[dim], sizes)[1])
+    if total % step == 0 and start < step:
+        piece = axes.axis(total // step)
+        axes.unify(dims[dim], (*piece, *axes.axis(step, "strided slice")))
+        return _replaced(dims, dim, piece)
+    trace.freeze(dims[dim], "strided slice")
+    return _replaced(dims, dim, axes.axis(wanted, "strided slice"))
+
+
+@rule(aten.narrow)
+def narrow(trace: Tracer, out: Tensor, x: Tensor, dim: int, start: int, length: int) -> Sequence[Dim]:
+    """A slice by start and length."""
+    return slice_(trace, out, x, dim, start, start + length)
+
+
+@rule(aten.select)
+def select(trace: Tracer, out: Tensor, x: Tensor, dim: int, index: int) -> Sequence[Dim]:
+    """One element of an axis by number: the axis is fixed."""
+    dims = list(trace.dims(x))
+    trace.freeze(dims.pop(dim), "selected by index")
+    return dims
+
+
+@rule(aten.unbind)
+def unbind(trace: Tracer, out: Sequence[Tensor], x: Tensor, dim: int = 0) -> Sequence[Sequence[Dim]]:
+    """Every element of an axis by number."""
+    dims = select(trace, out[0], x, dim, 0)
+    return [dims for _ in out]
+
+
+@rule(aten.constant_pad_nd)
+def constant_pad_nd(trace: Tracer, out: Tensor, x: Tensor, padding: Sequence[int], *args: Any) -> Sequence[Dim]:
+    """Padding is a sum with frozen ends (the channel padding of a parameter-free shortcut); cropping is a slice."""
+    dims = list(trace.dims(x))
+    for j in range(len(padding) // 2):
+        before, after = padding[2 * j : 2 * j + 2]
+        i = x.dim() - 1 - j
+        if before < 0 or after < 0:
+            crop = [max(-before, 0), min(x.shape[i], x.shape[i] + min(before, 0) + min(after, 0)), max(-after, 0)]
+            dims[i] = axes.cut(dims[i], crop)[1]
+        if before > 0 or after > 0:
+            ends = [axes.axis(n, "padding") if n > 1 else (axes.Axis(n, ["padding"]),) for n in (before, after)]
+            dims[i] = axes.concat([part for part in (ends[0], dims[i], ends[1]) if axes.size(part)])
+    return dims
+
+
+@rule(aten.flip)
+def flip(trace: Tracer, out: Tensor, x: Tensor, positions: Sequence[int]) -> Sequence[Dim]:
+    """Reversed axes keep their size: element i no longer pairs with element i."""
+    for i in positions:
+        trace.freeze(trace.dims(x)[i], "reversed")
+    return trace.dims(x)
+
+
+@rule(aten.roll)
+def roll(trace: Tracer, out: Tensor, x: Tensor, shifts: Any, positions: Sequence[int] = ()) -> Sequence[Dim]:
+    """Rolled axes keep their size."""
+    for i in positions or range(x.dim()):
+        trace.freeze(trace.dims(x)[i], "rolled")
+    return trace.dims(x)
+
+
+@rule(aten.unfold)
+def unfold(trace: Tracer, out: Tensor, x: Tensor, dim: int, length: int, step: int) -> Sequence[Dim]:
+    """Windows along one axis, which is fixed."""
+    dims = list(trace.dims(x))
+    trace.freeze(dims[dim], "unfolded into windows")
+    dims[dim] = axes.axis(out.shape[dim], "windows")
+    return [*dims, axes.axis(length, "window")]
+
+
+@rule(aten.pixel_shuffle)
+def pixel_shuffle(trace: Tracer, out: Tensor, x: Tensor, factor: int) -> Sequence[Dim]:
+    """(C r r) H W -> C (H r) (W r)."""
+    *lead, c, h, w = trace.dims(x)
+    channels = axes.axis(x.shape[-3] // factor**2)
+    r, s = axes.axis(factor, "pixel shuffle"), axes.axis(factor, "pixel shuffle")
+    axes.unify(c, (*channels, *r, *s))
+    return [*lead, channels, (*h, *r), (*w, *s)]
+
+
+@rule(aten.pixel_unshuffle)
+def pixel_unshuffle(trace: Tracer, out: Tensor, x: Tensor, factor: int) -> Sequence[Dim]:
+    """C (H r) (W r) -> (C r r) H W."""
+    *lead, c, h, w = trace.dims(x)
+    r, s = axes.axis(factor, "pixel shuffle"), axes.axis(factor, "pixel shuffle")
+    new_h, new_w = (axes.axis(n, "spatial") for n in out.shape[-2:])
+    axes.unify(h, (*new_h, *r))
+    axes.unify(w, (*new_w, *s))
+    return [*lead, (*c, *r, *s), new_h, new_w]
+
+
+@rule(aten.channel_shuffle, aten.native_channel_shuffle)
+def channel_shuffle(trace: Tracer, out: Tensor, x: Tensor, groups: int) -> Sequence[Dim]:
+    """(g c) -> (c g)."""
+    dims = trace.dims(x)
+    g, c = axes.axis(groups), axes.axis(x.shape[1] // groups)
+    axes.unify(dims[1], (*g, *c))
+    return _replaced(dims, 1, (*c, *g))
+
+
+@rule(aten.new_zeros, aten.new_ones, aten.new_empty, aten.new_full, aten.new_empty_strided)
+def created(trace: Tracer, out: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Sequence[Dim]:
+    """A new tensor: its axes are free where Python sizes made it, since those will be equated with them."""
+    return [axes.axis(n, *([] if trace.making_sized else ["a constant"])) for n in out.shape]
+
+
+@rule(aten.as_strided, aten.as_strided_)
+def as_strided(trace: Tracer, out: Tensor, x: Tensor, sizes: Sequence[int], *args: Any) -> Sequence[Dim]:
+    """Another memory layout of the same shape (pooling in channels-last); anything else says nothing about axes."""
+    dims = trace.dims(x)
+    if list(sizes) != [axes.size(d) for d in dims]:
+        raise Conflict(f"as_strided of {[axes.size(d) for d in dims]} to {list(sizes)}")
+    return dims

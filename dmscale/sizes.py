@@ -1,0 +1,345 @@
+"""Python ints that remember where they came from, and the equations that say which axis they must match.
+
+Slicing weights is half of an export; `self.num_heads`, `groups` and split lists live in Python.  During a trace every
+int attribute of every module, and every size that `x.shape` returns, is a `SizedInt`: it behaves as the int it is and
+carries the expression that made it.  Where one arrives in `view`, `split`, a slice or `groups=`, the expression equals
+the size of an axis: an `Equation`.  `solve` turns the equations into values for the attributes, links between axes
+(`reshape(b, n, C)` with C from another tensor) and, where neither is possible, frozen axes.
+
+A literal is an expression too: `view(b, n, 8, 64)` says that the last axis is 64 for ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from . import axes
+from .axes import Axis, Dim
+from .polynomial import Inexact, Poly, Quotient
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """An int that a module holds: `key` is (name,), (name, index) in a tuple, or (config, name) in a settings object."""
+
+    module: str
+    key: tuple[str | int, ...]
+
+    def __str__(self) -> str:
+        path = f"{self.module}.{self.key[0]}" if self.module else str(self.key[0])
+        return path + "".join(f"[{k}]" if isinstance(k, int) else f".{k}" for k in self.key[1:])
+
+
+@dataclass(frozen=True)
+class Extent:
+    """The size of a dimension."""
+
+    dim: Dim
+
+
+@dataclass(frozen=True)
+class Operation:
+    """`left symbol right` for + - * //."""
+
+    symbol: str
+    left: Expression
+    right: Expression
+
+
+Expression = int | Attribute | Extent | Operation
+
+_OPERATIONS: dict[str, Callable[[Any, Any], Any]] = {
+    "+": lambda a, b: a + b,
+    "-": lambda a, b: a - b,
+    "*": lambda a, b: a * b,
+    "//": lambda a, b: a // b,
+}
+
+
+@dataclass(frozen=True)
+class Equation:
+    """`expression` must equal the size of `dim`; `where` names the operator and module that say so."""
+
+    expression: Expression
+    dim: Dim
+    where: str
+
+
+class _Listener:
+    """What `SizedInt` reports to while a trace runs: ints found equal, ints used as plain numbers."""
+
+    equal: Callable[[SizedInt, SizedInt], None] | None = None
+    escaped: Callable[[SizedInt, str], None] | None = None
+
+
+_listener = _Listener()
+
+
+@contextmanager
+def listening(equal: Callable[[SizedInt, SizedInt], None], escaped: Callable[[SizedInt, str], None]) -> Iterator[None]:
+    """Report comparisons and escapes of `SizedInt`s to a trace while the context lasts."""
+    before = _listener.equal, _listener.escaped
+    _listener.equal, _listener.escaped = equal, escaped
+    try:
+        yield
+    finally:
+        _listener.equal, _listener.escaped = before
+
+
+class SizedInt(int):
+    """An int with the expression that produced it; copies and pickles as a plain int."""
+
+    expression: Expression
+
+    def __new__(cls, value: int, expression: Expression) -> SizedInt:
+        self = super().__new__(cls, value)
+        self.expression = expression
+        return self
+
+    def __deepcopy__(self, memo: dict) -> int:
+        return int(self)
+
+    def __copy__(self) -> int:
+        return int(self)
+
+    def __reduce__(self) -> tuple:
+        return int, (int(self),)
+
+    def __neg__(self) -> SizedInt:
+        return SizedInt(-int(self), Operation("-", 0, self.expression))
+
+    def __eq__(self, other: object) -> bool:
+        same = int.__eq__(self, other) if isinstance(other, int) else NotImplemented
+        if same is True and isinstance(other, SizedInt) and _listener.equal:
+            # the branch that the model takes because two sizes are equal must stay the one it takes
+            _listener.equal(self, other)
+        return same
+
+    def __ne__(self, other: object) -> bool:
+        same = self.__eq__(other)
+        return same if same is NotImplemented else not same
+
+    __hash__ = int.__hash__
+
+    def _escape(self, how: str) -> None:
+        if _listener.escaped:
+            _listener.escaped(self, how)
+
+    def __float__(self) -> float:
+        self._escape("float()")
+        return float(int(self))
+
+    def __truediv__(self, other: Any) -> Any:
+        self._escape("division")
+        return int(self) / other
+
+    def __rtruediv__(self, other: Any) -> Any:
+        self._escape("division")
+        return other / int(self)
+
+    def __pow__(self, other: Any, mod: Any = None) -> Any:
+        self._escape("power")
+        return pow(int(self), other, mod)
+
+    def __rpow__(self, other: Any, mod: Any = None) -> Any:
+        self._escape("power")
+        return pow(other, int(self), mod)
+
+
+def expression_of(value: int) -> Expression:
+    """The expression of a `SizedInt`; a plain int is its own."""
+    return value.expression if isinstance(value, SizedInt) else int(value)
+
+
+def _arithmetic(symbol: str, reflected: bool) -> Callable[[SizedInt, Any], Any]:
+    apply = _OPERATIONS[symbol]
+    plain = {"+": "add", "-": "sub", "*": "mul", "//": "floordiv"}[symbol]
+    name = f"__{'r' if reflected else ''}{plain}__"
+
+    def method(self: SizedInt, other: Any) -> Any:
+        if not isinstance(other, int):
+            if isinstance(other, float):
+                self._escape(f"arithmetic with {other}")
+            return getattr(int(self), name)(other)
+        a, b = (other, self) if reflected else (self, other)
+        return SizedInt(apply(int(a), int(b)), Operation(symbol, expression_of(a), expression_of(b)))
+
+    method.__name__ = name
+    return method
+
+
+for _symbol, _name in {"+": "add", "-": "sub", "*": "mul", "//": "floordiv"}.items():
+    setattr(SizedInt, f"__{_name}__", _arithmetic(_symbol, False))
+    setattr(SizedInt, f"__r{_name}__", _arithmetic(_symbol, True))
+
+
+# -- solving ----------------------------------------------------------------------------------------------------------
+
+
+def extent(dim: Dim) -> Poly:
+    """The size of `dim` as a polynomial in its free atoms; frozen ones are constants."""
+    free = {a: Poly.variable(a) for a in axes.atoms(dim) if not a.reasons}
+    return Poly.of(axes.measure(dim, free, Poly.of(0)))
+
+
+class _Unknown(Exception):
+    pass
+
+
+def _evaluate(e: Expression, known: dict[Attribute, Quotient]) -> Quotient:
+    if isinstance(e, int):
+        return Quotient(e)
+    if isinstance(e, Extent):
+        return Quotient(extent(e.dim))
+    if isinstance(e, Attribute):
+        if e not in known:
+            raise _Unknown
+        return known[e]
+    left, right = _evaluate(e.left, known), _evaluate(e.right, known)
+    if e.symbol == "//" and _now(left) % _now(right):
+        raise Inexact  # rounded already at full size: what it would become is anyone's guess
+    return _OPERATIONS[e.symbol](left, right)
+
+
+def _now(q: Quotient) -> int:
+    """The value at full sizes."""
+    return q.evaluate({a: a.size for a in q.variables})  # type: ignore[attr-defined]
+
+
+def _solve_for_attribute(
+    e: Expression, value: Quotient, known: dict[Attribute, Quotient]
+) -> tuple[Attribute, Quotient] | None:
+    """The attribute, and its value, that makes `e` equal `value`; None where `e` has not exactly one unknown."""
+    while not isinstance(e, Attribute):
+        if not isinstance(e, Operation):
+            return None
+        left, right = _try(e.left, known), _try(e.right, known)
+        if right is not None and left is None:  # unknown op right = value
+            undo: dict[str, Callable[[], Quotient]] = {
+                "+": lambda v=value, r=right: v - r, "-": lambda v=value, r=right: v + r,
+                "*": lambda v=value, r=right: v // r, "//": lambda v=value, r=right: v * r,
+            }  # fmt: skip
+            value, e = undo[e.symbol](), e.left
+        elif left is not None and right is None:  # left op unknown = value
+            undo = {
+                "+": lambda v=value, q=left: v - q, "-": lambda v=value, q=left: q - v,
+                "*": lambda v=value, q=left: v // q, "//": lambda v=value, q=left: q // v,
+            }  # fmt: skip
+            value, e = undo[e.symbol](), e.right
+        else:
+            return None
+    return e, value
+
+
+def _try(e: Expression, known: dict[Attribute, Quotient]) -> Quotient | None:
+    try:
+        return _evaluate(e, known)
+    except _Unknown:
+        return None
+
+
+@dataclass
+class Solution:
+    """`attributes`: each solved attribute's value; `links`: sets of atoms that must keep the same share."""
+
+    attributes: dict[Attribute, Quotient]
+    links: list[set[Axis]]
+
+
+def solve(equations: list[Equation]) -> Solution:
+    """Solve size equations; freezes the atoms of those that have no solution, with the reason.
+
+    Equations between attributes and axes define the attributes.  What is left relates axes: `a * x = b * y` links x and
+    y, anything else freezes what it mentions.  Freezing turns variables into constants, so this repeats until stable.
+    """
+    while True:
+        before = {a for eq in equations for a in _free_atoms(eq)}
+        solution = _solve_once(equations)
+        if before == {a for eq in equations for a in _free_atoms(eq)}:
+            return solution
+
+
+def _free_atoms(eq: Equation) -> set[Axis]:
+    return {a for dim in (eq.dim, *_extents(eq.expression)) for a in axes.atoms(dim) if not a.reasons}
+
+
+def _extents(e: Expression) -> Iterator[Dim]:
+    if isinstance(e, Extent):
+        yield e.dim
+    elif isinstance(e, Operation):
+        yield from _extents(e.left)
+        yield from _extents(e.right)
+
+
+def attributes_of(e: Expression) -> Iterator[Attribute]:
+    """The attributes that an expression mentions."""
+    if isinstance(e, Attribute):
+        yield e
+    elif isinstance(e, Operation):
+        yield from attributes_of(e.left)
+        yield from attributes_of(e.right)
+
+
+def _solve_once(equations: list[Equation]) -> Solution:
+    known: dict[Attribute, Quotient] = {}
+    todo = list(dict.fromkeys(equations))
+    progress = True
+    while progress:  # plain `attribute = size` first, then attributes inside expressions of known ones
+        progress = False
+        for eq in todo:
+            try:
+                found = _solve_for_attribute(eq.expression, Quotient(extent(eq.dim)), known)
+            except Inexact:
+                continue
+            if found and found[0] not in known:
+                known[found[0]] = found[1]
+                progress = True
+    links: list[set[Axis]] = []
+    for eq in todo:
+        try:
+            difference = (_evaluate(eq.expression, known) - Quotient(extent(eq.dim))).numerator
+        except (Inexact, _Unknown):
+            _freeze_equation(eq, known, f"a size computed in {eq.where} cannot follow it")
+            continue
+        if not difference.terms:
+            continue
+        pair = _proportional(difference)
+        if pair is None:
+            _freeze_equation(eq, known, f"its size is fixed in {eq.where}")
+        else:
+            joined = set(pair)
+            for group in [g for g in links if g & joined]:
+                links.remove(group)
+                joined |= group
+            links.append(joined)
+    return Solution(known, links)
+
+
+def _proportional(difference: Poly) -> tuple[Axis, Axis] | None:
+    """(x, y) where `difference = 0` says a * x = b * y with positive a and b."""
+    if len(difference.terms) != 2:
+        return None
+    (m, c), (n, d) = difference.terms.items()
+    common = [v for v in m if v in n]
+    m, n = tuple(v for v in m if v not in common), tuple(v for v in n if v not in common)
+    if len(m) != 1 or len(n) != 1 or (c > 0) == (d > 0):
+        return None
+    x, y = m[0], n[0]
+    assert isinstance(x, Axis) and isinstance(y, Axis)
+    return (x, y) if abs(c) * x.size == abs(d) * y.size else None
+
+
+def _freeze_equation(eq: Equation, known: dict[Attribute, Quotient], reason: str) -> None:
+    mentioned = _free_atoms(eq)
+    for attribute in attributes_of(eq.expression):
+        if attribute in known:
+            mentioned |= {a for a in known[attribute].variables if isinstance(a, Axis)}
+    # heads * head_dim = width: fixing head_dim, the innermost, leaves a link between the other two
+    product = axes.factors(eq.dim)
+    if len(mentioned) > 2 and len(product) > 1 and product[-1].is_atom and product[-1] in mentioned:
+        mentioned = {product[-1]}
+    for a in mentioned:
+        axes.freeze((a,), reason)

@@ -1,0 +1,552 @@
+"""The search space of a model: what can shrink, what cannot and why, and every sub-network in between."""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+import math
+import random
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from . import axes, blocks, budget, certify, export, gates, naming, tracing
+from .axes import Axis
+from .cost import METRICS, Cost, CostModel, product
+from .errors import DmscaleError, ExportError
+from .polynomial import Poly
+from .sizes import Solution, extent, solve
+from .structure import Structure
+
+TOLERANCE = 1e-4
+"""Largest relative error of an exported model against the gated one, in float32."""
+
+
+@dataclass(frozen=True, eq=False)
+class Dimension:
+    """One number of the network that can be chosen.
+
+    name: after what a user recognises, `layer3.0.conv1`, `blocks.4.attn heads`, `blocks depth`.
+    kind: 'width', 'heads' or 'depth'.
+    size: number of elements; what a structure keeps of it is between `minimum` and `size`.
+    multiple: a structure keeps a multiple of this many elements (or all).
+    axes: the axes behind a width, the dimension's own first; linked ones keep the same share, each its own elements.
+    members: a name for each axis.
+    """
+
+    name: str
+    kind: str
+    size: int
+    minimum: int = 1
+    multiple: int = 1
+    axes: tuple[Axis, ...] = ()
+    members: tuple[str, ...] = ()
+
+    def allowed(self, size: float) -> int:
+        """The size nearest to `size` that the dimension may have."""
+        if size >= self.size:
+            return self.size
+        step = self.multiple
+        rounded = int(size / step + 0.5) * step
+        return min(max(rounded, self.lowest), self.size)
+
+    @property
+    def lowest(self) -> int:
+        """The smallest size that it may have."""
+        step = self.multiple
+        return min(-(-self.minimum // step) * step, self.size)
+
+    def count(self, axis_size: int, size: int) -> int:
+        """How many elements of an axis of `axis_size` are kept when the dimension keeps `size`."""
+        return axis_size * size // self.size
+
+
+@dataclass
+class _Resolved:
+    """What remains free once gates are planned and size equations solved."""
+
+    solution: Solution
+    sites: gates.Sites
+    stacks: list[blocks.Blocks]
+
+
+class SearchSpace:
+    """What `trace` returns.  `dimensions`, `frozen`, and the operations on structures.
+
+    A space holds the model it was traced from and the example inputs; it never changes either.
+    """
+
+    dimensions: dict[str, Dimension]
+    frozen: dict[str, str]
+
+    def __init__(self, model: nn.Module, example_inputs: Any, trace: tracing.Trace, options: Options):
+        self.model = model
+        self.example_inputs = example_inputs
+        self.trace = trace
+        self.options = options
+        self._rebuild()
+
+    # -- building -----------------------------------------------------------------------------------------------------
+
+    def _rebuild(self) -> None:
+        """Derive everything from the trace and from what is frozen by now."""
+        resolved = _resolve(self.trace, self.model, self.options)
+        self.stacks = {s.name: s for s in resolved.stacks}
+        self.sites, self.attributes = resolved.sites, resolved.solution.attributes
+        self.dimensions, self.frozen = _dimensions(self.trace, resolved, self.options)
+        self.__dict__.pop("costs", None)
+        self.__dict__.pop("shares", None)
+
+    def freeze(self, names: Iterable[str], reason: str) -> None:
+        """Take dimensions out of the space."""
+        for name in names:
+            dimension = self.dimensions[name]
+            if dimension.kind == "depth":
+                self.options.no_depth[name] = reason
+            for a in dimension.axes:
+                axes.freeze((a,), reason)
+        self._rebuild()
+
+    @functools.cached_property
+    def costs(self) -> CostModel:
+        """The cost polynomials over `variables`."""
+        return _cost_model(self)
+
+    @property
+    def variables(self) -> list[Hashable]:
+        """What the cost polynomials are in: the free axes, then (stack, i) for each removable block."""
+        return [a for d in self.dimensions.values() for a in d.axes] + [
+            (s.name, i) for s in self.stacks.values() for i in range(len(s.paths))
+        ]
+
+    # -- structures ---------------------------------------------------------------------------------------------------
+
+    def full(self) -> Structure:
+        """The structure that keeps everything."""
+        return self.structure({})
+
+    def structure(
+        self, sizes: Mapping[str, float], scores: Mapping[str, Tensor | Sequence[float]] | None = None
+    ) -> Structure:
+        """A structure of given sizes.
+
+        Args:
+            sizes: dimension -> number of elements, rounded to what the dimension allows; those not named stay full.
+            scores: member name -> one score an element; the highest are kept.  By default the first elements are.
+        Raises:
+            DmscaleError: a name is no dimension of this space.
+        """
+        unknown = [n for n in sizes if n not in self.dimensions]
+        if unknown:
+            raise DmscaleError(f"{unknown[0]!r} is no dimension of this space{_did_you_mean(unknown[0], self.dimensions)}")
+        chosen = {n: d.allowed(sizes.get(n, d.size)) for n, d in self.dimensions.items()}
+        kept: dict[str, tuple[int, ...]] = {}
+        for name, d in self.dimensions.items():
+            for member, total in self._members(d):
+                score = None if scores is None else scores.get(member)
+                kept[member] = _best(total, d.count(total, chosen[name]), score)
+        return Structure(chosen, kept, {n: d.size for n, d in self.dimensions.items()})
+
+    def _members(self, d: Dimension) -> list[tuple[str, int]]:
+        """(name, elements) of every axis of a dimension, or of a stack of blocks."""
+        return [(d.name, d.size)] if d.kind == "depth" else [(m, a.size) for m, a in zip(d.members, d.axes)]
+
+    def uniform(self, share: float, depth: bool = False) -> Structure:
+        """Every width and the heads at `share`, in (0, 1]; the strongest elements by weight magnitude stay.
+
+        Args:
+            share: kept share of each dimension, rounded to whole elements, at least the minimum.
+            depth: whether stacks of blocks are scaled too.
+        """
+        if not 0 < share <= 1:
+            raise DmscaleError(f"share {share} is not in (0, 1]")
+        sizes = {n: share * d.size for n, d in self.dimensions.items() if depth or d.kind != "depth"}
+        return self.structure(sizes, self.magnitudes())
+
+    def sample(self, seed: int = 0) -> Structure:
+        """A random structure: every size uniform between the minimum and all, the elements at random."""
+        rng = random.Random(seed)
+        sizes, scores = {}, {}
+        for name, d in self.dimensions.items():
+            sizes[name] = rng.randint(d.lowest, d.size)
+            for member, total in self._members(d):
+                scores[member] = [rng.random() for _ in range(total)]
+        return self.structure(sizes, scores)
+
+    def fit(self, structure: Structure, target: Any, scores: Mapping[str, Any] | None = None) -> Structure:
+        """The structure nearest to `structure` that meets a budget: every constraint holds, none is wasted.
+
+        Args:
+            structure: where to start from.
+            target: a budget, as in `Search`.
+            scores: member -> score an element: which ones go first, and which come back; magnitudes by default.
+        Raises:
+            BudgetError: the budget is misspelt or out of reach.
+        """
+        return budget.fit(self, structure, budget.parse(target, self), scores or self.magnitudes(), keep=structure)
+
+    def uniform_at(self, target: Any, depth: bool = False) -> Structure:
+        """Uniform scaling to a budget, exactly met: the field's plainest baseline."""
+        wanted = budget.parse(target, self)
+        low, high = 0.0, 1.0
+        for _ in range(30):
+            middle = (low + high) / 2
+            fits = budget.satisfied(self.cost(self.uniform(max(middle, 1e-9), depth)), wanted)
+            low, high = (middle, high) if fits else (low, middle)
+        return budget.fit(self, self.uniform(max(low, 1e-9), depth), wanted, self.magnitudes(), keep=None)
+
+    def sample_at(self, target: Any, seed: int = 0) -> Structure:
+        """A random structure brought to a budget: sizes drawn around the uniform one, then exactly fitted."""
+        rng = random.Random(seed)
+        wanted = budget.parse(target, self)
+        base = self.uniform_at(target)
+        sizes = {n: base.sizes[n] * rng.uniform(0.4, 1.6) for n in self.dimensions}
+        scores = {m: [rng.random() for _ in range(t)] for d in self.dimensions.values() for m, t in self._members(d)}
+        return budget.fit(self, self.structure(sizes, scores), wanted, scores, keep=None)
+
+    def magnitudes(self) -> dict[str, Tensor]:
+        """Member -> the L2 norm of all weights at each of its elements: a score without data."""
+        tensors = dict(self.model.named_parameters())
+        scores: dict[str, Tensor] = {}
+        index = {a: (m, a.size) for d in self.dimensions.values() for m, a in zip(d.members, d.axes)}
+        for name, dims in self.trace.slots.items():
+            t = tensors.get(name)
+            if t is None or t.is_meta:
+                continue
+            square = t.detach().float().square()
+            for position, dim in enumerate(dims):
+                inside = [a for a in axes.atoms(dim) if a in index]
+                if not inside:
+                    continue
+                along = square.sum([i for i in range(t.dim()) if i != position]).cpu() if t.dim() > 1 else square.cpu()
+                for a in inside:
+                    member, size = index[a]
+                    at = axes.kept(dim, {a: torch.arange(1, size + 1)})  # which element each position belongs to
+                    total = torch.zeros(size).index_add_(0, (at - 1).clamp(min=0), along * (at > 0))
+                    scores[member] = scores.get(member, torch.zeros(size)) + total
+        for stack in self.stacks.values():
+            scores[stack.name] = torch.tensor(
+                [sum(float(p.detach().float().square().sum()) for p in self.model.get_submodule(path).parameters())
+                 if not any(p.is_meta for p in self.model.get_submodule(path).parameters()) else 0.0
+                 for path in stack.paths]
+            )  # fmt: skip
+        return {m: s.sqrt() for m, s in scores.items()}
+
+    # -- cost ---------------------------------------------------------------------------------------------------------
+
+    def cost(self, structure: Structure | None = None) -> Cost:
+        """The exact cost of a structure, of the full model without one: what a count on the exported model gives."""
+        return self.costs.exact(self.vector(structure or self.full()))
+
+    def vector(self, structure: Structure) -> np.ndarray:
+        """The values of `variables` at a structure, (V,) of int64."""
+        values: list[int] = []
+        for d in self.dimensions.values():
+            values += [d.count(a.size, structure.sizes[d.name]) for a in d.axes]
+        for s in self.stacks.values():
+            kept = set(structure.kept[s.name])
+            values += [int(i in kept) for i in range(len(s.paths))]
+        return np.array(values, dtype=np.int64)
+
+    def cost_of_many(self, structures: Sequence[Structure], metric: str = "macs") -> np.ndarray:
+        """One metric of many structures, (S,) of int64."""
+        return self.costs.many(np.stack([self.vector(s) for s in structures]), metric)
+
+    @functools.cached_property
+    def shares(self) -> dict[str, dict[str, float]]:
+        """Dimension -> the share of MACs and of parameters that goes when only its minimum is kept."""
+        names = list(self.dimensions)
+        rows = np.stack([self.vector(self.structure({n: self.dimensions[n].lowest})) for n in names] or [self.vector(self.full())])
+        out: dict[str, dict[str, float]] = {n: {} for n in names}
+        for metric in ("macs", "params"):
+            whole = max(self.cost()[metric], 1)
+            for n, value in zip(names, self.costs.many(rows, metric)):
+                out[n][metric] = 1 - int(value) / whole
+        return out
+
+    # -- models -------------------------------------------------------------------------------------------------------
+
+    def gate(self, structure: Structure) -> nn.Module:
+        """The full-size model with everything outside `structure` masked, sharing the user's parameters."""
+        return self._gate(self.model, structure)
+
+    def _gate(self, model: nn.Module, structure: Structure) -> nn.Module:
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        widths = {a: _indicator(a.size, k, device) for a, k in self.widths_of(structure).items()}
+        depths = {n: _indicator(len(s.paths), structure.kept[n], device) for n, s in self.stacks.items()}
+        return gates.attach(model, self.sites, widths, depths)
+
+    def widths_of(self, structure: Structure) -> dict[Axis, tuple[int, ...]]:
+        """Free axis -> indices kept."""
+        return {a: structure.kept[m] for d in self.dimensions.values() for m, a in zip(d.members, d.axes)}
+
+    def build(self, structure: Structure, model: nn.Module | None = None) -> nn.Module:
+        """The plain smaller model, not verified (`export` verifies)."""
+        self._check_structure(structure)
+        return export.build(
+            model or self.model, self.trace.slots, self.attributes, self.stacks, self.widths_of(structure),
+            {n: structure.kept[n] for n in self.stacks},
+        )  # fmt: skip
+
+    def export(self, structure: Structure, verify: bool = True) -> nn.Module:
+        """A plain, smaller model of the user's class, proven equal to the gated one on the example inputs.
+
+        Raises:
+            ExportError: the exported model fails or differs; the space and the user's model stay usable.
+        """
+        small = self.build(structure)
+        if verify and not any(p.is_meta for p in self.model.parameters()):
+            error = certify.compare(self.gate(structure), small, self.example_inputs)
+            tolerance = certify.tolerance(self.model)
+            if not error <= tolerance:
+                raise ExportError(
+                    f"the exported {type(self.model).__name__} differs from the gated one by {error:.1e} (relative; allowed "
+                    f"{tolerance:.0e}). Please report it; space.freeze([...], 'reason') takes dimensions out meanwhile."
+                )
+        return small
+
+    def _check_structure(self, structure: Structure) -> None:
+        missing = [n for n in self.dimensions if n not in structure.sizes]
+        extra = [n for n in structure.sizes if n not in self.dimensions]
+        if missing or extra:
+            raise ExportError(
+                "the structure is of another space: "
+                + "; ".join(([f"it lacks {missing[:3]}"] if missing else []) + ([f"it has {extra[:3]}"] if extra else []))
+            )
+
+    # -- showing ------------------------------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything that the printed table says, for machines."""
+        return {
+            "model": type(self.model).__name__,
+            "cost": {m: self.cost()[m] for m in METRICS} | {"uncounted": list(self.costs.uncounted)},
+            "dimensions": {
+                n: {"kind": d.kind, "size": d.size, "minimum": d.lowest, "multiple": d.multiple, **self.shares[n]}
+                for n, d in self.dimensions.items()
+            },
+            "frozen": dict(self.frozen),
+        }
+
+    def __rich__(self) -> Any:
+        from .tables import space_table
+
+        return space_table(self)
+
+    def __str__(self) -> str:
+        from .tables import to_text
+
+        return to_text(self.__rich__())
+
+    def __repr__(self) -> str:
+        return f"<SearchSpace of {type(self.model).__name__}: {len(self.dimensions)} dimensions, {len(self.frozen)} frozen>"
+
+
+@dataclass
+class Options:
+    """What a user asked of a trace: globs, and bounds by glob."""
+
+    freeze: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
+    minimum: dict[str, int] = field(default_factory=dict)
+    multiple: dict[str, int] = field(default_factory=dict)
+    no_depth: dict[str, str] = field(default_factory=dict)  # stacks taken out -> reason
+
+    def refuses(self, name: str) -> str | None:
+        """Why the user does not want dimension `name`, if so."""
+        if any(fnmatch.fnmatchcase(name, g) for g in self.freeze):
+            return "frozen by freeze="
+        if self.only and not any(fnmatch.fnmatchcase(name, g) for g in self.only):
+            return "not named in only="
+        return None
+
+
+def trace(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    freeze: str | Sequence[str] = (),
+    only: str | Sequence[str] = (),
+    minimum: int | Mapping[str, int] = 1,
+    multiple: int | Mapping[str, int] = 1,
+    verify: bool = True,
+) -> SearchSpace:
+    """Find everything in `model` that can be made narrower or shallower.
+
+    The model runs once on a copy without elements; then half of every dimension found is exported and compared with the
+    gated model, and what fails that trial is frozen with the reason.
+
+        >>> model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))
+        >>> space = trace(model, torch.randn(2, 8))
+        >>> {name: d.size for name, d in space.dimensions.items()}
+        {'0': 32}
+
+    Args:
+        model: any module; it is left as it is.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments, on the model's device.  Costs are
+            those of one forward on them.
+        freeze: globs of dimensions to leave alone.
+        only: globs of the dimensions to offer; all by default.
+        minimum: fewest elements to keep, for all widths and heads or by glob.
+        multiple: keep multiples of this many elements (or all), for all widths or by glob.
+        verify: whether to run the trial; without it an export is still verified.
+    Raises:
+        TraceError: the model does not run on the example inputs.
+        DmscaleError: a glob matches nothing.
+    """
+    tuples = [(g,) if isinstance(g, str) else tuple(g) for g in (freeze, only)]
+    options = Options(*tuples, _by_glob(minimum), _by_glob(multiple))
+    space = SearchSpace(model, example_inputs, tracing.read(model, example_inputs), options)
+    _check_globs(space)
+    if verify and space.dimensions and not any(p.is_meta for p in model.parameters()):
+        certify.certify(space)
+    return space
+
+
+def _by_glob(bound: int | Mapping[str, int]) -> dict[str, int]:
+    return {"*": bound} if isinstance(bound, int) else dict(bound)
+
+
+def _check_globs(space: SearchSpace) -> None:
+    names = [*space.dimensions, *space.frozen]
+    for argument in ("freeze", "only"):
+        for glob in getattr(space.options, argument):
+            if not any(fnmatch.fnmatchcase(n, glob) for n in names):
+                raise DmscaleError(f"{argument}={glob!r} matches no dimension{_did_you_mean(glob, names)}")
+
+
+def _did_you_mean(name: str, names: Iterable[str]) -> str:
+    import difflib
+
+    close = difflib.get_close_matches(name, list(names), 3, 0.4)
+    return f"; did you mean {', '.join(map(repr, close))}?" if close else ""
+
+
+# -- resolving: trace -> dimensions -----------------------------------------------------------------------------------
+
+
+def _resolve(trace: tracing.Trace, model: nn.Module, options: Options) -> _Resolved:
+    """Plan gates and solve size equations until neither freezes anything more."""
+    parameters = [dim for dims in trace.slots.values() for dim in dims]
+    while True:
+        before = _count_free(parameters)
+        stacks = [s for s in blocks.find(model, trace.record) if s.name not in options.no_depth]
+        stacks = [s for s in stacks if not options.refuses(s.name)]
+        sites = gates.plan(trace, stacks)
+        solution = solve(trace.record.equations)
+        names = naming.name_axes(trace)
+        for a, name in names.items():
+            reason = options.refuses(name)
+            if reason and not a.reasons:
+                axes.freeze((a,), reason)
+        if _count_free(parameters) == before:
+            return _Resolved(solution, sites, stacks)
+
+
+def _count_free(dims: Iterable[axes.Dim]) -> int:
+    return len({a for dim in dims for a in axes.atoms(dim) if not a.reasons})
+
+
+def _dimensions(
+    trace: tracing.Trace, resolved: _Resolved, options: Options
+) -> tuple[dict[str, Dimension], dict[str, str]]:
+    names = naming.name_axes(trace)
+    heads = {a for dim in trace.record.batched for a in axes.atoms(dim)}
+    groups = _groups([a for a in names if not a.reasons], resolved.solution.links)
+    dimensions: dict[str, Dimension] = {}
+    for group in groups:
+        group = sorted(group, key=lambda a: (names[a].count("."), a.size))  # the widest scope names the dimension
+        name, size = names[group[0]], group[0].size
+        kind = "heads" if any(a in heads for a in group) else "width"
+        step = size // math.gcd(*(a.size for a in group))  # so that every linked axis keeps whole elements
+        wanted = _bound(options.multiple, name, 1) if kind == "width" else 1
+        dimensions[name] = Dimension(
+            name, kind, size, _bound(options.minimum, name, 1), math.lcm(step, wanted),
+            tuple(group), tuple(names[a] for a in group),
+        )  # fmt: skip
+    for stack in resolved.stacks:
+        dimensions[stack.name] = Dimension(stack.name, "depth", len(stack.paths), stack.minimum)
+    frozen = {names[a]: "; ".join(list(a.reasons)[:2]) for a in names if a.reasons} | options.no_depth
+    return dimensions, frozen
+
+
+def _bound(bounds: Mapping[str, int], name: str, default: int) -> int:
+    found = [n for glob, n in bounds.items() if fnmatch.fnmatchcase(name, glob)]
+    return found[-1] if found else default
+
+
+def _groups(free: list[Axis], links: list[set[Axis]]) -> list[list[Axis]]:
+    """Free axes, those linked together, in the order in which they were made."""
+    group_of = {id(a): i for i, link in enumerate(links) for a in link}
+    out: dict[Any, list[Axis]] = {}
+    for a in free:
+        out.setdefault(group_of.get(id(a), a), []).append(a)
+    return list(out.values())
+
+
+def _cost_model(space: SearchSpace) -> CostModel:
+    record = space.trace.record
+    inside = _block_finder(space)
+    free = {a for d in space.dimensions.values() for a in d.axes}
+    totals: dict[str, dict[Any, int]] = {m: {} for m in METRICS}
+
+    def add(metric: str, dims: Sequence[axes.Dim], gate: tuple[Hashable, ...], weight: int) -> None:
+        poly = product([_extent(dim, free) for dim in dims] + [Poly.variable(g) for g in gate])
+        terms = totals[metric]
+        for monomial, coefficient in poly.terms.items():
+            terms[monomial] = terms.get(monomial, 0) + coefficient * weight
+
+    for term in record.terms:
+        add("macs", term.dims, inside(term.op), 1)
+    for op, element, dims in record.activations:
+        add("activations", dims, inside(op), element)
+    parameters = dict(space.model.named_parameters(remove_duplicate=False))
+    for name, dims in space.trace.slots.items():
+        if name in parameters:
+            owners = [name, *(n for n, first in space.trace.aliases.items() if first == name)]
+            gate = _block_of_parameters(space, owners)
+            add("params", dims, gate, 1)
+            add("bytes", dims, gate, parameters[name].element_size())
+    uncounted = [f"{op} in {path or 'the model'}" for op, paths in record.uncounted.items() for path in paths]
+    return CostModel(space.variables, {m: Poly(t) for m, t in totals.items()}, uncounted)
+
+
+def _extent(dim: axes.Dim, free: set[Axis]) -> Poly:
+    return extent(dim) if any(a in free for a in axes.atoms(dim)) else Poly.of(axes.size(dim))
+
+
+def _block_finder(space: SearchSpace) -> Callable[[int], tuple[Hashable, ...]]:
+    gates_at: dict[int, tuple[Hashable, ...]] = {}
+    for stack in space.stacks.values():
+        for i, (start, end) in enumerate(stack.ranges):
+            for op in range(start + 1, end + 1):
+                gates_at[op] = ((stack.name, i),)
+    return lambda op: gates_at.get(op, ())
+
+
+def _block_of_parameters(space: SearchSpace, names: Sequence[str]) -> tuple[Hashable, ...]:
+    for stack in space.stacks.values():
+        for i, path in enumerate(stack.paths):
+            if all(n.startswith(path + ".") for n in names):
+                return ((stack.name, i),)
+    return ()
+
+
+def _best(total: int, wanted: int, score: Any) -> tuple[int, ...]:
+    """Indices of the `wanted` highest of `total` scores, ascending; ties go to the first."""
+    if wanted >= total:
+        return tuple(range(total))
+    if score is None:
+        return tuple(range(wanted))
+    order = np.argsort(-np.asarray(score, dtype=np.float64), kind="stable")
+    return tuple(sorted(int(i) for i in order[:wanted]))
+
+
+def _indicator(size: int, kept: Sequence[int], device: torch.device) -> Tensor:
+    mask = torch.zeros(size, device=device)
+    mask[list(kept)] = 1
+    return mask

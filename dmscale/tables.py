@@ -1,0 +1,58 @@
+"""Tables that one wants to read."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from .space import SearchSpace
+
+
+def number(n: float, unit: str = "") -> str:
+    """`n` with three digits and a decimal prefix: 4.09 G."""
+    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(n) >= factor:
+            return f"{n / factor:.3g} {prefix}{unit}"
+    return f"{n:.3g} {unit}".strip()
+
+
+def space_table(space: SearchSpace) -> Group:
+    """Every dimension with its size and what of the cost depends on it; every frozen one with the reason."""
+    cost = space.cost()
+    dimensions = Table(box=box.SIMPLE, title_justify="left", title_style="bold", title="What can shrink")
+    for header, justify in (("dimension", "left"), ("kind", "left"), ("size", "right"), ("MACs", "right"), ("params", "right")):
+        dimensions.add_column(header, justify=justify, no_wrap=header == "dimension")  # type: ignore[arg-type]
+    for name, d in space.dimensions.items():
+        share = space.shares[name]
+        size = f"{d.size}" if d.multiple == 1 else f"{d.size} by {d.multiple}"
+        dimensions.add_row(name, d.kind, size, f"{share['macs']:.1%}", f"{share['params']:.1%}")
+    parts: list[Any] = [
+        Text(
+            f"{type(space.model).__name__}: {number(cost.macs)} MACs, {number(cost.params)} parameters, "
+            f"{len(space.dimensions)} dimensions, {len(space.frozen)} frozen"
+        ),
+        dimensions,
+    ]
+    if space.frozen:
+        frozen = Table(box=box.SIMPLE, title_justify="left", title_style="bold", title="What cannot, and why")
+        frozen.add_column("axis", no_wrap=True)
+        frozen.add_column("reason")
+        for name, reason in space.frozen.items():
+            frozen.add_row(name, reason)
+        parts.append(frozen)
+    if space.costs.uncounted:
+        parts.append(Text("MACs not counted: " + ", ".join(space.costs.uncounted)))
+    return Group(*parts)
+
+
+def to_text(renderable: Any, width: int = 120) -> str:
+    """A rich renderable as plain text."""
+    console = Console(file=io.StringIO(), width=width, color_system=None)
+    console.print(renderable)
+    return console.file.getvalue().rstrip()  # type: ignore[attr-defined]

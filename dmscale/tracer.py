@@ -1,0 +1,432 @@
+"""The dispatch mode that infers axes: it sees every ATen operator that runs and applies that operator's rule.
+
+`Tracer` knows operators and tensors, not models (`tracing.py` brings the model to it), so it can be tried on any function:
+
+    with Tracer() as tracer:
+        x = tracer.watch(torch.ones(2, 8), "x")
+        y = x.view(2, 4, 2).flatten()
+    tracer.dims(y)
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from . import axes
+from .axes import Axis, Conflict, Dim
+from .rules import RULES
+from .sizes import Equation, Expression, Extent, Operation, SizedInt, expression_of, listening
+
+aten = torch.ops.aten
+Tensor = torch.Tensor
+
+
+@dataclass(eq=False)
+class Value:
+    """What is known of one tensor.
+
+    dims: its dimensions as axes.
+    params: names of the parameters that it was made of since the last contraction.
+    data: whether it depends on the model's input (a weight does not).
+    origin: equal for tensors that hold the same elements (views, copies, casts).
+    square: origin of the tensor that it is the square of.
+    """
+
+    dims: tuple[Dim, ...]
+    params: frozenset[str] = frozenset()
+    data: bool = False
+    origin: int = 0
+    square: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Term:
+    """One contraction: the product of the sizes of `dims` is its number of MACs."""
+
+    op: int
+    path: str
+    operator: str
+    dims: tuple[Dim, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Contraction:
+    """`dim` was summed over by the operator number `op` in module `path`.
+
+    operands: the tensors that met there, each with its own dimension that was summed over.
+    """
+
+    op: int
+    path: str
+    operator: str
+    dim: Dim
+    operands: tuple[tuple[Value, Dim], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Normalisation:
+    """The result depends on the number of elements of `dims` (mean, variance, softmax ...), `kind` says how."""
+
+    op: int
+    path: str
+    operator: str
+    kind: str
+    dims: tuple[Dim, ...]
+    source: Value
+    weight: str | None = None
+    bias: str | None = None
+    group: Dim = ()
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of a module: operators `start` to `end`, its first tensor in and out."""
+
+    path: str
+    start: int
+    source: Value | None
+    source_dtype: torch.dtype | None
+    end: int = 0
+    result: Value | None = None
+    result_dtype: torch.dtype | None = None
+    passes_the_rest: bool = True  # other outputs are inputs handed on, so that the call can be left out
+
+
+@dataclass
+class Record:
+    """Everything that a trace notes beside the axes themselves."""
+
+    terms: list[Term] = field(default_factory=list)
+    contractions: list[Contraction] = field(default_factory=list)
+    normalisations: list[Normalisation] = field(default_factory=list)
+    produced: list[tuple[int, str, Dim]] = field(default_factory=list)  # op, module, axes that a weight made
+    batched: list[Dim] = field(default_factory=list)
+    equations: list[Equation] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
+    additions: list[tuple[int, frozenset[int]]] = field(default_factory=list)
+    activations: list[tuple[int, int, tuple[Dim, ...]]] = field(default_factory=list)  # op, bytes an element, dims
+    unknown: dict[str, dict[str, None]] = field(default_factory=dict)  # operator without a rule -> module paths
+    uncounted: dict[str, dict[str, None]] = field(default_factory=dict)  # operators whose MACs are not known
+    conflicts: list[str] = field(default_factory=list)
+    operators: dict[str, int] = field(default_factory=dict)
+    by_products: dict[str, tuple[Dim, ...]] = field(default_factory=dict)  # outputs whose axes may shrink
+    read: set[str] = field(default_factory=set)  # parameters that some operator took
+
+
+# Results that hold the very elements of their first argument: a residual branch may add such a copy.
+_SAME_ELEMENTS = {
+    op: None
+    for packet in (
+        aten.alias, aten.detach, aten.clone, aten._to_copy, aten.view, aten._unsafe_view, aten.permute, aten.transpose,
+        aten.squeeze, aten.unsqueeze, aten.lift_fresh, aten.t, aten._reshape_alias,
+    )
+    for op in (getattr(packet, name) for name in packet.overloads())
+}  # fmt: skip
+_VIEWS = {*_SAME_ELEMENTS, *(getattr(p, n) for p in (
+    aten.expand, aten.split, aten.split_with_sizes, aten.slice, aten.select, aten.unbind, aten.chunk) for n in p.overloads()
+)}  # fmt: skip
+_POINTWISE = [
+    aten.copy_, aten.where, aten.masked_fill, aten.masked_fill_, aten.native_dropout, aten.fill_, aten.lerp,
+    aten.addcmul, aten.addcdiv, aten.floor_divide, aten.zero_, aten.bernoulli_, aten.normal_, aten.uniform_,
+    aten._softmax_backward_data, aten.rsub, aten.add_, aten.isin, aten.heaviside, aten.bucketize, aten.rrelu_with_noise,
+    aten.prelu, aten._prelu_kernel, aten.hardswish_, aten.hardswish, aten.complex, aten.polar, aten.fake_quantize_per_tensor_affine,
+]  # fmt: skip
+POINTWISE = {getattr(packet, name) for packet in _POINTWISE for name in packet.overloads()}
+_NEVER_COUNTED = ("mkldnn_rnn", "lstm", "gru", "_cudnn_rnn", "rnn_tanh", "rnn_relu", "scaled_dot_product", "_flash")
+_NAME = "_dmscale_value"
+
+
+class Tracer(TorchDispatchMode):
+    """Runs operators and infers the axes of their results.
+
+    On meta tensors, `meta=True`, real constants that meet a meta tensor are replaced by meta ones for the call.
+    """
+
+    def __init__(self, meta: bool = False):
+        super().__init__()
+        self.record = Record()
+        self.meta = meta
+        self.op = 0
+        self.path = ""  # of the innermost module that runs
+        self.making_sized = False  # a factory is being called with sizes that `arrivals` will equate
+        self._adopted: dict[int, tuple[Tensor, Value]] = {}
+        self._names: dict[str, Value] = {}
+        self._contracting = False
+        self._square: int | None = None
+        self._operator = ""
+        self._origins = 0
+        self._listening: contextlib.AbstractContextManager | None = None
+
+    # -- tensors ------------------------------------------------------------------------------------------------------
+
+    def watch(self, tensor: Tensor, name: str | None = None, frozen: str = "", data: bool = False) -> Tensor:
+        """Give `tensor` axes of its own; `name` makes it a parameter, `frozen` fixes its axes for that reason."""
+        dims = tuple(axes.axis(n, *([frozen] if frozen else [])) for n in tensor.shape)
+        params = frozenset([name]) if name else frozenset()
+        value = Value(dims, params, data, self._new_origin())
+        setattr(tensor, _NAME, value)
+        if name:
+            self._names[name] = value
+        return tensor
+
+    def value(self, tensor: Tensor) -> Value:
+        """What is known of `tensor`; one never seen is a constant, and its axes are frozen."""
+        value = tensor.__dict__.get(_NAME)
+        if value is None and (found := self._adopted.get(id(tensor))):
+            value = found[1]
+        if value is None:
+            value = Value(tuple(axes.axis(n, "a constant") for n in tensor.shape), origin=self._new_origin())
+            self._adopted[id(tensor)] = (tensor, value)
+        return value
+
+    def dims(self, tensor: Tensor) -> tuple[Dim, ...]:
+        """The dimensions of `tensor`."""
+        return self.value(tensor).dims
+
+    def _store(self, tensor: Tensor, value: Value) -> None:
+        if id(tensor) in self._adopted:
+            self._adopted[id(tensor)] = (tensor, value)
+        else:
+            setattr(tensor, _NAME, value)
+
+    def _new_origin(self) -> int:
+        self._origins += 1
+        return self._origins
+
+    # -- what rules call ----------------------------------------------------------------------------------------------
+
+    @property
+    def where(self) -> str:
+        """The operator and module of the moment, for reasons."""
+        return f"{self.path or 'the model'} ({self._operator})"
+
+    def freeze(self, dim: Dim, reason: str) -> None:
+        """Fix `dim`, for `reason`, here."""
+        if axes.is_free(dim):
+            axes.freeze(dim, f"{reason} in {self.where}")
+
+    def freeze_dims(self, dims: Sequence[Dim], reason: str) -> None:
+        """Fix several dimensions."""
+        for dim in dims:
+            self.freeze(dim, reason)
+
+    def fresh(self, tensor: Tensor, reason: str) -> list[Dim]:
+        """New frozen axes for a result."""
+        return [axes.axis(n, reason) for n in tensor.shape]
+
+    def spatial(self, out: Tensor, x: Tensor, lead: int) -> list[Dim]:
+        """Dimensions from `lead` on: the input's where the size stays (the spatial axes are fixed anyway), else new."""
+        dims = self.dims(x)[lead:]
+        self.freeze_dims(dims, "spatial")
+        return [
+            dim if n == m else axes.axis(n, "spatial") for dim, n, m in zip(dims, out.shape[lead:], x.shape[lead:])
+        ]
+
+    def broadcast(self, tensors: Sequence[Tensor], shape: Sequence[int]) -> tuple[Dim, ...]:
+        """Unify tensors as pointwise operators do; stretched dimensions of size one have no say."""
+        out: list[Dim] = [()] * len(shape)
+        for t in tensors:
+            dims = self.dims(t)
+            lead = len(shape) - len(dims)
+            for i, dim in enumerate(dims):
+                if t.shape[i] != 1:
+                    if not out[i + lead]:
+                        out[i + lead] = dim
+                    elif out[i + lead] is not dim:
+                        axes.unify(out[i + lead], dim)
+        return tuple(out)
+
+    def count_macs(self, dims: Sequence[Dim]) -> None:
+        """Note a contraction of that many MACs."""
+        self._contracting = True
+        self.record.terms.append(Term(self.op, self.path, self._operator, tuple(dims)))
+
+    def contracted(self, dim: Dim, operands: Sequence[tuple[Tensor, Dim]]) -> None:
+        """Note that `dim` was summed over; each operand comes with its own dimension that was."""
+        values = tuple((self.value(t), own) for t, own in operands)
+        self.record.contractions.append(Contraction(self.op, self.path, self._operator, dim, values))
+
+    def produced(self, dim: Dim) -> None:
+        """Note that the operator of the moment makes the axes of `dim` from a weight."""
+        self.record.produced.append((self.op, self.path, dim))
+
+    def batched(self, dim: Dim) -> None:
+        """Note that two activations were multiplied for each element of `dim`: attention heads."""
+        self.record.batched.append(dim)
+
+    def normalised(
+        self, kind: str, dims: Sequence[Dim], x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None,
+        group: Dim = (),
+    ) -> None:  # fmt: skip
+        """Note that the result depends on how many elements `dims` have."""
+        w, b = (next(iter(self.value(p).params), None) if p is not None else None for p in (weight, bias))
+        self.record.normalisations.append(
+            Normalisation(self.op, self.path, self._operator, kind, tuple(dims), self.value(x), w, b, group)
+        )
+
+    def is_square(self, x: Tensor) -> bool:
+        """Whether `x` is the elementwise square of another tensor."""
+        return self.value(x).square is not None
+
+    def equate(self, value: int, dim: Dim) -> None:
+        """Note that a Python size equals the size of `dim`; literals for fixed axes say nothing new."""
+        if isinstance(value, SizedInt) or axes.is_free(dim):
+            self.record.equations.append(Equation(expression_of(value), dim, self.where))
+
+    # -- running ------------------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Tracer:
+        self._listening = listening(self._found_equal, self._escaped)
+        self._listening.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *exc: Any) -> None:
+        super().__exit__(*exc)
+        assert self._listening is not None
+        self._listening.__exit__(*exc)
+
+    def _found_equal(self, a: SizedInt, b: SizedInt) -> None:
+        zero: Expression = Operation("-", a.expression, b.expression)
+        self.record.equations.append(Equation(zero, _constant(0), f"a comparison in {self.path or 'the model'}"))
+
+    def _escaped(self, value: SizedInt, how: str) -> None:
+        self.record.equations.append(Equation(value.expression, _constant(int(value)), f"{self.path} ({how})"))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tensors = _tensors(args, [])
+        if kwargs:
+            _tensors(kwargs.values(), tensors)
+        real: dict[int, Tensor] = {}
+        if self.meta and not tensors and _makes_integers(func, args, kwargs):
+            kwargs = {**kwargs, "device": "cpu"}  # integers keep their elements, see `clone.on_meta`
+        if self.meta and any(t.is_meta for t in tensors) and not all(t.is_meta for t in tensors):
+            args, kwargs = self._to_meta(args, real), self._to_meta(kwargs, real)
+            tensors = _tensors((args, tuple(kwargs.values())), [])
+        out = func(*args, **kwargs)
+        outs = [out] if isinstance(out, Tensor) else [o for o in out if isinstance(o, Tensor)] if isinstance(out, (tuple, list)) else []
+        self.op += 1
+        if not outs:
+            return out
+        self._infer(func, args, kwargs, tensors, out, outs)
+        if real and isinstance(out, Tensor) and id(out) in real:  # an in-place operator on a real constant
+            self._store(real[id(out)], self.value(out))
+            return real[id(out)]
+        return out
+
+    def _to_meta(self, tree: Any, real: dict[int, Tensor]) -> Any:
+        if isinstance(tree, Tensor):
+            if tree.is_meta:
+                return tree
+            twin = torch.empty_strided(tree.shape, tree.stride(), dtype=tree.dtype, device="meta")
+            setattr(twin, _NAME, self.value(tree))
+            real[id(twin)] = tree
+            return twin
+        if isinstance(tree, (tuple, list)):
+            return type(tree)(self._to_meta(x, real) for x in tree)
+        if isinstance(tree, dict):
+            return {k: self._to_meta(v, real) for k, v in tree.items()}
+        return tree
+
+    def _infer(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor], out: Any, outs: list[Tensor]) -> None:
+        record = self.record
+        self._operator = func._overloadpacket.__name__
+        record.operators[self._operator] = record.operators.get(self._operator, 0) + 1
+        if not tensors:
+            reason = [] if self.making_sized else [f"made by {self._operator}"]
+            for o in outs:
+                self._store(o, Value(tuple(axes.axis(n, *reason) for n in o.shape), origin=self._new_origin()))
+            return
+        values = [self.value(t) for t in tensors]
+        for v in values:
+            if v.params:
+                record.read.update(v.params)
+        self._contracting = False
+        found = self._apply_rule(func, args, kwargs, tensors, out, outs)
+        data = any(v.data for v in values)
+        params: frozenset[str] = frozenset()
+        for v in values:
+            if v.params and v.params is not params and not (self._contracting and v.data):
+                params = params | v.params
+        origin = values[0].origin if func in _SAME_ELEMENTS else None
+        square = None
+        if (func is aten.pow.Tensor_Scalar and args[1] == 2) or (
+            func is aten.mul.Tensor and len(tensors) == 2 and values[0].origin == values[1].origin
+        ):
+            square = values[0].origin
+        elif origin is not None:
+            square = values[0].square
+        if func in (aten.add.Tensor, aten.add_.Tensor) and len(values) == 2:
+            record.additions.append((self.op, frozenset(v.origin for v in values)))
+        is_view = func in _VIEWS
+        for o, dims in zip(outs, found):
+            self._store(o, Value(tuple(dims), params, data, origin or self._new_origin(), square))
+            if data and not is_view:
+                record.activations.append((self.op, o.element_size(), tuple(dims)))
+
+    def _apply_rule(
+        self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor], out: Any, outs: list[Tensor]
+    ) -> list[Sequence[Dim]]:
+        rule = RULES.get(func)
+        try:
+            if rule is not None:
+                result = rule(self, out, *args, **kwargs)
+                found = [result] if isinstance(out, Tensor) else list(result)
+            elif func in POINTWISE or torch.Tag.pointwise in func.tags:
+                found = [self.broadcast(tensors, o.shape) for o in outs]
+            else:
+                self._no_rule(tensors)
+                return [self.fresh(o, f"no rule for {self._operator}") for o in outs]
+            for o, dims in zip(outs, found):
+                if [axes.size(d) for d in dims] != list(o.shape):
+                    raise Conflict(f"the rule gave {[axes.size(d) for d in dims]} for {list(o.shape)}")
+            return found
+        except (Conflict, RecursionError) as error:
+            self.record.conflicts.append(f"{self.where}: {error}")
+            for t in tensors:
+                self.freeze_dims(self.dims(t), f"conflict ({error})")
+            return [self.fresh(o, f"conflict in {self.where}") for o in outs]
+
+    def _no_rule(self, tensors: list[Tensor]) -> None:
+        self.record.unknown.setdefault(self._operator, {})[self.path] = None
+        if any(name in self._operator for name in _NEVER_COUNTED):
+            self.record.uncounted.setdefault(self._operator, {})[self.path] = None
+        for t in tensors:
+            self.freeze_dims(self.dims(t), "no rule for the operator")
+
+
+def _makes_integers(func: Any, args: Any, kwargs: Any) -> bool:
+    dtype = kwargs.get("dtype")
+    if str(kwargs.get("device")) != "meta":
+        return False
+    if dtype is None:
+        return func._overloadpacket is aten.arange and all(isinstance(a, int) for a in args)
+    return not (dtype.is_floating_point or dtype.is_complex)
+
+
+def _constant(n: int) -> Dim:
+    return (Axis(n, ["a constant"]),)
+
+
+def _tensors(tree: Any, out: list[Tensor]) -> list[Tensor]:
+    for x in tree:
+        if isinstance(x, Tensor):
+            out.append(x)
+        elif isinstance(x, (tuple, list)):
+            _tensors(x, out)
+    return out
+
+
+def shape_of(tracer: Tracer, tensor: Tensor) -> torch.Size:
+    """The shape of `tensor`, in ints that remember their axes where these may still change."""
+    shape = tensor.size()
+    dims = tracer.dims(tensor)
+    return torch.Size(
+        SizedInt(n, Extent(dim)) if n > 1 and axes.is_free(dim) else n for n, dim in zip(shape, dims)
+    )  # fmt: skip

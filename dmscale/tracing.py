@@ -1,0 +1,230 @@
+"""Bring a model to the tracer: run it once, and know the axes of every parameter.
+
+The model runs on a copy of its module tree whose parameters live on the meta device, so a trace costs no arithmetic and
+no memory.  Where a forward looks at values (`if x.max() > 1`), it runs once more on the real tensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import axes, running
+from .arrivals import Arrivals, transparent_functional
+from .axes import Dim
+from .clone import alias, clone, on_meta
+from .errors import TraceError
+from .known import is_by_product, quiet
+from .sizes import Attribute, SizedInt
+from .tracer import Call, Record, Tracer
+
+_GEOMETRY = {"stride", "padding", "dilation", "kernel_size", "output_padding", "output_size"}  # never the size of an axis
+
+
+@dataclass
+class Trace:
+    """The axes of a model, and what else one run told.
+
+    slots: parameter and buffer name -> its dimensions; tied ones appear once, under their first name.
+    aliases: every other name of a tied tensor -> its first name.
+    record: contractions, normalisations, size equations, module calls.
+    on: "meta" or "values", how the model was run.
+    unread: parameters that no operator took, in evaluation or in training mode.
+    """
+
+    slots: dict[str, tuple[Dim, ...]]
+    aliases: dict[str, str]
+    record: Record
+    on: str
+    unread: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def read(model: nn.Module, example_inputs: Any) -> Trace:
+    """Trace `model` on `example_inputs`; the model is left as it was.
+
+    Raises:
+        TraceError: the forward fails on the example, or inputs and parameters are on different devices.
+    """
+    args, kwargs = running.arguments(example_inputs)
+    _check_devices(model, args, kwargs)
+    failure: Exception | None = None
+    for kind in ("meta", "values"):
+        try:
+            return _read(model, args, kwargs, kind)
+        except TraceError:
+            raise
+        except Exception as error:
+            failure = error
+    assert failure is not None
+    where = getattr(failure, "_dmscale_path", "")
+    raise TraceError(
+        f"{type(model).__name__}.forward failed on example_inputs"
+        + (f" in module '{where}'" if where else "")
+        + f" ({type(failure).__name__}: {failure}). Check that model(*example_inputs) runs."
+    ) from failure
+
+
+def _check_devices(model: nn.Module, args: tuple, kwargs: dict) -> None:
+    own = {t.device for t in (*model.parameters(), *model.buffers())}
+    given = {t.device for t in running.tensors_in((args, kwargs))}
+    if len(own) == 1 and given and given != own:
+        raise TraceError(
+            f"the model is on {next(iter(own))} and example_inputs on {', '.join(sorted(map(str, given)))}; "
+            f"move the inputs with .to('{next(iter(own))}')"
+        )
+
+
+def _read(model: nn.Module, args: tuple, kwargs: dict, kind: str) -> Trace:
+    meta = kind == "meta"
+    twin = quiet(clone(model, on_meta if meta else alias)).eval()
+    tracer = Tracer(meta)
+    slots, aliases = _watch_parameters(tracer, twin)
+    _tag_sizes(twin)
+    parameters = {n for n, _ in twin.named_parameters()}
+    _run(tracer, twin, args, kwargs, meta)
+    trace = Trace(slots, aliases, tracer.record, kind)
+    if parameters - tracer.record.read:
+        _read_training(tracer, twin, args, kwargs, meta, trace)
+    for name in slots:
+        if name not in tracer.record.read:
+            if name in parameters:
+                trace.unread.append(name)
+            for dim in slots[name]:
+                axes.freeze(dim, "the forward never reads it")
+    return trace
+
+
+def _read_training(tracer: Tracer, twin: nn.Module, args: tuple, kwargs: dict, meta: bool, trace: Trace) -> None:
+    """Some parameters (auxiliary heads) are read in training mode only; their axes must follow too, at no cost."""
+    record = tracer.record
+    terms, activations, calls = len(record.terms), len(record.activations), len(record.calls)
+    twin.train()
+    try:
+        _run(tracer, twin, args, kwargs, meta)
+    except Exception as error:  # a batch of one under BatchNorm, say: what only training reads stays frozen
+        trace.notes.append(f"not traced in training mode ({type(error).__name__}: {error})")
+    del record.terms[terms:], record.activations[activations:], record.calls[calls:]
+
+
+def _run(tracer: Tracer, twin: nn.Module, args: tuple, kwargs: dict, meta: bool) -> None:
+    def own(t: Tensor) -> Tensor:
+        mine = on_meta(t) if meta else t.detach().clone()
+        return tracer.watch(mine, frozen="an axis of the model's input", data=True)
+
+    args, kwargs = running.map_tensors(own, args), running.map_tensors(own, kwargs)
+    generators = [] if meta else [d for d in range(torch.cuda.device_count())]
+    try:
+        with (
+            torch.random.fork_rng(generators), torch.no_grad(), _following_calls(tracer, twin),
+            transparent_functional(), tracer, Arrivals(tracer),
+        ):  # fmt: skip
+            out = twin(*args, **kwargs)
+    except Exception as error:
+        error._dmscale_path = tracer.path  # type: ignore[attr-defined]
+        raise
+    fields = dict(out.items()) if isinstance(out, Mapping) else {"": out}
+    for key, value in fields.items():
+        for t in running.tensors_in(value):
+            if is_by_product(out, key):
+                if isinstance(value, torch.Tensor):
+                    tracer.record.by_products[key] = tracer.dims(t)
+                continue
+            for dim in tracer.dims(t):
+                axes.freeze(dim, "an axis of the model's output")
+
+
+def _watch_parameters(tracer: Tracer, twin: nn.Module) -> tuple[dict[str, tuple[Dim, ...]], dict[str, str]]:
+    slots: dict[str, tuple[Dim, ...]] = {}
+    aliases: dict[str, str] = {}
+    first: dict[int, str] = {}
+    for named in (twin.named_parameters, twin.named_buffers):
+        for name, t in named(remove_duplicate=False):
+            if id(t) in first:
+                aliases[name] = first[id(t)]
+                continue
+            first[id(t)] = name
+            slots[name] = tracer.dims(tracer.watch(t, name))
+    return slots, aliases
+
+
+def _tag_sizes(twin: nn.Module) -> None:
+    """Make every int that a module holds remember which one it is."""
+    for path, module in twin.named_modules():
+        for key, value in list(vars(module).items()):
+            if key.startswith("_") or key in _GEOMETRY or value is None:
+                continue
+            if type(value) is int:
+                if value > 1:
+                    module.__dict__[key] = SizedInt(value, Attribute(path, (key,)))
+            elif type(value) in (tuple, list) and value and all(type(v) is int for v in value):
+                tagged = (SizedInt(v, Attribute(path, (key, i))) if v > 1 else v for i, v in enumerate(value))
+                module.__dict__[key] = type(value)(tagged)
+            elif is_settings(value):
+                module.__dict__[key] = _tagged_settings(value, path, key)
+
+
+def is_settings(value: Any) -> bool:
+    """Whether `value` is a plain object that holds numbers for a module: a config."""
+    return (
+        type(value).__new__ is object.__new__  # enums, tuples and other values are not settings
+        and hasattr(value, "__dict__")
+        and not isinstance(value, (nn.Module, Tensor, type, types.ModuleType, types.FunctionType, types.MethodType))
+        and not callable(value)
+        and any(type(v) is int for v in vars(value).values())
+    )
+
+
+def _tagged_settings(settings: Any, path: str, key: str) -> Any:
+    mine = object.__new__(type(settings))
+    mine.__dict__.update(settings.__dict__)
+    for name, value in settings.__dict__.items():
+        if type(value) is int and value > 1:
+            mine.__dict__[name] = SizedInt(value, Attribute(path, (key, name)))
+    return mine
+
+
+@contextlib.contextmanager
+def _following_calls(tracer: Tracer, twin: nn.Module) -> Iterator[None]:
+    """Know at every operator which module runs, and note what each module call takes and gives."""
+    paths = [""]
+    open_calls: list[Call] = []
+    handles = []
+
+    def enter(path: str) -> Any:
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            first = next(iter(running.tensors_in((args, kwargs))), None)
+            source = tracer.value(first) if first is not None else None
+            call = Call(path, tracer.op, source, first.dtype if first is not None else None)
+            open_calls.append(call)
+            paths.append(path)
+            tracer.path = path
+
+        return hook
+
+    def leave(module: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
+        paths.pop()
+        tracer.path = paths[-1]
+        call = open_calls.pop()
+        call.end = tracer.op
+        first, *rest = running.tensors_in(out) or [None]
+        if first is not None:
+            call.result, call.result_dtype = tracer.value(first), first.dtype
+        given = {id(t) for t in running.tensors_in((args, kwargs))}
+        call.passes_the_rest = all(id(t) in given for t in rest)
+        tracer.record.calls.append(call)
+
+    try:
+        for path, module in twin.named_modules():
+            handles.append(module.register_forward_pre_hook(enter(path), with_kwargs=True))
+            handles.append(module.register_forward_hook(leave, with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

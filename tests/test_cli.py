@@ -1,0 +1,156 @@
+"""The commands as a user runs them."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import dmscale
+from dmscale.cli import app
+from dmscale.errors import DmscaleError
+
+NET = """
+import torch
+from torch import nn
+
+def net():
+    model = nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.Conv2d(16, 24, 3, stride=2, padding=1), nn.BatchNorm2d(24), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 10),
+    )
+    return model, torch.randn(1, 1, 8, 8)
+"""
+
+
+@pytest.fixture
+def net(tmp_path):
+    path = tmp_path / "net.py"
+    path.write_text(NET)
+    yield f"{path}:net"
+    sys.path[:] = [path for path in sys.path if path != str(tmp_path)]
+
+
+def dmscale_command(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_help_names_every_command():
+    result = dmscale_command("--help")
+    assert result.exit_code == 0
+    assert all(name in result.output for name in ("demo", "trace", "scale"))
+
+
+def test_version_is_the_installed_one():
+    from importlib.metadata import version
+
+    assert dmscale_command("--version").output.strip() == f"dmscale {version('dmscale')}"
+
+
+def test_python_m_dmscale_runs():
+    out = subprocess.run([sys.executable, "-m", "dmscale", "--version"], capture_output=True, text=True)
+    assert out.returncode == 0 and out.stdout.startswith("dmscale ")
+
+
+def test_an_error_is_one_message_and_exit_code_2():
+    result = dmscale_command("trace", "timm:resnt10t")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("Error: timm:resnt10t") and "resnet10t" in result.stderr
+    assert result.stderr.count("\n") == 1 and result.stdout == ""
+
+
+def test_markup_in_a_message_is_shown_as_written():
+    assert "[red]x" in dmscale_command("trace", "[red]x").stderr
+
+
+def test_debug_shows_the_error_itself():
+    result = dmscale_command("--debug", "trace", "timm:resnt10t")
+    assert isinstance(result.exception, DmscaleError) and result.exit_code == 1
+
+
+def test_trace_prints_what_the_library_finds(net):
+    result = dmscale_command("trace", net)
+    assert result.exit_code == 0, result.output
+    model, x = namespace_of(NET)["net"]()
+    for name in dmscale.trace(model, x).dimensions:
+        assert name in result.output
+
+
+def test_trace_json_is_the_space(net):
+    result = dmscale_command("trace", net, "--json")
+    model, x = namespace_of(NET)["net"]()
+    assert json.loads(result.stdout) == json.loads(json.dumps(dmscale.trace(model, x).to_dict()))
+
+
+def test_trace_takes_the_input_size(net):
+    def macs(*options):
+        return cost_of(json.loads(dmscale_command("trace", net, "--json", *options).stdout))
+
+    assert macs("--input", "1x1x16x16") > 3 * macs()
+
+
+def test_freeze_and_only_choose_dimensions(net):
+    def names(*options):
+        return set(json.loads(dmscale_command("trace", net, "--json", *options).stdout)["dimensions"])
+
+    every = names()
+    assert len(every) == 2
+    first = sorted(every)[0]
+    assert names("--freeze", first) == every - {first}
+    assert names("--only", first) == {first}
+
+
+def test_scale_writes_a_smaller_network_on_budget(net, tmp_path):
+    out = tmp_path / "out"
+    result = dmscale_command(
+        "scale", net, "--data", "digits", "--budget", "50% macs", "--out", out,
+        "--steps", 30, "--epochs", 1, "--lr", 3e-3, "--batch-size", 32, "--device", "cpu",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    report = json.loads((out / "report.json").read_text())
+    assert report["scaled"]["macs"] <= 0.5 * report["dense"]["macs"]
+    assert report["scaled"]["params"] < report["dense"]["params"]
+    assert report["scaled"]["accuracy"] > report["dense"]["accuracy"]  # the dense one was never trained
+
+    structure = dmscale.Structure.from_json((out / "structure.json").read_text())
+    model, x = namespace_of(NET)["net"]()
+    space = dmscale.trace(model, x)
+    assert space.cost(structure).macs == report["scaled"]["macs"]
+    small = dmscale.load(out / "small.safetensors", lambda: model)
+    assert sum(p.numel() for p in small.parameters()) == report["scaled"]["params"]
+    assert small.eval()(torch.randn(2, 1, 8, 8)).shape == (2, 10)
+
+
+@pytest.mark.parametrize(
+    "changed, says",
+    [
+        ({"--budget": "1% nonsense"}, "nonsense"),
+        ({"--data": "digitz"}, "neither digits"),
+        ({"--weights": "none.pt"}, "no file none.pt"),
+        ({"--device": "abacus"}, "abacus"),
+        ({"--input": "1x3x8x8"}, "cannot be called"),
+    ],
+)
+def test_scale_refuses_before_training(net, tmp_path, changed, says):
+    options = {
+        "--data": "digits",
+        "--budget": "50% macs",
+        "--out": tmp_path / "out",
+        "--steps": 10**6,
+    } | changed
+    result = dmscale_command("scale", net, *(part for pair in options.items() for part in pair))
+    assert result.exit_code == 2 and says in result.stderr, result.output
+    assert not (tmp_path / "out" / "report.json").exists()
+
+
+def namespace_of(code):
+    namespace = {}
+    exec(code, namespace)
+    return namespace
+
+
+def cost_of(space):
+    return space["cost"]["macs"]
