@@ -9,12 +9,14 @@
 from .budget import Budget
 from .cost import Cost
 from .errors import BudgetError, DmscaleError, ExportError, SearchError, TraceError
+from .scale import Scaled, scale
+from .search import Search
 from .space import Dimension, SearchSpace, trace
 from .storage import load, save
 from .structure import Structure
 
 __all__ = [
-    "Budget", "BudgetError", "Cost", "Dimension", "DmscaleError", "ExportError", "SearchError", "SearchSpace",
-    "Structure", "TraceError", "load", "save", "trace",
+    "Budget", "BudgetError", "Cost", "Dimension", "DmscaleError", "ExportError", "Scaled", "Search", "SearchError", "SearchSpace",
+    "Structure", "TraceError", "load", "save", "scale", "trace",
 ]  # fmt: skip
 __version__ = "0.1.0"

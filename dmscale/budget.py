@@ -235,7 +235,7 @@ class _Problem:
         """The next allowed size above or below `k`; `k` itself at the end."""
         if up:
             return min((k // d.multiple + 1) * d.multiple, d.size)
-        return max(-(-k // d.multiple - 1) * d.multiple if k % d.multiple == 0 else k // d.multiple * d.multiple, d.lowest)
+        return max((k - 1) // d.multiple * d.multiple, d.lowest)
 
     def moves(self, sizes: np.ndarray, up: bool) -> list[tuple[int, int]]:
         """(dimension, new size) one step away."""
@@ -282,22 +282,56 @@ class _Problem:
             sizes = self._moved(sizes, *moves[best])
 
     def exchange(self, sizes: np.ndarray) -> np.ndarray:
-        """Where more than `SLACK` is left unused: one step up for one or two down, whatever comes closest."""
-        for _ in range(20):
-            current = float(self.load(self.costs([self.row(sizes)]))[0])
-            if current >= 1 - SLACK:
-                return sizes
-            ups = [self._moved(sizes, i, k) for i, k in self.moves(sizes, up=True)]
-            pairs = [self._moved(up, i, k) for up in ups for i, k in self.moves(up, up=False)]
-            if not pairs:
-                return sizes
-            load = self.load(self.costs([self.row(p) for p in pairs]))
-            load = np.where(load <= 1, load, -np.inf)
-            best = int(np.argmax(load))
-            if load[best] <= current:
-                return sizes
-            sizes = pairs[best]
+        """Where more than `SLACK` is left unused: a few steps in two dimensions at once, whatever comes closest.
+
+        Among pairs of moves that end within the slack, the one that keeps most importance wins.
+        """
+        for widths_only in (True, False):
+            for _ in range(8):
+                current = float(self.load(self.costs([self.row(sizes)]))[0])
+                if current >= 1 - SLACK:
+                    return sizes
+                pairs = self._pairs(sizes, widths_only)
+                if not pairs:
+                    break
+                load = self.load(self.costs([self.row(p) for p in pairs]))
+                close = (load <= 1) & (load >= 1 - SLACK)
+                if close.any():
+                    worth = [self._worth(p) if ok else -np.inf for p, ok in zip(pairs, close)]
+                    return pairs[int(np.argmax(worth))]
+                best = int(np.argmax(np.where(load <= 1, load, -np.inf)))
+                if not current < load[best] <= 1:
+                    break
+                sizes = pairs[best]
         return sizes
+
+    def _pairs(self, sizes: np.ndarray, widths_only: bool) -> list[np.ndarray]:
+        """The sizes up to a few steps away in one or two dimensions; fewer steps where there are many dimensions."""
+        chosen = [i for i, d in enumerate(self.dimensions) if not (widths_only and d.kind == "depth")]
+        reach = 4 if len(chosen) <= 12 else 2 if len(chosen) <= 40 else 1
+        options = {i: self._near(i, int(sizes[i]), reach) for i in chosen}
+        out = []
+        for n, i in enumerate(chosen):
+            for k in options[i]:
+                moved = self._moved(sizes, i, k)
+                out.append(moved)
+                out += [self._moved(moved, j, m) for j in chosen[n + 1 :] for m in options[j]]
+        return out
+
+    def _near(self, i: int, k: int, reach: int) -> list[int]:
+        found: list[int] = []
+        for up in (True, False):
+            size = k
+            for _ in range(reach):
+                nearer = self._step(self.dimensions[i], size, up)
+                if nearer == size:
+                    break
+                found.append(nearer)
+                size = nearer
+        return found
+
+    def _worth(self, sizes: np.ndarray) -> float:
+        return float(sum(g[:k].sum() for g, k in zip(self.gain, sizes)))
 
 
 def _preferring(scores: np.ndarray, keep: Structure | None, member: str) -> np.ndarray:

@@ -62,6 +62,13 @@ class Monomials:
             out *= values[:, column]
         return out.sum(1)
 
+    def real(self, values: np.ndarray) -> np.ndarray:
+        """Values at real sizes (S, V + 1) of float64: (S,)."""
+        out = np.broadcast_to(self.coefficients.astype(np.float64), (len(values), len(self.coefficients))).copy()
+        for column in self.index.T:
+            out *= values[:, column]
+        return out.sum(1)
+
     def soft(self, values: torch.Tensor) -> torch.Tensor:
         """Differentiable value at `values` (V + 1,): a scalar of the same dtype."""
         if values.device not in self._tensors:

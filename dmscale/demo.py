@@ -85,6 +85,7 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.head_dim = head_dim
+        self.scale = head_dim**-0.5
         self.qkv = nn.Linear(dim, 3 * num_heads * head_dim)
         self.proj = nn.Linear(num_heads * head_dim, dim)
 
@@ -92,7 +93,7 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)  # each (B, heads, T, head_dim)
-        weights = (q @ k.transpose(-2, -1) * self.head_dim**-0.5).softmax(-1)  # (B, heads, T, T)
+        weights = (q @ k.transpose(-2, -1) * self.scale).softmax(-1)  # (B, heads, T, T)
         x = (weights @ v).transpose(1, 2).reshape(B, T, self.num_heads * self.head_dim)
         return self.proj(x)
 

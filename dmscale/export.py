@@ -74,7 +74,7 @@ def build(
         lost = {p.rpartition(".")[2] for i, p in enumerate(stack.paths) if i not in kept}
         if lost:
             gone.setdefault(stack.container, set()).update(lost)
-    for container, lost in gone.items():
+    for container, lost in sorted(gone.items(), key=lambda c: -c[0].count(".")):  # inner first: outer ones renumber
         blocks.remove(small, container, lost)
         plan["blocks"].append([container, sorted(lost)])
     setattr(small, PLAN, plan)

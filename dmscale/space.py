@@ -461,7 +461,7 @@ def _dimensions(
     for group in groups:
         group = sorted(group, key=lambda a: (names[a].count("."), a.size))  # the widest scope names the dimension
         name, size = names[group[0]], group[0].size
-        kind = "heads" if any(a in heads for a in group) else "width"
+        kind = "heads" if group[0] in heads else "width"
         step = size // math.gcd(*(a.size for a in group))  # so that every linked axis keeps whole elements
         wanted = _bound(options.multiple, name, 1) if kind == "width" else 1
         dimensions[name] = Dimension(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,6 +31,11 @@ def embedding(trace: Tracer, out: Tensor, weight: Tensor, index: Tensor, *args: 
 @rule(aten.index)
 def index(trace: Tracer, out: Tensor, x: Tensor, indices: Sequence[Tensor | None]) -> Sequence[Dim]:
     """Advanced indexing: indexed axes are fixed; the index' own dimensions stand where the indexed ones were."""
+    return _picked(trace, x, indices, lambda position: axes.axis(out.shape[position], "picked by a mask"))
+
+
+def _picked(trace: Tracer, x: Tensor, indices: Sequence[Tensor | None], by_mask: Callable[[int], Dim]) -> list[Dim]:
+    """The dimensions of `x[indices]`; `by_mask` gives the one at a position that counts what a boolean mask picks."""
     dims = list(trace.dims(x))
     padded = [*indices, *[None] * (len(dims) - len(indices))]
     used = [i for i, t in enumerate(padded) if t is not None]
@@ -41,7 +46,9 @@ def index(trace: Tracer, out: Tensor, x: Tensor, indices: Sequence[Tensor | None
         masked = tensors[0].dim()
         for d in dims[used[0] : used[0] + masked]:
             trace.freeze(d, "picked by a mask")
-        return [*dims[: used[0]], axes.axis(out.shape[used[0]], "picked by a mask"), *dims[used[0] + masked :]]
+        trace.freeze_dims(trace.dims(tensors[0]), "a mask")
+        after = dims[used[0] + masked :]
+        return [*dims[: used[0]], by_mask(-1 - len(after)), *after]
     for i in used:
         trace.freeze(dims[i], "indexed")
     picked = trace.broadcast(tensors, torch.broadcast_shapes(*[t.shape for t in tensors]))
@@ -55,7 +62,7 @@ def index_select(trace: Tracer, out: Tensor, x: Tensor, dim: int, picked: Tensor
     """One axis picked by numbers."""
     dims = list(trace.dims(x))
     trace.freeze(dims[dim], "indexed")
-    dims[dim] = axes.axis(out.shape[dim], "indexed")
+    dims[dim] = trace.dims(picked)[0] if picked.dim() else ()
     return dims
 
 
@@ -72,6 +79,21 @@ def gather(trace: Tracer, out: Tensor, x: Tensor, dim: int, picked: Tensor, **kw
     return trace.dims(picked)
 
 
+@rule(aten.isin)
+def isin(trace: Tracer, out: Tensor, elements: Any, test_elements: Any, **kwargs: Any) -> Sequence[Dim]:
+    """Each element looked up among others, whose number is fixed."""
+    if isinstance(test_elements, Tensor):
+        trace.freeze_dims(trace.dims(test_elements), "elements to look up")
+    return trace.dims(elements) if isinstance(elements, Tensor) else []
+
+
+@rule(aten.bucketize)
+def bucketize(trace: Tracer, out: Tensor, x: Any, boundaries: Tensor, **kwargs: Any) -> Sequence[Dim]:
+    """Each element looked up between boundaries, whose number is fixed."""
+    trace.freeze_dims(trace.dims(boundaries), "boundaries of buckets")
+    return trace.dims(x) if isinstance(x, Tensor) else []
+
+
 @rule(aten.topk, aten.sort, aten.argsort)
 def ordered(trace: Tracer, out: Any, x: Tensor, *args: Any, **kwargs: Any) -> Sequence[Any]:
     """Sorted axes are fixed."""
@@ -86,17 +108,21 @@ def ordered(trace: Tracer, out: Any, x: Tensor, *args: Any, **kwargs: Any) -> Se
 
 @rule(aten.index_put, aten.index_put_)
 def index_put(trace: Tracer, out: Tensor, x: Tensor, indices: Sequence[Any], values: Tensor, *args: Any) -> Sequence[Dim]:
-    """Writing at numbered places; trailing dimensions that are written whole are unified with the values'."""
-    dims = trace.dims(x)
-    padded = [*indices, *[None] * (len(dims) - len(indices))]
-    for d, t in zip(dims, padded):
+    """Writing at numbered places: the values look like `x[indices]`, broadcast."""
+    for t in indices:
         if t is not None:
-            trace.freeze(d, "written by index")
-    whole = [d for d, t in zip(dims, padded) if t is None]
-    for own, other in zip(reversed(whole), reversed(trace.dims(values))):
-        if other and axes.size(own) == axes.size(other):
+            trace.freeze_dims(trace.dims(t), "written by index")
+    given = trace.dims(values)
+
+    def by_mask(position: int) -> Dim:
+        dim = given[position] if -position <= len(given) else ()
+        trace.freeze(dim, "written by a mask")
+        return dim
+
+    for own, other in zip(reversed(_picked(trace, x, indices, by_mask)), reversed(given)):
+        if other:
             axes.unify(own, other)
-    return dims
+    return trace.dims(x)
 
 
 @rule(aten.index_add, aten.index_add_, aten.index_copy, aten.index_copy_)
@@ -104,7 +130,7 @@ def index_add(trace: Tracer, out: Tensor, x: Tensor, dim: int, picked: Tensor, s
     """Adding rows at numbered places."""
     for i, (own, other) in enumerate(zip(trace.dims(x), trace.dims(source))):
         if i == dim % x.dim():
-            trace.freeze_dims([own, other], "written by index")
+            trace.freeze_dims([own, other, *trace.dims(picked)], "written by index")
         else:
             axes.unify(own, other)
     return trace.dims(x)

@@ -30,6 +30,8 @@ Tensor = torch.Tensor
 def batch_norm(trace: Tracer, out: Sequence[Tensor], x: Tensor, *parameters: Any, **kwargs: Any) -> Sequence[Any]:
     """Statistics by channel: every per-channel vector has the channel's axis, and nothing mixes channels."""
     dims = trace.dims(x)
+    if any(p is True for p in parameters) or trace._operator == "_batch_norm_with_update":  # the statistics of this very batch
+        trace.freeze_dims([dims[0], *dims[2:]], "statistics are taken over it")
     for p in parameters[:4]:
         if isinstance(p, Tensor):
             axes.unify(dims[1], trace.dims(p)[0])
@@ -49,7 +51,11 @@ def layer_norm(
             for own, other in zip(dims[-len(shape) :], trace.dims(p)):
                 axes.unify(own, other)
     trace.normalised("centred", dims[-len(shape) :], x, weight, bias)
-    return [dims, *(trace.fresh(o, "statistics") for o in out[1:])]
+    return [dims, *(_statistics(dims, len(shape)) for _ in out[1:])]
+
+
+def _statistics(dims: Sequence[Dim], normalised: int) -> Sequence[Dim]:
+    return [*dims[: len(dims) - normalised], *[()] * normalised]
 
 
 @rule(aten._fused_rms_norm)
@@ -62,7 +68,7 @@ def rms_norm(
         for own, other in zip(dims[-len(shape) :], trace.dims(weight)):
             axes.unify(own, other)
     trace.normalised("scaled", dims[-len(shape) :], x, weight, None)
-    return [dims, *(trace.fresh(o, "statistics") for o in out[1:])] if isinstance(out, (tuple, list)) else dims
+    return [dims, *(_statistics(dims, len(shape)) for _ in out[1:])] if isinstance(out, (tuple, list)) else dims
 
 
 @rule(aten.native_group_norm)
@@ -75,11 +81,12 @@ def group_norm(
     inner = axes.axis(c // groups)
     group = axes.axis(groups)
     axes.unify(dims[1], (*group, *inner))
+    trace.freeze_dims(dims[2:], "spatial")
     for p in (weight, bias):
         if p is not None:
             axes.unify(trace.dims(p)[0], dims[1])
     trace.normalised("centred", [inner], x, weight, bias, group=group)
-    return [dims, *(trace.fresh(o, "statistics") for o in out[1:])]
+    return [dims, *([dims[0], group] for _ in out[1:])]
 
 
 @rule(aten._softmax, aten._safe_softmax, aten._log_softmax, aten.softmax, aten.log_softmax)
@@ -87,6 +94,14 @@ def softmax(trace: Tracer, out: Tensor, x: Tensor, dim: int, *args: Any) -> Sequ
     """A masked element would still take its share."""
     trace.normalised("softmax", [trace.dims(x)[dim]], x)
     return trace.dims(x)
+
+
+@rule(aten._softmax_backward_data, aten._log_softmax_backward_data)
+def softmax_backward(trace: Tracer, out: Tensor, grad: Tensor, result: Tensor, dim: int, *args: Any) -> Sequence[Dim]:
+    """Sums over the axis that the softmax was taken over."""
+    dims = trace.broadcast([grad, result], out.shape)
+    trace.normalised("softmax", [dims[dim]], result)
+    return dims
 
 
 @rule(aten.cumsum, aten.cumprod, aten.logcumsumexp, aten.cummax, aten.cummin)
@@ -150,14 +165,14 @@ def extremum(trace: Tracer, out: Any, x: Tensor, other: Any = None, *args: Any, 
 def vector_norm(
     trace: Tracer, out: Tensor, x: Tensor, order: Any = 2, dim: Any = None, *args: Any, **kwargs: Any
 ) -> Sequence[Dim]:  # fmt: skip
-    """Norm over dimensions."""
-    return _reduce(trace, out, x, dim, "sum" if order not in (0, float("-inf")) else "reduced")
+    """Norm over dimensions; zeros do not matter to those of positive order."""
+    return _reduce(trace, out, x, dim, "sum" if order > 0 else "reduced")
 
 
 @rule(aten.norm)
 def norm(trace: Tracer, out: Tensor, x: Tensor, order: Any = 2, dim: Any = None, *args: Any, **kw: Any) -> Sequence[Dim]:
     """Norm over dimensions, the older operator."""
-    return _reduce(trace, out, x, dim, "sum" if order not in (0, float("-inf")) else "reduced")
+    return _reduce(trace, out, x, dim, "sum" if order is None or order > 0 else "reduced")
 
 
 @rule(aten._weight_norm_interface)

@@ -49,7 +49,9 @@ def grouped_mm(trace: Tracer, out: torch.Tensor, a: torch.Tensor, b: torch.Tenso
     """Rows of `a` (T, K) in groups, each with its own matrix of `b` (G, K, M): mixtures of experts."""
     k, m = trace.dims(b)[-2:]
     axes.unify(trace.dims(a)[-1], k)
-    trace.freeze_dims(trace.dims(b)[:-2], "experts are indexed by the routing")
+    for offsets in [t for t in (*rest, *kw.values()) if isinstance(t, torch.Tensor)]:
+        trace.freeze_dims(trace.dims(offsets), "one for each expert")
+    trace.freeze_dims([*trace.dims(a)[:-1], *trace.dims(b)[:-2]], "rows and experts are matched by the routing")
     trace.contracted(k, [(a, trace.dims(a)[-1]), (b, k)])
     trace.count_macs([*trace.dims(a)[:-1], k, m])
     return [*trace.dims(a)[:-1], m]

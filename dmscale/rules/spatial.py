@@ -48,14 +48,16 @@ three = rule(
 @rule(aten.im2col)
 def im2col(trace: Tracer, out: Tensor, x: Tensor, kernel: Sequence[int], *args: Any) -> Sequence[Dim]:
     """(B, C, H, W) -> (B, C * window, places)."""
-    *lead, c, _, _ = trace.dims(x)
+    *lead, c, h, w = trace.dims(x)
+    trace.freeze_dims([h, w], "spatial")
     return [*lead, (*c, *axes.axis(math.prod(kernel), "window")), axes.axis(out.shape[-1], "spatial")]
 
 
 @rule(aten.col2im)
 def col2im(trace: Tracer, out: Tensor, x: Tensor, size: Any, kernel: Sequence[int], *args: Any) -> Sequence[Dim]:
     """(B, C * window, places) -> (B, C, H, W)."""
-    *lead, c, _ = trace.dims(x)
+    *lead, c, places = trace.dims(x)
+    trace.freeze(places, "spatial")
     channels = axes.axis(out.shape[-3])
     axes.unify(c, (*channels, *axes.axis(math.prod(kernel), "window")))
     return [*lead, channels, *(axes.axis(n, "spatial") for n in out.shape[-2:])]
@@ -64,4 +66,8 @@ def col2im(trace: Tracer, out: Tensor, x: Tensor, size: Any, kernel: Sequence[in
 @rule(aten.grid_sampler_2d)
 def grid_sampler(trace: Tracer, out: Tensor, x: Tensor, grid: Tensor, *args: Any) -> Sequence[Dim]:
     """Channels of the picture, places of the grid."""
-    return [*trace.dims(x)[:2], *trace.dims(grid)[1:3]]
+    batch, channels, *spatial = trace.dims(x)
+    batch_of_grid, *places, coordinate = trace.dims(grid)
+    axes.unify(batch, batch_of_grid)
+    trace.freeze_dims([*spatial, coordinate], "sampled by a grid")
+    return [batch, channels, *places]

@@ -20,12 +20,33 @@ Tensor = torch.Tensor
 
 @rule(
     aten.alias, aten.detach, aten.lift_fresh, aten.clone, aten._to_copy, aten.contiguous, aten.zeros_like,
-    aten.ones_like, aten.empty_like, aten.full_like, aten.rand_like, aten.randn_like, aten.bernoulli, aten.tril,
-    aten.triu, aten.nan_to_num, aten.view_as_real_copy, aten.positive, aten.lift,
+    aten.ones_like, aten.empty_like, aten.full_like, aten.rand_like, aten.randn_like, aten.bernoulli,
+    aten.nan_to_num, aten.positive, aten.lift,
 )  # fmt: skip
 def unchanged(trace: Tracer, out: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Sequence[Dim]:
     """Every dimension as it was."""
     return trace.dims(x)
+
+
+@rule(aten.tril, aten.triu)
+def triangle(trace: Tracer, out: Tensor, x: Tensor, *args: Any) -> Sequence[Dim]:
+    """What is kept of an element depends on its row and column number: both are fixed."""
+    trace.freeze_dims(trace.dims(x)[-2:], "a triangle is cut out")
+    return trace.dims(x)
+
+
+@rule(aten.view_as_real, aten.view_as_real_copy)
+def view_as_real(trace: Tracer, out: Tensor, x: Tensor) -> Sequence[Dim]:
+    """A last dimension of two comes in."""
+    return [*trace.dims(x), axes.axis(2, "real and imaginary part")]
+
+
+@rule(aten.view_as_complex, aten.view_as_complex_copy)
+def view_as_complex(trace: Tracer, out: Tensor, x: Tensor) -> Sequence[Dim]:
+    """The last dimension, of two, goes."""
+    *dims, parts = trace.dims(x)
+    trace.freeze(parts, "real and imaginary part")
+    return dims
 
 
 @rule(aten.t, aten.t_)
@@ -61,9 +82,10 @@ def unsqueeze(trace: Tracer, out: Tensor, x: Tensor, position: int) -> Sequence[
 @rule(aten.squeeze, aten.squeeze_)
 def squeeze(trace: Tracer, out: Tensor, x: Tensor, positions: Any = None) -> Sequence[Dim]:
     """Dimensions of size one go."""
-    wanted = range(x.dim()) if positions is None else positions if isinstance(positions, Sequence) else [positions]
-    gone = {i % max(x.dim(), 1) for i in wanted}
-    return [d for i, d in enumerate(trace.dims(x)) if not (i in gone and x.shape[i] == 1)]
+    dims = trace.dims(x)  # `squeeze_` has changed the shape of `x` already
+    wanted = range(len(dims)) if positions is None else positions if isinstance(positions, Sequence) else [positions]
+    gone = {i % max(len(dims), 1) for i in wanted}
+    return [d for i, d in enumerate(dims) if not (i in gone and axes.size(d) == 1)]
 
 
 @rule(aten.view, aten._unsafe_view, aten.reshape, aten._reshape_alias)
@@ -145,7 +167,7 @@ def slice_(
     if step == 1:
         sizes = [start, wanted, total - start - wanted]
         return _replaced(dims, dim, axes.cut(dims[dim], sizes)[1])
-    if total % step == 0 and start < step:
+    if total % step == 0 and start < step and wanted == total // step:
         piece = axes.axis(total // step)
         axes.unify(dims[dim], (*piece, *axes.axis(step, "strided slice")))
         return _replaced(dims, dim, piece)
@@ -252,9 +274,15 @@ def created(trace: Tracer, out: Tensor, x: Tensor, *args: Any, **kwargs: Any) ->
 
 
 @rule(aten.as_strided, aten.as_strided_)
-def as_strided(trace: Tracer, out: Tensor, x: Tensor, sizes: Sequence[int], *args: Any) -> Sequence[Dim]:
-    """Another memory layout of the same shape (pooling in channels-last); anything else says nothing about axes."""
+def as_strided(
+    trace: Tracer, out: Tensor, x: Tensor, sizes: Sequence[int], strides: Sequence[int], offset: int | None = None
+) -> Sequence[Dim]:
+    """The same shape: `x` itself, or in place another memory layout for it (pooling in channels-last).
+
+    Anything else says nothing about axes.
+    """
     dims = trace.dims(x)
-    if list(sizes) != [axes.size(d) for d in dims]:
+    elsewhere = tuple(strides) != x.stride() or offset not in (None, x.storage_offset())
+    if list(sizes) != [axes.size(d) for d in dims] or elsewhere:
         raise Conflict(f"as_strided of {[axes.size(d) for d in dims]} to {list(sizes)}")
     return dims
