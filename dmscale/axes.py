@@ -145,9 +145,19 @@ def reasons(dim: Dim) -> list[str]:
     return list(dict.fromkeys(r for a in _leaves(dim) for r in a.reasons))
 
 
-def is_free(dim: Dim) -> bool:
+def is_free(dim: Iterable[Axis]) -> bool:
     """Whether any atom below `dim` may still change its size."""
-    return any(not a.reasons for a in _leaves(dim))
+    for a in dim:  # written out, not `any(...)`: a trace asks this for every dimension of every tensor
+        a = a.root()
+        if a.product is not None:
+            if is_free(a.product):
+                return True
+        elif a.sum is not None:
+            if any(is_free(part) for part in a.sum):
+                return True
+        elif a.size != 1 and not a.reasons:
+            return True
+    return False
 
 
 # -- refining ---------------------------------------------------------------------------------------------------------

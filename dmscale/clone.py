@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import copy
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -29,12 +31,40 @@ def clone(model: nn.Module, replace: Callable[[Tensor], Tensor] = lambda t: t) -
             if isinstance(v, Tensor) and id(v) not in memo:
                 memo[id(v)] = v
     try:
-        return copy.deepcopy(model, memo)
+        return _copy(model, memo)
     except Exception as error:
         raise TraceError(
             f"{type(model).__name__} cannot be deep-copied ({type(error).__name__}: {error}). dmscale works on a copy of "
             "the module tree; move what cannot be copied (locks, open files, generators) out of the module."
         ) from error
+
+
+def _copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """`copy.deepcopy` of a module, several times faster: most of what a module holds needs no copying."""
+    if id(module) in memo:
+        return memo[id(module)]
+    cls = type(module)
+    if any(getattr(cls, name, None) is not getattr(nn.Module, name, None) for name in _COPY_PROTOCOL):
+        return copy.deepcopy(module, memo)  # it has its own way of being copied
+    twin = cls.__new__(cls)
+    memo[id(module)] = twin
+    for key, value in module.__dict__.items():
+        if type(value) in _ATOMIC:
+            twin.__dict__[key] = value
+        elif key == "_modules":
+            twin.__dict__[key] = {n: None if m is None else _copy(m, memo) for n, m in value.items()}
+        elif key in ("_parameters", "_buffers"):
+            twin.__dict__[key] = {n: None if t is None else memo[id(t)] for n, t in value.items()}
+        elif isinstance(value, nn.Module):
+            twin.__dict__[key] = _copy(value, memo)
+        else:
+            twin.__dict__[key] = type(value)() if type(value) in _EMPTY and not value else copy.deepcopy(value, memo)
+    return twin
+
+
+_COPY_PROTOCOL = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__")
+_ATOMIC = {int, float, str, bool, type(None), bytes, torch.dtype, torch.device, type, types.FunctionType}
+_EMPTY = {dict, list, set, collections.OrderedDict}
 
 
 def on_meta(t: Tensor) -> Tensor:

@@ -306,6 +306,8 @@ def _solve_once(equations: list[Equation]) -> Solution:
             continue
         if not difference.terms:
             continue
+        if any(v.reasons for v in difference.variables):  # type: ignore[attr-defined]
+            continue  # frozen in this very pass: the next one sees a constant
         pair = _proportional(difference)
         if pair is None:
             _freeze_equation(eq, known, f"its size is fixed in {eq.where}")

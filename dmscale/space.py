@@ -438,11 +438,11 @@ def _resolve(trace: tracing.Trace, model: nn.Module, options: Options) -> _Resol
         stacks = [s for s in stacks if not options.refuses(s.name)]
         sites = gates.plan(trace, stacks)
         solution = solve(trace.record.equations)
-        names = naming.name_axes(trace)
-        for a, name in names.items():
-            reason = options.refuses(name)
-            if reason and not a.reasons:
-                axes.freeze((a,), reason)
+        if options.freeze or options.only:
+            for a, name in naming.name_axes(trace).items():
+                reason = options.refuses(name)
+                if reason and not a.reasons:
+                    axes.freeze((a,), reason)
         if _count_free(parameters) == before:
             return _Resolved(solution, sites, stacks)
 

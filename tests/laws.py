@@ -122,7 +122,9 @@ class Checked:
         if sizes is not None:
             func, args, kwargs = adapted(self, lambda dim: axes.measure(dim, sizes))
         args, kwargs = tree_map_only(
-            Tensor, lambda t: tensors[self.position[id(t)]].clone() if id(t) in self.position else t, (args, kwargs)
+            Tensor,
+            lambda t: tensors[self.position[id(t)]].clone() if id(t) in self.position else t,
+            (args, kwargs),
         )
         return _tensors(func(*args, **kwargs))
 
@@ -130,7 +132,11 @@ class Checked:
         """The atoms that the law is tried on."""
         atoms = dict.fromkeys(a for dims in (*self.dims, *self.out_dims) for d in dims for a in axes.atoms(d))
         normalised = {
-            a for n in self.tracer.record.normalisations if n.kind != "sum" for d in n.dims for a in axes.atoms(d)
+            a
+            for n in self.tracer.record.normalisations
+            if n.kind != "sum"
+            for d in n.dims
+            for a in axes.atoms(d)
         }
         # a squeeze of everything takes with it what shrinks to one
         least = 3 if self.call.func in (aten.squeeze.default, aten.squeeze_.default) else 2
@@ -204,7 +210,10 @@ def _try(checked: Checked, masks: dict) -> str | None:
     references = []
     for i, own in touched:
         tensors = list(checked.originals)
-        for j, other in touched:  # what one contraction removes is removed from one operand; two sums are two removals
+        for (
+            j,
+            other,
+        ) in touched:  # what one contraction removes is removed from one operand; two sums are two removals
             if (j, other) == (i, own) or len(touched) == 1 or i == j:
                 tensors[j] = zeroed(tensors[j], checked.dims[j], other, masks)
         references.append(checked.run(tensors))
@@ -228,7 +237,7 @@ def _close(a: Tensor, b: Tensor) -> bool:
     return torch.allclose(a, b, rtol=1e-4, atol=1e-4, equal_nan=True)  # float32 sums in another order
 
 
-# -- int arguments that follow the sizes --------------------------------------------------------------------------------
+# -- int arguments that follow the sizes ---------------------------------------------------------------------
 
 _ADAPTERS: dict[str, Any] = {}
 
@@ -253,7 +262,11 @@ def adapted(checked: Checked, size: Any) -> tuple[Any, tuple, dict]:
     names = [a.name for a in func._schema.arguments]
     positional = [a.name for a in func._schema.arguments if not a.kwarg_only and a.name in given]
     assert positional == names[: len(positional)], "an argument was left out"
-    return func, tuple(given[n] for n in positional), {n: given[n] for n in names if n in given and n not in positional}
+    return (
+        func,
+        tuple(given[n] for n in positional),
+        {n: given[n] for n in names if n in given and n not in positional},
+    )
 
 
 def _contiguous(sizes: list[int]) -> list[int]:
@@ -316,7 +329,9 @@ def _pad(checked: Checked, size: Any, given: dict) -> None:
         if min(before, after) < 0:
             total = axes.size(dim)
             cut = axes.cut(dim, [max(-before, 0), total + min(before, 0) + min(after, 0), max(-after, 0)])
-            pad[2 * j : 2 * j + 2] = [-size(c) if p < 0 else p for c, p in ((cut[0], before), (cut[2], after))]
+            pad[2 * j : 2 * j + 2] = [
+                -size(c) if p < 0 else p for c, p in ((cut[0], before), (cut[2], after))
+            ]
     given["pad"] = pad
 
 

@@ -7,9 +7,23 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from dmscale import axes
-from dmscale.axes import Conflict, atoms, axis, concat, cut, freeze, kept, measure, reasons, regroup, same, size, unify
+from dmscale.axes import (
+    Conflict,
+    atoms,
+    axis,
+    concat,
+    cut,
+    freeze,
+    kept,
+    measure,
+    reasons,
+    regroup,
+    same,
+    size,
+    unify,
+)
 
-# -- what a set of axes means, spelled out element by element -----------------------------------------------------------
+# -- what a set of axes means, spelled out element by element ------------------------------------------------
 
 
 def deciders(dim):
@@ -68,13 +82,15 @@ def draw_masks(draw, dims):
     return masks
 
 
-# -- unification --------------------------------------------------------------------------------------------------------
+# -- unification ---------------------------------------------------------------------------------------------
 
 
 @st.composite
 def recipes(draw):
     """Plans of several dims of one size, and pairs of them to unify; plans can be built again and again."""
-    chain = draw(st.permutations([2, 2, 3]))  # boundaries from one chain of divisors: most problems have a solution
+    chain = draw(
+        st.permutations([2, 2, 3])
+    )  # boundaries from one chain of divisors: most problems have a solution
     plans = []
     for _ in range(draw(st.integers(3, 7))):
         product = [chain[0]]
@@ -84,7 +100,9 @@ def recipes(draw):
             else:
                 product[-1] *= factor
         frozen = [draw(st.integers(0, 5)) == 0 for _ in product]
-        parts = [draw(st.sampled_from([0, 0, 1, 2])) if n > 2 else 0 for n in product]  # a sum of (part, n - part)
+        parts = [
+            draw(st.sampled_from([0, 0, 1, 2])) if n > 2 else 0 for n in product
+        ]  # a sum of (part, n - part)
         plans.append(list(zip(product, frozen, parts)))
     index = st.integers(0, len(plans) - 1)
     return plans, draw(st.lists(st.tuples(index, index), min_size=1, max_size=8))
@@ -145,7 +163,11 @@ def test_fixed_axes_may_be_regrouped_freely():
     channels, same_channels = axis(5), axis(5)
     unify((*fixed[0], *channels), (*fixed[1], *same_channels))
     assert same(channels, same_channels)
-    assert [size(d) for d in regroup([axis(8, "spatial"), axis(7, "spatial"), axis(5)], [28, 2, 5])] == [28, 2, 5]
+    assert [size(d) for d in regroup([axis(8, "spatial"), axis(7, "spatial"), axis(5)], [28, 2, 5])] == [
+        28,
+        2,
+        5,
+    ]
     with pytest.raises(Conflict):
         unify((*axis(8), *axis(7, "spatial")), (*axis(28, "spatial"), *axis(2, "spatial")))
     with pytest.raises(Conflict):
@@ -160,7 +182,7 @@ def test_an_axis_cannot_contain_itself():
         unify(part, (whole,))
 
 
-# -- freezing -----------------------------------------------------------------------------------------------------------
+# -- freezing ------------------------------------------------------------------------------------------------
 
 
 @given(st.data(), st.sampled_from([12, 30]))
@@ -186,7 +208,7 @@ def test_pieces_of_a_frozen_axis_are_frozen():
     assert all(not axes.is_free(part) for part in regroup([axis(6, "input")], [2, 3]))
 
 
-# -- regrouping and cutting ---------------------------------------------------------------------------------------------
+# -- regrouping and cutting ----------------------------------------------------------------------------------
 
 
 @given(st.data(), st.sampled_from([12, 24, 30]))
@@ -219,7 +241,7 @@ def test_cutting_again_elsewhere_refines_the_pieces():
     assert [a.size for a in atoms(dim)] == [4, 2, 2, 4]
 
 
-# -- masks are indices of real arrays -----------------------------------------------------------------------------------
+# -- masks are indices of real arrays ------------------------------------------------------------------------
 
 
 class Program:

@@ -28,7 +28,6 @@ CANNOT_RUN_HERE = {
 """Operators without a proof of their own: their rule is that of operators which have one (tested below)."""
 
 
-
 def name_of(func):
     return func._overloadpacket.__name__
 
@@ -47,9 +46,13 @@ def recorded():
         random.seed(0), np.random.seed(0), torch.default_generator.manual_seed(0)
 
     ruled, pointwise = Recorder(lambda f: f in RULES, 40, 6), Recorder(is_pointwise, 3, 2)
-    with warnings.catch_warnings(), \
-        mock.patch.object(common_utils, "set_rng_seed", seed), \
-        mock.patch.object(common_utils, "extract_test_fn", lambda: None):
+    with (
+        warnings.catch_warnings(),
+        mock.patch.object(common_utils, "set_rng_seed", seed),
+        mock.patch.object(
+            common_utils, "extract_test_fn", lambda: None
+        ),  # names the sample in error messages
+    ):
         warnings.simplefilter("ignore")
         for op in op_db:
             if torch.float32 not in op.dtypes:
@@ -144,8 +147,8 @@ def by_hand():
 def in_place(calls):
     """The in-place twin of each call, where it has a rule: the same arguments."""
     for call in calls:
-        if call.func is aten.as_strided.default:  # in place it sets the memory layout of a result not yet written
-            continue
+        if call.func is aten.as_strided.default:
+            continue  # in place it sets the memory layout of a result that is not yet written
         twin = getattr(aten, name_of(call.func) + "_", None)
         overload = call.func._overloadname
         if twin is not None and overload in twin.overloads() and getattr(twin, overload) in RULES:
@@ -153,7 +156,7 @@ def in_place(calls):
 
 
 def stands_alone(call):
-    """Whether the call reads only its arguments' own elements: some samples of `as_strided` read memory beyond a view."""
+    """Whether the call reads its arguments' own elements only: samples of `as_strided` read memory beyond a view."""
     if call.func is not aten.as_strided.default:
         return True
     x, sizes, strides, *offset = call.args
@@ -186,7 +189,7 @@ def test_slicing_and_running_equals_running_and_slicing(name):
     problems = [p for v in found for p in v.problems]
     assert not problems, "\n".join(problems[:5])
     assert found, f"the rule of aten.{name} has no sample: add one to `by_hand`"
-    assert sum(v.proven for v in found), f"no sample of aten.{name} leaves a free axis: its rule is not proven; add one"
+    assert sum(v.proven for v in found), f"no sample of aten.{name} leaves an axis free: add one that does"
 
 
 @pytest.mark.parametrize("name", CANNOT_RUN_HERE)
@@ -223,7 +226,7 @@ def test_what_the_result_depends_on_by_number_is_noted():
         assert (noted.kind, [a.size for d in noted.dims for a in d]) == (kind, [size]), func
 
 
-# -- planted mistakes: the checker must report each ----------------------------------------------------------------------
+# -- planted mistakes: the checker must report each ----------------------------------------------------------
 
 
 def forgets_to_swap(trace, out, x, i, j):
@@ -234,7 +237,9 @@ def joins_the_wrong_way(trace, out, tensors, dim=0):
     return RULES_OF["cat"](trace, out, tensors, 1 - dim if out.dim() == 2 else dim)
 
 
-def ignores_groups(trace, out, x, weight, bias, stride, padding, dilation, transposed, output_padding, groups):
+def ignores_groups(
+    trace, out, x, weight, bias, stride, padding, dilation, transposed, output_padding, groups
+):
     w, dims = trace.dims(weight), trace.dims(x)
     return [dims[0], w[1] if transposed else w[0], *trace.spatial(out, x, 2)]
 

@@ -23,6 +23,7 @@ from dmscale.sizes import (
     solve,
 )
 
+OPERATORS = [operator.add, operator.sub, operator.mul, operator.floordiv]
 HEADS, HEAD_DIM, C, GROUPS = (Attribute("attn", (name,)) for name in ("heads", "head_dim", "dim", "groups"))
 
 
@@ -30,23 +31,29 @@ def evaluated(e, values):
     """The value of an expression."""
     if isinstance(e, Operation):
         left, right = evaluated(e.left, values), evaluated(e.right, values)
-        return {"+": operator.add, "-": operator.sub, "*": operator.mul, "//": operator.floordiv}[e.symbol](left, right)
+        apply = dict(zip(("+", "-", "*", "//"), OPERATORS))[e.symbol]
+        return apply(left, right)
     return values[e] if isinstance(e, Attribute) else e
 
 
-# -- SizedInt -----------------------------------------------------------------------------------------------------------
-
-OPERATORS = [operator.add, operator.sub, operator.mul, operator.floordiv]
+# -- SizedInt ------------------------------------------------------------------------------------------------
 
 
-@given(st.integers(-20, 20), st.lists(st.tuples(st.sampled_from(OPERATORS), st.integers(1, 9), st.booleans()), max_size=5))
+steps_of_arithmetic = st.lists(
+    st.tuples(st.sampled_from(OPERATORS), st.integers(1, 9), st.booleans()), max_size=5
+)
+
+
+@given(st.integers(-20, 20), steps_of_arithmetic)
 def test_a_sized_int_is_an_int_whose_expression_evaluates_to_it(start, steps):
     plain, sized = start, SizedInt(start, C)
     for apply, n, reflected in steps:
         if apply is operator.floordiv and plain == 0:
             reflected = False
         other = SizedInt(n, HEADS) if n == 7 else n
-        plain, sized = (apply(n, plain), apply(other, sized)) if reflected else (apply(plain, n), apply(sized, other))
+        plain, sized = (
+            (apply(n, plain), apply(other, sized)) if reflected else (apply(plain, n), apply(sized, other))
+        )
         assert sized == plain and isinstance(sized, SizedInt)
         assert evaluated(sized.expression, {C: start, HEADS: 7}) == plain
     assert evaluated((-sized).expression, {C: start, HEADS: 7}) == -plain == -sized
@@ -59,15 +66,20 @@ def test_a_sized_int_behaves_as_the_int_that_it_is(a, b):
     assert x != "a" and (x == "a") is False
     assert hash(x) == hash(a) and {a: 1}.get(x) == 1 and bool(x) == bool(a)
     assert list(range(x)) == list(range(a)) and str(x) == str(a) and f"{x:d}" == str(a)
-    assert float(x) == float(a) and x * 0.5 == a * 0.5 and x / 2 == a / 2 and x**2 == a**2 and 2.0 * x == 2.0 * a
-    assert [0, 1, 2][SizedInt(1, C)] == 1 and [1] * SizedInt(3, C) == [1, 1, 1] and divmod(x, 7) == divmod(a, 7)
+    assert (
+        float(x) == float(a) and x * 0.5 == a * 0.5 and x / 2 == a / 2 and x**2 == a**2 and 2.0 * x == 2.0 * a
+    )
+    assert (
+        [0, 1, 2][SizedInt(1, C)] == 1 and [1] * SizedInt(3, C) == [1, 1, 1] and divmod(x, 7) == divmod(a, 7)
+    )
     if a:
         assert 4 / x == 4 / a and x % 3 == a % 3
 
 
 def test_copies_and_pickles_are_plain_ints():
     x = SizedInt(8, C)
-    for other in (copy.copy(x), copy.deepcopy(x), copy.deepcopy({"a": (x,)})["a"][0], pickle.loads(pickle.dumps(x))):
+    nested = copy.deepcopy({"a": (x,)})["a"][0]
+    for other in (copy.copy(x), copy.deepcopy(x), nested, pickle.loads(pickle.dumps(x))):
         assert type(other) is int and other == 8
     assert expression_of(x) == C and expression_of(5) == 5
 
@@ -76,10 +88,17 @@ def test_escapes_and_comparisons_are_heard_only_while_listening():
     heard = []
     x, y = SizedInt(8, C), SizedInt(8, HEADS)
     with listening(lambda a, b: heard.append((a.expression, b.expression)), lambda a, how: heard.append(how)):
-        assert x == y and not x != y and x == 8 and x != SizedInt(9, HEADS)
+        assert x == y and (x != y) is False and x == 8 and x != SizedInt(9, HEADS)
         assert heard == [(C, HEADS)] * 2
         heard.clear()
-        for use in (float, lambda v: v / 2, lambda v: 2 / v, lambda v: v**-0.5, lambda v: 2**v, lambda v: v * 0.5):
+        for use in (
+            float,
+            lambda v: v / 2,
+            lambda v: 2 / v,
+            lambda v: v**-0.5,
+            lambda v: 2**v,
+            lambda v: v * 0.5,
+        ):
             use(x)
             assert len(heard) == 1, "a size became a plain number unheard"
             heard.clear()
@@ -102,7 +121,7 @@ def test_attributes_name_themselves():
     assert list(attributes_of(e)) == [C, HEADS]
 
 
-# -- equations ----------------------------------------------------------------------------------------------------------
+# -- equations -----------------------------------------------------------------------------------------------
 
 
 def says(expression, dim):
@@ -163,9 +182,13 @@ def test_the_quotient_of_width_and_heads_is_the_head_size(any_order):
 
 
 def test_a_reshape_to_the_width_of_another_axis_links_them(any_order):
-    """`reshape(b, n, C)` with C from the residual stream: heads and stream keep the same share, head size stays."""
+    """`reshape(b, n, C)` with C from the stream: heads and stream keep the same share, head size stays."""
     stream, h, d = axis(32), axis(4), axis(8)
-    equations = [says(Extent(stream), (*h, *d)), says(HEADS, h), says(Operation("//", Extent(stream), HEADS), d)]
+    equations = [
+        says(Extent(stream), (*h, *d)),
+        says(HEADS, h),
+        says(Operation("//", Extent(stream), HEADS), d),
+    ]
     s = solve(any_order(equations))
     assert is_free(stream, h, d) == [True, True, False]
     assert s.links == [{stream[0], h[0]}]

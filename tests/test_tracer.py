@@ -1,4 +1,4 @@
-"""The tracer: MACs equal those that PyTorch counts, unknown operators freeze what passes through them, nothing stays behind."""
+"""The tracer: MACs are those that PyTorch counts, unknown operators freeze what passes, nothing stays behind."""
 
 import math
 
@@ -52,7 +52,7 @@ def agrees(function, *tensors):
     return tracer
 
 
-# -- MACs ---------------------------------------------------------------------------------------------------------------
+# -- MACs ----------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=15)
@@ -110,15 +110,7 @@ def test_attention_by_the_fused_kernel_counts_both_products():
     torch.testing.assert_close(out, F.scaled_dot_product_attention(q, q, q))
 
 
-def test_a_wrong_count_would_be_seen():
-    """The comparison above can fail."""
-    with pytest.raises(AssertionError):
-        out, tracer = traced(torch.mm, torch.randn(2, 3), torch.randn(3, 4))
-        tracer.record.terms.append(tracer.record.terms[0])
-        assert macs(tracer) == counted(torch.mm, torch.randn(2, 3), torch.randn(3, 4))[1]
-
-
-# -- operators without a rule -------------------------------------------------------------------------------------------
+# -- operators without a rule --------------------------------------------------------------------------------
 
 _library = torch.library.Library("dmscale_tests", "DEF")
 _library.define("odd(Tensor x) -> Tensor")
@@ -156,12 +148,12 @@ def test_an_unknown_operator_freezes_what_passes_through_it_and_nothing_else():
 def test_a_conflict_names_operator_and_module():
     class Flat(nn.Module):
         def forward(self, x):
-            return x.reshape(2, 4, 3)  # cuts an axis of six inside
+            return x.reshape(2, 3, 4)  # three does not divide the two of the input
 
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
-            self.a, self.flat, self.b = nn.Linear(4, 6), Flat(), nn.Linear(3, 2)
+            self.a, self.flat, self.b = nn.Linear(4, 6), Flat(), nn.Linear(4, 2)
 
         def forward(self, x):
             return self.b(self.flat(self.a(x)))
@@ -171,7 +163,7 @@ def test_a_conflict_names_operator_and_module():
     assert any("in flat (view)" in r for r in axes.reasons(trace.slots["a.weight"][0]))
 
 
-# -- nothing stays behind -----------------------------------------------------------------------------------------------
+# -- nothing stays behind ------------------------------------------------------------------------------------
 
 
 class Attention(nn.Module):
@@ -185,7 +177,7 @@ class Attention(nn.Module):
         x = self.norm(self.mha(x, x, x)[0])
         if self.fails:
             raise ValueError("a forward that fails")
-        return F.dropout(x, 0.5)
+        return F.dropout(x, 0.5) + torch.rand(8)
 
 
 def state_of_the_world():
@@ -201,7 +193,8 @@ def state_of(model):
     attributes = [
         {k: (type(v), v) for k, v in vars(m).items() if not k.startswith("_")} for m in model.modules()
     ]
-    tensors = [(id(t), dict(t.__dict__), t.device, t.requires_grad) for t in model.state_dict(keep_vars=True).values()]
+    held = model.state_dict(keep_vars=True).values()
+    tensors = [(id(t), dict(t.__dict__), t.device, t.requires_grad) for t in held]
     return hooks, attributes, tensors, [m.training for m in model.modules()]
 
 
@@ -219,7 +212,7 @@ def test_nothing_is_left_behind(fails, fast_path, training):
                 read(model, x)
         else:
             read(model, x)
-        assert state_of_the_world() == before
+        assert state_of_the_world() == before and torch.is_grad_enabled()
         assert state_of(model) == own
         assert torch.equal(torch.get_rng_state(), rng)
         assert not x.__dict__

@@ -1,0 +1,103 @@
+"""How long does a trace take, against the same forward on meta tensors under an empty dispatch mode?
+
+    python -m benchmarks.trace_time
+
+For each model: the median of interleaved runs of (a) the forward on meta tensors under a dispatch mode that does nothing,
+(b) `dmscale.trace` without its trial, (c) the trial (certification) in units of one real forward, and, where
+`torch-pruning` is installed, (d) its dependency graph.  Goals: b <= 3 a, c < 10 forwards.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import dmscale
+from benchmarks.models import MODELS
+from dmscale import certify, running
+from dmscale.clone import clone, on_meta
+from dmscale.known import quiet
+from dmscale.tracer import Tracer
+
+
+class Empty(TorchDispatchMode):
+    """Calls every operator and does nothing else."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+def seconds(function: Callable[[], Any]) -> float:
+    """Wall-clock seconds of one call."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+class KeepsIntegers(Tracer):
+    """`Empty` for forwards that look at their integers: the tracer's own run without any inference."""
+
+    def _infer(self, *args: Any) -> None:
+        """Nothing."""
+
+
+def meta_forward(model: nn.Module, inputs: Any) -> Callable[[], Any]:
+    """The forward on meta tensors under an empty mode; integers keep their elements where the forward looks at them."""
+    twin = quiet(clone(model, on_meta)).eval()
+    args, kwargs = running.map_tensors(on_meta, running.arguments(inputs))
+
+    def run(mode: Callable[[], TorchDispatchMode]) -> None:
+        with torch.no_grad(), mode():
+            twin(*args, **kwargs)
+
+    try:
+        run(Empty)
+        return lambda: run(Empty)
+    except Exception:  # positions made on the device of the weights are meta, and the forward looks at them
+        return lambda: run(lambda: KeepsIntegers(meta=True))
+
+
+def torch_pruning(model: nn.Module, inputs: Any) -> float | None:
+    """Seconds of torch-pruning's graph, or None where it is not installed or fails."""
+    try:
+        import torch_pruning as tp
+
+        example = inputs if isinstance(inputs, dict) else inputs[0] if isinstance(inputs, tuple) else inputs
+        return seconds(lambda: tp.DependencyGraph().build_dependency(model, example_inputs=example))
+    except Exception:
+        return None
+
+
+def main(repeats: int = 7) -> None:
+    """Print one row a model."""
+    print("| model | meta forward ms | trace ms | ratio | trial / forward | torch-pruning graph ms |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: |")
+    for name, make in MODELS.items():
+        torch.manual_seed(0)
+        model, inputs = make()
+        model.eval()
+        forward = meta_forward(model, inputs)
+        a, b = [], []
+        for _ in range(repeats):
+            a.append(seconds(forward))
+            b.append(seconds(lambda: dmscale.trace(model, inputs, verify=False)))
+        space = dmscale.trace(model, inputs, verify=False)
+        real = min(seconds(lambda: running.outputs(model, inputs)) for _ in range(3))
+        trial = seconds(lambda: certify.certify(space))
+        other = torch_pruning(model, inputs)
+        ratio = statistics.median(x / y for x, y in zip(b, a))
+        print(
+            f"| {name} | {statistics.median(a) * 1e3:.0f} | {statistics.median(b) * 1e3:.0f} | {ratio:.2f} | "
+            f"{trial / real:.1f} | {'-' if other is None else f'{other * 1e3:.0f}'} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
