@@ -97,7 +97,7 @@ def _check_metric(metric: str) -> None:
 
         close = difflib.get_close_matches(metric, METRICS, 1, 0.4)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise BudgetError(f"unknown metric {metric!r} in the budget{hint} Metrics are {', '.join(METRICS)}")
+        raise BudgetError(f"unknown metric {metric!r} in the budget{hint}; metrics are {', '.join(METRICS)}")
 
 
 def _check_reachable(space: SearchSpace, wanted: Budget, full: Cost) -> None:

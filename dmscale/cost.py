@@ -72,8 +72,8 @@ class Monomials:
     def soft(self, values: torch.Tensor) -> torch.Tensor:
         """Differentiable value at `values` (V + 1,): a scalar of the same dtype."""
         if values.device not in self._tensors:
-            on = {"device": values.device}
-            self._tensors[values.device] = torch.tensor(self.coefficients, **on), torch.tensor(self.index, **on)
+            laid_out = torch.from_numpy(self.coefficients), torch.from_numpy(self.index)
+            self._tensors[values.device] = laid_out[0].to(values.device), laid_out[1].to(values.device)
         coefficients, index = self._tensors[values.device]
         out = coefficients.to(values.dtype)
         for k in range(index.shape[1]):

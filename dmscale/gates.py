@@ -14,6 +14,7 @@ All of it lives on a clone of the module tree that shares the user's parameters.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,8 +27,8 @@ from . import axes, running
 from .axes import Axis, Dim
 from .blocks import Blocks
 from .clone import clone
-from .tracing import Trace
 from .tracer import Call, Contraction, Normalisation, Value
+from .tracing import Trace
 
 KEPT_COUNT = {"centred": True, "scaled": False, "mean square": False}
 """Kinds of normalisation that have a kept-count form -> whether the mean is subtracted."""
@@ -40,6 +41,15 @@ class WeightSite:
     module: str
     name: str
     dims: tuple[tuple[int, Dim], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class InputSite:
+    """Mask the first tensor that module `module` takes, along `dim` at `position`: cheaper than a larger weight."""
+
+    module: str
+    position: int
+    dim: Dim
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +70,7 @@ class Sites:
     """Everywhere that a gated model differs from the user's."""
 
     weights: tuple[WeightSite, ...]
+    inputs: tuple[InputSite, ...]
     norms: tuple[NormSite, ...]
     blocks: tuple[Blocks, ...]
     by_products: tuple[tuple[str, tuple[Dim, ...]], ...] = ()
@@ -71,6 +82,7 @@ class Sites:
 def plan(trace: Trace, blocks: Sequence[Blocks]) -> Sites:
     """Find a gate for every consumption of every free axis; freezes the axes that have none, with the reason."""
     weights: dict[tuple[str, str], dict[int, Dim]] = {}
+    inputs: dict[str, InputSite] = {}
     norms: dict[str, NormSite] = {}
     for norm in trace.record.normalisations:
         if norm.kind == "sum":
@@ -86,13 +98,14 @@ def plan(trace: Trace, blocks: Sequence[Blocks]) -> Sites:
                 norms[norm.path] = site
     for contraction in trace.record.contractions:
         if axes.is_free(contraction.dim):
-            _plan_contraction(trace, contraction, weights)
+            _plan_contraction(trace, contraction, weights, inputs)
     sites = tuple(
         WeightSite(module, name, tuple(sorted((i, d) for i, d in dims.items() if axes.is_free(d))))
         for (module, name), dims in weights.items()
     )
     return Sites(
         tuple(s for s in sites if s.dims),
+        tuple(s for s in inputs.values() if axes.is_free(s.dim)),
         tuple(s for s in norms.values() if axes.is_free(s.dim)),
         tuple(blocks),
         tuple((k, dims) for k, dims in trace.record.by_products.items() if any(axes.is_free(d) for d in dims)),
@@ -131,15 +144,43 @@ def _position(call: Call, dim: Dim) -> int | None:
     )  # fmt: skip
 
 
-def _plan_contraction(trace: Trace, c: Contraction, weights: dict[tuple[str, str], dict[int, Dim]]) -> None:
+def _plan_contraction(
+    trace: Trace, c: Contraction, weights: dict[tuple[str, str], dict[int, Dim]], inputs: dict[str, InputSite]
+) -> None:
     consumers = [(value, own) for value, own in c.operands if not value.data and value.params]
     if consumers:
+        site = _input_site(trace, c, consumers)
+        if site is not None:
+            inputs[site.module] = site
+            return
         for value, own in consumers:
             for name in value.params:
                 positions = [i for i, d in enumerate(trace.slots[name]) if d is own] or _holding(trace, name, c.dim)
                 _mask(trace, c.path, name, positions, weights)
         return
     _mask_producers(trace, c.dim, [value for value, _ in c.operands], c.path, c.operator, weights)
+
+
+_TYPICAL_BATCH = 32  # of training, whatever batch the example has
+
+
+def _input_site(trace: Trace, c: Contraction, consumers: Sequence[tuple[Value, Dim]]) -> InputSite | None:
+    """The input of the consuming module, where it is one and smaller than the weight."""
+    if len(consumers) != 1 or len(consumers[0][0].params) != 1:
+        return None
+    calls = [call for call in trace.record.calls if call.path == c.path]
+    fed = {value.origin for value, _ in c.operands if value.data}
+    inside = [other for other in trace.record.contractions if other.path == c.path]
+    if len(calls) != 1 or len(inside) != 1 or calls[0].source is None or calls[0].source.origin not in fed:
+        return None
+    source = calls[0].source.dims
+    position = next((i for i, d in enumerate(source) if axes.same(d, c.dim)), None)
+    if position is None or not source:
+        return None
+    (name,) = consumers[0][0].params
+    elements = math.prod(axes.size(d) for d in source[1:]) * max(_TYPICAL_BATCH, axes.size(source[0]))
+    weight = math.prod(axes.size(d) for d in trace.slots[name])
+    return InputSite(c.path, position, c.dim) if elements < weight else None
 
 
 def _mask_producers(
@@ -185,6 +226,7 @@ class Masks(nn.Module):
         super().__init__()
         self.widths = dict(zip(widths, (nn.Parameter(m, requires_grad=trainable) for m in widths.values())))
         self.depths = dict(zip(depths, (nn.Parameter(m, requires_grad=trainable) for m in depths.values())))
+        self.decided: dict[str, list[bool]] = {}  # stacks whose gates are known to be zero or one
         self._list = nn.ParameterList([*self.widths.values(), *self.depths.values()])
 
     def forward(self, dim: Dim) -> Tensor:
@@ -241,6 +283,8 @@ def attach(model: nn.Module, sites: Sites, widths: Mapping[Axis, Tensor], depths
     for module, name in dims.keys() | scaled:
         mask = MaskedWeight(masks, dims.get((module, name), ()), scales[module] if (module, name) in scaled else None)
         parametrize.register_parametrization(gated.get_submodule(module), name, mask, unsafe=True)
+    for site in sites.inputs:
+        gated.get_submodule(site.module).register_forward_pre_hook(MaskedInput(masks, site), with_kwargs=True)
     for site in sites.norms:
         norm = gated.get_submodule(site.module)
         norm.register_forward_pre_hook(KeptCount(masks, site), with_kwargs=True)
@@ -270,6 +314,22 @@ def masks_of(gated: nn.Module) -> Masks:
 
 
 # Hooks are objects rather than closures, so that a copy of a gated model has masks of its own.
+
+
+@dataclass
+class MaskedInput:
+    """Before a linear or convolution whose weight is larger than its input: x * m."""
+
+    masks: Masks
+    site: InputSite
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        return _replace_first((args, kwargs), self.apply)
+
+    def apply(self, x: Tensor) -> Tensor:
+        shape = [1] * x.dim()
+        shape[self.site.position] = -1
+        return x * self.masks(self.site.dim).to(x.dtype).view(shape)
 
 
 @dataclass
@@ -318,7 +378,26 @@ class BlockGate:
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, out: Any) -> Any:
         x = running.tensors_in((args, kwargs))[0]
         gate = self.masks.depths[self.stack][self.index]
-        return _replace_first(out, lambda y: torch.lerp(x, y, gate.to(y.dtype)))
+        decided = self.masks.decided.get(self.stack)
+        if decided is None:
+            return _replace_first(out, lambda y: torch.lerp(x, y, gate.to(y.dtype)))
+        return _replace_first(out, lambda y: _Chosen.apply(x, y, gate, decided[self.index]))
+
+
+class _Chosen(torch.autograd.Function):
+    """lerp(x, y, gate) for a gate known to be zero or one: hands on one of the two and so writes no tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, gate: Tensor, keep: bool) -> Tensor:
+        ctx.save_for_backward(x, y)
+        ctx.keep, ctx.gate_dtype = keep, gate.dtype
+        return y if keep else x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:  # type: ignore[override]
+        x, y = ctx.saved_tensors
+        slope = (grad * (y - x)).sum(dtype=torch.float32).to(ctx.gate_dtype)
+        return (None, grad, slope, None) if ctx.keep else (grad, None, slope, None)
 
 
 @dataclass

@@ -8,7 +8,6 @@ from . import axes
 from .axes import Axis
 from .tracing import Trace
 
-
 _CONSTANTS = ("selected by index", "index of a concatenation", "kernel size")  # three of q, k, v: never a width
 
 

@@ -21,6 +21,8 @@ def arguments(example_inputs: Any) -> tuple[tuple, dict[str, Any]]:
     Raises:
         TraceError: there is no tensor in them.
     """
+    args: tuple
+    kwargs: dict[str, Any]
     if isinstance(example_inputs, Tensor):
         args, kwargs = (example_inputs,), {}
     elif isinstance(example_inputs, Mapping):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,7 +108,7 @@ def _strings(globs: str | Iterable[str]) -> tuple[str, ...]:
 
 
 def _length(loader: Iterable[Any]) -> int:
-    return len(loader) if hasattr(loader, "__len__") else 0
+    return len(loader) if isinstance(loader, Sized) else 0
 
 
 def _endless(loader: Iterable[Any], device: torch.device) -> Iterator[tuple[Any, Any]]:

@@ -281,6 +281,13 @@ class Search:
     def _write(self, flat: Tensor) -> None:
         for m, values in zip(self._masks, flat.split(self._layout.sizes)):
             m.data.copy_(values)
+        if self.hard or self._refining:
+            self._decide_blocks()
+
+    def _decide_blocks(self) -> None:
+        """Tell the gates that blocks are in or out, so that no tensor is blended."""
+        masks = gates.masks_of(self.model)
+        masks.decided = {n: [keep > 0.5 for keep in m.tolist()] for n, m in masks.depths.items()}
 
     def _finish(self) -> None:
         """Fit the structure to the budget and leave its hard masks on `search.model`."""
@@ -290,6 +297,7 @@ class Search:
         for m, indices in zip(self._masks, kept):
             m.data.zero_()
             m.data[list(indices)] = 1
+        self._decide_blocks()
 
     # -- results ------------------------------------------------------------------------------------------------------
 

@@ -218,20 +218,26 @@ def _solve_for_attribute(
             return None
         left, right = _try(e.left, known), _try(e.right, known)
         if right is not None and left is None:  # unknown op right = value
-            undo: dict[str, Callable[[], Quotient]] = {
-                "+": lambda v=value, r=right: v - r, "-": lambda v=value, r=right: v + r,
-                "*": lambda v=value, r=right: v // r, "//": lambda v=value, r=right: v * r,
-            }  # fmt: skip
-            value, e = undo[e.symbol](), e.left
+            value, e = _undo_left(e.symbol, value, right), e.left
         elif left is not None and right is None:  # left op unknown = value
-            undo = {
-                "+": lambda v=value, q=left: v - q, "-": lambda v=value, q=left: q - v,
-                "*": lambda v=value, q=left: v // q, "//": lambda v=value, q=left: q // v,
-            }  # fmt: skip
-            value, e = undo[e.symbol](), e.right
+            value, e = _undo_right(e.symbol, value, left), e.right
         else:
             return None
     return e, value
+
+
+def _undo_left(symbol: str, value: Quotient, right: Quotient) -> Quotient:
+    """x where x symbol right = value."""
+    return {"+": value - right, "-": value + right}[symbol] if symbol in "+-" else (
+        value // right if symbol == "*" else value * right
+    )  # fmt: skip
+
+
+def _undo_right(symbol: str, value: Quotient, left: Quotient) -> Quotient:
+    """x where left symbol x = value."""
+    return {"+": value - left, "-": left - value}[symbol] if symbol in "+-" else (
+        value // left if symbol == "*" else left // value
+    )  # fmt: skip
 
 
 def _try(e: Expression, known: dict[Attribute, Quotient]) -> Quotient | None:
@@ -285,11 +291,13 @@ def attributes_of(e: Expression) -> Iterator[Attribute]:
 
 def _solve_once(equations: list[Equation]) -> Solution:
     known: dict[Attribute, Quotient] = {}
-    todo = list(dict.fromkeys(equations))
+    # Plain `attribute = axis` first, then attributes inside expressions of known ones; what relates axes to a product is
+    # settled first.  So the solution does not depend on the order in which the model said these things.
+    todo = sorted(dict.fromkeys(equations), key=lambda eq: len(axes.factors(eq.dim)))
     progress = True
-    while progress:  # plain `attribute = size` first, then attributes inside expressions of known ones
+    while progress:
         progress = False
-        for eq in todo:
+        for eq in sorted(todo, key=lambda eq: isinstance(eq.expression, Operation)):
             try:
                 found = _solve_for_attribute(eq.expression, Quotient(extent(eq.dim)), known)
             except Inexact:
@@ -298,7 +306,7 @@ def _solve_once(equations: list[Equation]) -> Solution:
                 known[found[0]] = found[1]
                 progress = True
     links: list[set[Axis]] = []
-    for eq in todo:
+    for eq in reversed(todo):
         try:
             difference = (_evaluate(eq.expression, known) - Quotient(extent(eq.dim))).numerator
         except (Inexact, _Unknown):

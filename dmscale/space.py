@@ -130,7 +130,7 @@ class SearchSpace:
         return self.structure({})
 
     def structure(
-        self, sizes: Mapping[str, float], scores: Mapping[str, Tensor | Sequence[float]] | None = None
+        self, sizes: Mapping[str, float], scores: Mapping[str, Any] | None = None
     ) -> Structure:
         """A structure of given sizes.
 
@@ -398,13 +398,16 @@ def trace(
         TraceError: the model does not run on the example inputs.
         DmscaleError: a glob matches nothing.
     """
-    tuples = [(g,) if isinstance(g, str) else tuple(g) for g in (freeze, only)]
-    options = Options(*tuples, _by_glob(minimum), _by_glob(multiple))
+    options = Options(_globs(freeze), _globs(only), _by_glob(minimum), _by_glob(multiple))
     space = SearchSpace(model, example_inputs, tracing.read(model, example_inputs), options)
     _check_globs(space)
     if verify and space.dimensions and not any(p.is_meta for p in model.parameters()):
         certify.certify(space)
     return space
+
+
+def _globs(names: str | Sequence[str]) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else tuple(names)
 
 
 def _by_glob(bound: int | Mapping[str, int]) -> dict[str, int]:

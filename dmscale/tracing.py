@@ -90,19 +90,32 @@ def _read(model: nn.Module, args: tuple, kwargs: dict, kind: str) -> Trace:
     parameters = {n for n, _ in twin.named_parameters()}
     _run(tracer, twin, args, kwargs, meta)
     trace = Trace(slots, aliases, tracer.record, kind)
+    touched = _touched(tracer.record)
     if parameters - tracer.record.read:
-        _read_training(tracer, twin, args, kwargs, meta, trace)
+        touched |= _read_training(tracer, twin, args, kwargs, meta, trace)
     for name in slots:
         if name not in tracer.record.read:
             if name in parameters:
                 trace.unread.append(name)
             for dim in slots[name]:
                 axes.freeze(dim, "the forward never reads it")
+    # of a table of positions, the rows beyond the example's length
+    rest = {a for dims in slots.values() for dim in dims for a in axes.atoms(dim)} - {a for dim in touched for a in axes.atoms(dim)}
+    axes.freeze(tuple(a for a in rest if not a.reasons), "the forward never reads it")
     return trace
 
 
-def _read_training(tracer: Tracer, twin: nn.Module, args: tuple, kwargs: dict, meta: bool, trace: Trace) -> None:
-    """Some parameters (auxiliary heads) are read in training mode only; their axes must follow too, at no cost."""
+def _touched(record: Record) -> set[Dim]:
+    """The dimensions of everything that operators computed or contracted."""
+    computed = [*(term.dims for term in record.terms), *(dims for _, _, dims in record.activations)]
+    return {dim for dims in computed for dim in dims}
+
+
+def _read_training(tracer: Tracer, twin: nn.Module, args: tuple, kwargs: dict, meta: bool, trace: Trace) -> set[Dim]:
+    """Some parameters (auxiliary heads) are read in training mode only; their axes must follow too, at no cost.
+
+    Returns the dimensions of what was computed then.
+    """
     record = tracer.record
     terms, activations, calls = len(record.terms), len(record.activations), len(record.calls)
     twin.train()
@@ -110,7 +123,9 @@ def _read_training(tracer: Tracer, twin: nn.Module, args: tuple, kwargs: dict, m
         _run(tracer, twin, args, kwargs, meta)
     except Exception as error:  # a batch of one under BatchNorm, say: what only training reads stays frozen
         trace.notes.append(f"not traced in training mode ({type(error).__name__}: {error})")
+    touched = _touched(record)
     del record.terms[terms:], record.activations[activations:], record.calls[calls:]
+    return touched
 
 
 def _run(tracer: Tracer, twin: nn.Module, args: tuple, kwargs: dict, meta: bool) -> None:
@@ -213,11 +228,11 @@ def _following_calls(tracer: Tracer, twin: nn.Module) -> Iterator[None]:
         tracer.path = paths[-1]
         call = open_calls.pop()
         call.end = tracer.op
-        first, *rest = running.tensors_in(out) or [None]
-        if first is not None:
-            call.result, call.result_dtype = tracer.value(first), first.dtype
+        tensors = running.tensors_in(out)
+        if tensors:
+            call.result, call.result_dtype = tracer.value(tensors[0]), tensors[0].dtype
         given = {id(t) for t in running.tensors_in((args, kwargs))}
-        call.passes_the_rest = all(id(t) in given for t in rest)
+        call.passes_the_rest = all(id(t) in given for t in tensors[1:])
         tracer.record.calls.append(call)
 
     try:

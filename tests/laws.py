@@ -1,7 +1,7 @@
 """The law of operator rules: slicing the inputs and running equals running and slicing the output.
 
-`check` runs one call of an ATen operator under a `Tracer`, keeps a random part of every free axis that met in it, runs the
-operator again on the sliced inputs, and compares with the sliced outputs of the whole run.  What rules promise about
+`check` runs one call of an ATen operator under a `Tracer`, keeps a random part of every free axis that met in it, runs
+the operator again on the sliced inputs, and compares with the sliced outputs of the full run.  What rules promise about
 sums is tested as they promise it: along a contracted axis, slicing equals zeroing what is removed in any one operand.
 Axes that a rule freezes or declares normalised over are not tested.
 """
@@ -132,11 +132,7 @@ class Checked:
         """The atoms that the law is tried on."""
         atoms = dict.fromkeys(a for dims in (*self.dims, *self.out_dims) for d in dims for a in axes.atoms(d))
         normalised = {
-            a
-            for n in self.tracer.record.normalisations
-            if n.kind != "sum"
-            for d in n.dims
-            for a in axes.atoms(d)
+            a for n in self.tracer.record.normalisations if n.kind != "sum" for d in n.dims for a in axes.atoms(d)
         }
         # a squeeze of everything takes with it what shrinks to one
         least = 3 if self.call.func in (aten.squeeze.default, aten.squeeze_.default) else 2
@@ -273,7 +269,8 @@ def _contiguous(sizes: list[int]) -> list[int]:
     return list(torch.empty(sizes, device="meta").stride())
 
 
-@_adapts("view", "_unsafe_view", "reshape", "expand", "_reshape_alias", "new_zeros", "new_ones", "new_empty", "new_full",
+@_adapts("view", "_unsafe_view", "reshape", "expand", "_reshape_alias", "new_zeros", "new_ones", "new_empty",
+         "new_full",
          "new_empty_strided", "as_strided", "as_strided_")  # fmt: skip
 def _to_shape(checked: Checked, size: Any, given: dict) -> None:
     name = "shape" if "shape" in given else "size"
@@ -287,9 +284,7 @@ def _to_shape(checked: Checked, size: Any, given: dict) -> None:
 def _repeat(checked: Checked, size: Any, given: dict) -> None:
     counts, own = given["repeats"], checked.dims_of(given["self"])
     lead = len(counts) - len(own)
-    given["repeats"] = [
-        size(d) // (size(own[i - lead]) if i >= lead else 1) for i, d in enumerate(checked.out_dims[0])
-    ]
+    given["repeats"] = [size(d) // (size(own[i - lead]) if i >= lead else 1) for i, d in enumerate(checked.out_dims[0])]
 
 
 @_adapts("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "chunk", "unsafe_chunk")
@@ -329,9 +324,7 @@ def _pad(checked: Checked, size: Any, given: dict) -> None:
         if min(before, after) < 0:
             total = axes.size(dim)
             cut = axes.cut(dim, [max(-before, 0), total + min(before, 0) + min(after, 0), max(-after, 0)])
-            pad[2 * j : 2 * j + 2] = [
-                -size(c) if p < 0 else p for c, p in ((cut[0], before), (cut[2], after))
-            ]
+            pad[2 * j : 2 * j + 2] = [-size(c) if p < 0 else p for c, p in ((cut[0], before), (cut[2], after))]
     given["pad"] = pad
 
 

@@ -39,11 +39,9 @@ def deciders(dim):
 
 
 def meaning(dims):
-    """`deciders` of several dims with the pairs numbered in order of appearance: equal for equal partitions and masks."""
+    """`deciders` of several dims with the pairs numbered as they appear: equal for equal partitions and masks."""
     number = {}
-    return [
-        [tuple(number.setdefault(pair, len(number)) for pair in d) for d in deciders(dim)] for dim in dims
-    ]
+    return [[tuple(number.setdefault(pair, len(number)) for pair in d) for d in deciders(dim)] for dim in dims]
 
 
 def factorisations(n):
@@ -88,9 +86,7 @@ def draw_masks(draw, dims):
 @st.composite
 def recipes(draw):
     """Plans of several dims of one size, and pairs of them to unify; plans can be built again and again."""
-    chain = draw(
-        st.permutations([2, 2, 3])
-    )  # boundaries from one chain of divisors: most problems have a solution
+    chain = draw(st.permutations([2, 2, 3]))  # boundaries from one chain of divisors: most problems have a solution
     plans = []
     for _ in range(draw(st.integers(3, 7))):
         product = [chain[0]]
@@ -100,9 +96,7 @@ def recipes(draw):
             else:
                 product[-1] *= factor
         frozen = [draw(st.integers(0, 5)) == 0 for _ in product]
-        parts = [
-            draw(st.sampled_from([0, 0, 1, 2])) if n > 2 else 0 for n in product
-        ]  # a sum of (part, n - part)
+        parts = [draw(st.sampled_from([0, 0, 1, 2])) if n > 2 else 0 for n in product]  # a sum of (part, n - part)
         plans.append(list(zip(product, frozen, parts)))
     index = st.integers(0, len(plans) - 1)
     return plans, draw(st.lists(st.tuples(index, index), min_size=1, max_size=8))

@@ -1,7 +1,7 @@
 """Every operator rule is proven on PyTorch's own operator samples; see `laws` for the law.
 
-A new rule needs a sample: most operators have one in PyTorch's OpInfo database, which is run here as a whole and whose ATen
-calls are recorded.  `by_hand` adds what it does not reach.
+A new rule needs a sample: most operators have one in PyTorch's OpInfo database, which is run here as a whole and whose
+ATen calls are recorded.  `by_hand` adds what it does not reach.
 """
 
 import functools
@@ -49,9 +49,7 @@ def recorded():
     with (
         warnings.catch_warnings(),
         mock.patch.object(common_utils, "set_rng_seed", seed),
-        mock.patch.object(
-            common_utils, "extract_test_fn", lambda: None
-        ),  # names the sample in error messages
+        mock.patch.object(common_utils, "extract_test_fn", lambda: None),  # names the sample in error messages
     ):
         warnings.simplefilter("ignore")
         for op in op_db:
@@ -79,8 +77,10 @@ def by_hand():
         (aten.avg_pool1d.default, volume, [2]), (aten.adaptive_avg_pool1d.default, volume, [4]),
         (aten.contiguous.default, x), (aten.positive.default, x), (aten.lift.default, x),
         (aten.reshape.default, volume, [2, 2, 3, 8]), (aten.reshape.default, volume, [12, -1]),
-        (aten._reshape_alias.default, volume, [2, 48], [48, 1]), (aten._reshape_alias.default, volume, [2, 2, 24], [48, 24, 1]),
-        (aten.chunk.default, volume, 2, 1), (aten.chunk.default, volume, 3, -1), (aten.unsafe_chunk.default, volume, 2, 2),
+        (aten._reshape_alias.default, volume, [2, 48], [48, 1]),
+        (aten._reshape_alias.default, volume, [2, 2, 24], [48, 24, 1]),
+        (aten.chunk.default, volume, 2, 1), (aten.chunk.default, volume, 3, -1),
+        (aten.unsafe_chunk.default, volume, 2, 2),
         (aten.unsafe_split_with_sizes.default, volume, [2, 4], 1),
         (aten.narrow.default, volume, 1, 2, 3), (aten.narrow.default, volume, -1, 0, 8),
         (aten.softmax.int, volume, 1), (aten.log_softmax.int, volume, -1),
@@ -103,7 +103,8 @@ def by_hand():
          torch.tensor([3, 8], dtype=torch.int32)),
         *((aten.convolution.default, torch.randn(2, i, *[5] * n), torch.randn(o, i // g, *[3] * n), b, [1] * n, [1] * n,
            [1] * n, False, [0] * n, g)
-          for n in (1, 2, 3) for i, o, g, b in [(6, 4, 1, None), (6, 4, 2, torch.randn(4)), (4, 4, 4, None), (4, 12, 4, None)]),
+          for n in (1, 2, 3)
+          for i, o, g, b in [(6, 4, 1, None), (6, 4, 2, torch.randn(4)), (4, 4, 4, None), (4, 12, 4, None)]),
         *((aten.convolution.default, torch.randn(2, i, *[5] * n), torch.randn(i, o // g, *[3] * n), b, [2] * n, [1] * n,
            [1] * n, True, [1] * n, g)
           for n in (1, 2) for i, o, g, b in [(6, 4, 1, None), (6, 4, 2, torch.randn(4)), (4, 4, 4, None)]),
@@ -128,7 +129,8 @@ def by_hand():
         # indexing
         (aten.index_put.default, volume, [None, torch.tensor([1, 3])], torch.randn(2, 2, 8)),
         (aten.index_put.default, volume, [torch.rand(2, 6) > 0.5], torch.randn(8)),
-        (aten.index.Tensor, volume, [None, torch.tensor([1, 3])]), (aten.index.Tensor, volume, [torch.rand(2, 6) > 0.5]),
+        (aten.index.Tensor, volume, [None, torch.tensor([1, 3])]),
+        (aten.index.Tensor, volume, [torch.rand(2, 6) > 0.5]),
         (aten.index.Tensor, volume, [torch.tensor([[1], [0]]), None, torch.tensor([1, 2, 2])]),
         (aten.gather.default, x, 0, index), (aten.gather.default, x[:, :5], 0, index[:, :4]),
         (aten.scatter.src, x, 0, index, torch.randn(3, 6)), (aten.scatter.value, x, 0, index, 1.0),
@@ -237,9 +239,7 @@ def joins_the_wrong_way(trace, out, tensors, dim=0):
     return RULES_OF["cat"](trace, out, tensors, 1 - dim if out.dim() == 2 else dim)
 
 
-def ignores_groups(
-    trace, out, x, weight, bias, stride, padding, dilation, transposed, output_padding, groups
-):
+def ignores_groups(trace, out, x, weight, bias, stride, padding, dilation, transposed, output_padding, groups):
     w, dims = trace.dims(weight), trace.dims(x)
     return [dims[0], w[1] if transposed else w[0], *trace.spatial(out, x, 2)]
 

@@ -39,9 +39,7 @@ def evaluated(e, values):
 # -- SizedInt ------------------------------------------------------------------------------------------------
 
 
-steps_of_arithmetic = st.lists(
-    st.tuples(st.sampled_from(OPERATORS), st.integers(1, 9), st.booleans()), max_size=5
-)
+steps_of_arithmetic = st.lists(st.tuples(st.sampled_from(OPERATORS), st.integers(1, 9), st.booleans()), max_size=5)
 
 
 @given(st.integers(-20, 20), steps_of_arithmetic)
@@ -51,9 +49,7 @@ def test_a_sized_int_is_an_int_whose_expression_evaluates_to_it(start, steps):
         if apply is operator.floordiv and plain == 0:
             reflected = False
         other = SizedInt(n, HEADS) if n == 7 else n
-        plain, sized = (
-            (apply(n, plain), apply(other, sized)) if reflected else (apply(plain, n), apply(sized, other))
-        )
+        plain, sized = (apply(n, plain), apply(other, sized)) if reflected else (apply(plain, n), apply(sized, other))
         assert sized == plain and isinstance(sized, SizedInt)
         assert evaluated(sized.expression, {C: start, HEADS: 7}) == plain
     assert evaluated((-sized).expression, {C: start, HEADS: 7}) == -plain == -sized
@@ -66,12 +62,8 @@ def test_a_sized_int_behaves_as_the_int_that_it_is(a, b):
     assert x != "a" and (x == "a") is False
     assert hash(x) == hash(a) and {a: 1}.get(x) == 1 and bool(x) == bool(a)
     assert list(range(x)) == list(range(a)) and str(x) == str(a) and f"{x:d}" == str(a)
-    assert (
-        float(x) == float(a) and x * 0.5 == a * 0.5 and x / 2 == a / 2 and x**2 == a**2 and 2.0 * x == 2.0 * a
-    )
-    assert (
-        [0, 1, 2][SizedInt(1, C)] == 1 and [1] * SizedInt(3, C) == [1, 1, 1] and divmod(x, 7) == divmod(a, 7)
-    )
+    assert float(x) == float(a) and x * 0.5 == a * 0.5 and x / 2 == a / 2 and x**2 == a**2 and 2.0 * x == 2.0 * a
+    assert [0, 1, 2][SizedInt(1, C)] == 1 and [1] * SizedInt(3, C) == [1, 1, 1] and divmod(x, 7) == divmod(a, 7)
     if a:
         assert 4 / x == 4 / a and x % 3 == a % 3
 

@@ -190,9 +190,7 @@ def state_of_the_world():
 
 def state_of(model):
     hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
-    attributes = [
-        {k: (type(v), v) for k, v in vars(m).items() if not k.startswith("_")} for m in model.modules()
-    ]
+    attributes = [{k: (type(v), v) for k, v in vars(m).items() if not k.startswith("_")} for m in model.modules()]
     held = model.state_dict(keep_vars=True).values()
     tensors = [(id(t), dict(t.__dict__), t.device, t.requires_grad) for t in held]
     return hooks, attributes, tensors, [m.training for m in model.modules()]

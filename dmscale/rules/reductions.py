@@ -30,7 +30,8 @@ Tensor = torch.Tensor
 def batch_norm(trace: Tracer, out: Sequence[Tensor], x: Tensor, *parameters: Any, **kwargs: Any) -> Sequence[Any]:
     """Statistics by channel: every per-channel vector has the channel's axis, and nothing mixes channels."""
     dims = trace.dims(x)
-    if any(p is True for p in parameters) or trace._operator == "_batch_norm_with_update":  # the statistics of this very batch
+    if any(p is True for p in parameters) or trace._operator == "_batch_norm_with_update":
+        # in training mode they are those of this very batch
         trace.freeze_dims([dims[0], *dims[2:]], "statistics are taken over it")
     for p in parameters[:4]:
         if isinstance(p, Tensor):
