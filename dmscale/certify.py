@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from . import running
 from .clone import clone
 from .known import quiet
+from .tracing import failed_forward
 
 if TYPE_CHECKING:
     from .space import SearchSpace
@@ -33,6 +34,7 @@ def certify(space: SearchSpace) -> None:
         inputs = running.map_tensors(lambda t: t.float() if t.is_floating_point() else t, inputs)
     names = list(space.dimensions)
     while names and _trial(space, model, inputs, names) is not None:
+        _check_runs(model, inputs)
         bad = dict(_at_fault(space, model, inputs, names))
         if not bad:  # only together: without a single culprit all of them stay as they are
             bad = {n: "exported and gated model differ when several dimensions shrink together" for n in names}
@@ -40,6 +42,14 @@ def certify(space: SearchSpace) -> None:
             if name in space.dimensions:
                 space.freeze([name], f"failed its trial: {reason}")
         names = list(space.dimensions)
+
+
+def _check_runs(model: nn.Module, inputs: Any) -> None:
+    """A trace without values lets pass what a kernel may refuse, integers given to a linear layer say."""
+    try:
+        running.outputs(model, inputs)
+    except Exception as failure:
+        raise failed_forward(model, failure) from failure
 
 
 def _at_fault(space: SearchSpace, model: nn.Module, inputs: Any, names: Sequence[str]) -> list[tuple[str, str]]:
@@ -78,13 +88,17 @@ def compare(gated: nn.Module, small: nn.Module, example_inputs: Any) -> float:
     for model in (gated, small):
         modes = {m: m.training for m in model.modules()}
         try:
-            with torch.random.fork_rng([]):
+            with torch.random.fork_rng([]), torch.autocast(_device_type(model), enabled=False):
                 torch.manual_seed(0)
                 found.append(running.outputs(model.eval(), example_inputs))
         finally:
             for module, training in modes.items():
                 module.training = training
     return running.relative_error(found[1], found[0])
+
+
+def _device_type(model: nn.Module) -> str:
+    return next((p.device.type for p in model.parameters()), "cpu")
 
 
 def tolerance(model: nn.Module) -> float:

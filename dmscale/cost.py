@@ -50,9 +50,13 @@ class Monomials:
     def __init__(self, poly: Poly, variables: Mapping[Hashable, int]):
         width = max((len(m) for m in poly.terms), default=0)
         one = len(variables)
-        rows = [[variables[v] for v in m] + [one] * (width - len(m)) for m in poly.terms]
-        self.coefficients = np.array(list(poly.terms.values()), dtype=np.int64)
-        self.index = np.array(rows, dtype=np.int64).reshape(len(rows), width)
+        # in an order of their own, so that rounding at real sizes is the same in every run
+        terms: dict[tuple[int, ...], int] = {}
+        for m, c in poly.terms.items():
+            row = (*sorted(variables[v] for v in m), *[one] * (width - len(m)))
+            terms[row] = terms.get(row, 0) + c
+        self.coefficients = np.array([terms[row] for row in sorted(terms)], dtype=np.int64)
+        self.index = np.array(sorted(terms), dtype=np.int64).reshape(len(terms), width)
         self._tensors: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def count(self, values: np.ndarray) -> np.ndarray:

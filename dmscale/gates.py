@@ -96,9 +96,14 @@ def plan(trace: Trace, blocks: Sequence[Blocks]) -> Sites:
                     axes.freeze(dim, site)
             else:
                 norms[norm.path] = site
+                if norm.bias is not None and norm.bias in trace.slots:  # so that what is removed leaves as zero
+                    _mask(trace, norm.path, norm.bias, _holding(trace, norm.bias, norm.dims[0]), weights)
+    masked = {call.result.origin for call in trace.record.calls if call.path in norms and call.result is not None}
     for contraction in trace.record.contractions:
         if axes.is_free(contraction.dim):
-            _plan_contraction(trace, contraction, weights, inputs)
+            # what comes straight out of a kept-count normalisation is masked already
+            if not any(value.origin in masked for value, _ in contraction.operands if value.data):
+                _plan_contraction(trace, contraction, weights, inputs)
     sites = tuple(
         WeightSite(module, name, tuple(sorted((i, d) for i, d in dims.items() if axes.is_free(d))))
         for (module, name), dims in weights.items()
@@ -303,8 +308,9 @@ _MASKS = "_dmscale_masks"
 
 def _hold(gated: nn.Module, masks: Masks) -> None:
     """Let the module tree own the masks, in a leaf: a `Sequential` would run a child that it is given."""
-    leaf = next((m for m in gated.modules() if not m._modules and m._parameters), gated)
-    leaf.add_module(_MASKS, masks)
+    if len(masks._list):
+        leaf = next((m for m in gated.modules() if not m._modules and m._parameters), gated)
+        leaf.add_module(_MASKS, masks)
     gated.__dict__[_MASKS] = masks
 
 
@@ -344,17 +350,50 @@ class KeptCount:
 
     def apply(self, x: Tensor) -> Tensor:
         mask, at, shape = self.masks(self.site.dim), self.site.position, x.shape
+        x = x.reshape(*shape[:at], axes.size(self.site.group), mask.numel(), *shape[at + 1 :])  # (..., group, inner, ...)
+        return _KeptCount.apply(x, mask, at + 1, self.site.centred, self.site.over_space).reshape(shape)
+
+
+class _KeptCount(torch.autograd.Function):
+    """m (x - mean of the kept) sqrt(N / k) along dimension `at`, saving its result only (which the operator saves too).
+
+    The gradient of a mask element that is exactly zero needs the input, which is not kept: it is zero here, and comes
+    from the other places where the axis is consumed.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mask: Tensor, at: int, centred: bool, over_space: bool) -> Tensor:
+        trailing = x.dim() - at - 1
+        over = [at, *range(at + 1, x.dim())] if over_space else [at]
         count = mask.sum()
-        groups = axes.size(self.site.group)
-        x = x.reshape(*shape[:at], groups, mask.numel(), *shape[at + 1 :])  # (..., group, inner, ...)
-        trailing = [1] * (x.dim() - at - 2)
-        if self.site.centred:
-            mean = (x * (mask / count).to(x.dtype).view(-1, *trailing)).sum(at + 1, keepdim=True)
-            if self.site.over_space and trailing:
-                mean = mean.mean(list(range(at + 2, x.dim())), keepdim=True)
-            x = x - mean
-        factor = mask * torch.sqrt(mask.numel() / count)
-        return (x * factor.to(x.dtype).view(-1, *trailing)).reshape(shape)
+        places = x.shape[at + 1 :].numel() if over_space else 1
+        m = mask.to(x.dtype).view(-1, *[1] * trailing)
+        factor = m * torch.sqrt(mask.numel() / count).to(x.dtype)
+        if centred:
+            y = x - (x * m).sum(over, keepdim=True) / (count * places).to(x.dtype)
+            y.mul_(factor)
+        else:
+            y = x * factor
+        ctx.save_for_backward(y, mask, factor)
+        ctx.at, ctx.over, ctx.places, ctx.centred = at, over, places, centred
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:  # type: ignore[override]
+        y, mask, factor = ctx.saved_tensors
+        count, others = mask.sum(), [i for i in range(y.dim()) if i != ctx.at]
+        along = (grad * y).sum(others, dtype=torch.float32)  # (N,)
+        grad_x = grad * factor
+        inverse = torch.where(mask > 1e-6, 1 / mask.clamp(min=1e-6), torch.zeros_like(mask))
+        grad_mask = along * inverse - along.sum() / (2 * count)
+        if ctx.centred:
+            total = grad_x.sum(ctx.over, keepdim=True)
+            mean_part = (total * y).sum(others, dtype=torch.float32)
+            flat = factor.float().view(-1)
+            grad_mask -= mean_part * torch.where(flat > 0, 1 / flat.clamp(min=1e-6), torch.zeros_like(flat)) / (count * ctx.places)
+            m = mask.to(y.dtype).view(-1, *[1] * (y.dim() - ctx.at - 1))
+            grad_x = grad_x - total * m / (count * ctx.places).to(y.dtype)
+        return grad_x, grad_mask.to(mask.dtype), None, None, None
 
 
 @dataclass
@@ -364,7 +403,22 @@ class Rescale:
     scale: NormScale
 
     def __call__(self, module: nn.Module, args: tuple, out: Any) -> Any:
-        return _replace_first(out, lambda y: y * self.scale().to(y.dtype))
+        return _replace_first(out, lambda y: _Scaled.apply(y, self.scale()))
+
+
+class _Scaled(torch.autograd.Function):
+    """y * s for a scalar s > 0, saving its result (which the consumer saves too) in place of y."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, scale: Tensor) -> Tensor:
+        out = y * scale.to(y.dtype)
+        ctx.save_for_backward(out, scale)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:  # type: ignore[override]
+        out, scale = ctx.saved_tensors
+        return grad * scale.to(grad.dtype), (grad * out).sum(dtype=torch.float32).to(scale.dtype) / scale
 
 
 @dataclass

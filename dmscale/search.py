@@ -92,7 +92,7 @@ class Search:
         self.budget = budgets.parse(budget, space)
         self.steps, self.mode, self.penalty, self.hard = steps, mode, penalty, hard
         self.warmup, self.decay, self.momentum = warmup, decay, momentum
-        self.lr = lr if lr is not None else 2.0 / (decay * steps)
+        self.lr = lr if lr is not None else 1.0 / (decay * steps)
         self.train_weights = train_weights
         self.log_every = log_every or max(1, steps // 200)
         self.step = 0

@@ -50,8 +50,12 @@ def read(model: nn.Module, example_inputs: Any) -> Trace:
     """Trace `model` on `example_inputs`; the model is left as it was.
 
     Raises:
-        TraceError: the forward fails on the example, or inputs and parameters are on different devices.
+        TraceError: `model` is no module, its forward fails on the example, or inputs and parameters are on different
+            devices.
     """
+    if not isinstance(model, nn.Module):
+        what = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise TraceError(f"model is {what}; give an instance of torch.nn.Module")
     args, kwargs = running.arguments(example_inputs)
     _check_devices(model, args, kwargs)
     failure: Exception | None = None
@@ -63,12 +67,17 @@ def read(model: nn.Module, example_inputs: Any) -> Trace:
         except Exception as error:
             failure = error
     assert failure is not None
+    raise failed_forward(model, failure) from failure
+
+
+def failed_forward(model: nn.Module, failure: Exception) -> TraceError:
+    """The error that says that `model` does not run on the example inputs."""
     where = getattr(failure, "_dmscale_path", "")
-    raise TraceError(
+    return TraceError(
         f"{type(model).__name__}.forward failed on example_inputs"
         + (f" in module '{where}'" if where else "")
         + f" ({type(failure).__name__}: {failure}). Check that model(*example_inputs) runs."
-    ) from failure
+    )
 
 
 def _check_devices(model: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -99,9 +108,11 @@ def _read(model: nn.Module, args: tuple, kwargs: dict, kind: str) -> Trace:
                 trace.unread.append(name)
             for dim in slots[name]:
                 axes.freeze(dim, "the forward never reads it")
-    # of a table of positions, the rows beyond the example's length
-    rest = {a for dims in slots.values() for dim in dims for a in axes.atoms(dim)} - {a for dim in touched for a in axes.atoms(dim)}
-    axes.freeze(tuple(a for a in rest if not a.reasons), "the forward never reads it")
+    computed = {a for dim in touched for a in axes.atoms(dim)}
+    for dims in slots.values():  # of a table of positions, the rows beyond the example's length are in no result
+        for a in {a for dim in dims for a in axes.atoms(dim)} - computed:
+            if not a.reasons:
+                axes.freeze((a,), "the forward never reads it")
     return trace
 
 

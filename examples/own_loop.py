@@ -2,9 +2,9 @@
 
     python examples/own_loop.py
 
-Half a minute on one CPU core.  The five lines that belong to dmscale are marked with `# <-`; everything else is the loop
-that one would write anyway.  It prints the accuracy of the dense network, of the smaller one as the search leaves it, and
-after fine-tuning.
+Half a minute on one CPU core.  The five lines that belong to dmscale are marked with `# <-`; everything else is the
+loop that one would write anyway.  It prints the accuracy of the dense network, of the smaller one as the search
+leaves it, and after fine-tuning.
 """
 
 import torch
@@ -69,17 +69,17 @@ def main() -> None:
     x, x_test, y, y_test = train_test_split(images, torch.tensor(digits), test_size=0.4, random_state=0)
 
     model = network()
-    train(model, x, y, steps=250, lr=4e-3)
+    train(model, x, y, steps=150, lr=4e-3)
     print(f"dense       {accuracy(model, x_test, y_test):.1%}")
 
     space = dmscale.trace(model, x[:1])  # <- 1: costs are those of one image
     print(space)
 
-    search = dmscale.Search(space, budget="30% macs", steps=200)  # <- 2
+    search = dmscale.Search(space, budget="30% macs", steps=150)  # <- 2
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     search.attach(optimizer)  # <- 3
     search.model.train()
-    for images, labels in batches(x, y, steps=200):
+    for images, labels in batches(x, y, steps=150):
         cross_entropy(search.model(images), labels).backward()  # <- 4: search.model where model stood
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -91,7 +91,7 @@ def main() -> None:
     print(f"MACs        {cost.macs:,} of {full.macs:,} ({cost.macs / full.macs:.2%})")
     print(f"parameters  {cost.params:,} of {full.params:,} ({cost.params / full.params:.2%})")
 
-    train(small, x, y, steps=250, lr=2e-3)
+    train(small, x, y, steps=150, lr=2e-3)
     print(f"fine-tuned  {accuracy(small, x_test, y_test):.1%}")
 
 

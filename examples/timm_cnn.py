@@ -3,8 +3,8 @@
     pip install 'dmscale[timm]'
     python examples/timm_cnn.py
 
-Under a minute on one CPU core.  It trains the dense network, lets `dmscale.scale` search and fine-tune, saves the result
-and loads it back through the factory that made the full one.
+Under a minute on one CPU core.  It trains the dense network, lets `dmscale.scale` search and fine-tune, saves the
+result and loads it back through the factory that made the full one.
 """
 
 import tempfile
@@ -40,8 +40,8 @@ def main() -> None:
 
     model = make_model()
     optimizer = torch.optim.AdamW(model.parameters(), 4e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, 8 * len(loader))
-    for _ in range(8):
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, 6 * len(loader))
+    for _ in range(6):
         for inputs, labels in loader:
             cross_entropy(model(inputs), labels).backward()
             optimizer.step()
@@ -51,7 +51,7 @@ def main() -> None:
 
     model.train()
     result = dmscale.scale(
-        model, x[:1], loader, cross_entropy, budget="25% macs", steps=150, finetune_steps=200
+        model, x[:1], loader, cross_entropy, budget="25% macs", steps=100, finetune_steps=150
     )  # fmt: skip
 
     cost, full = result.cost, result.space.cost()

@@ -558,6 +558,26 @@ class TiedEmbeddings(nn.Module):
         return self.head(x + self.down(self.up(x).relu()))
 
 
+class Positions(nn.Module):
+    """Tables of positions that are longer than the example: what lies beyond it is no width."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.learned = nn.Linear(6, 18), nn.Parameter(torch.randn(1, 32, 18))
+        self.register_buffer("fixed", torch.randn(32, 18))
+        self.register_buffer("ids", torch.arange(32)[None])
+        self.table, self.head = nn.Embedding(32, 18), nn.Linear(18, 5)
+
+    def forward(self, x):
+        n = x.shape[1]
+        x = self.embed(x) + self.learned[:, :n] + self.fixed[:n] + self.table(self.ids[:, :n])
+        return self.head(x.relu())
+
+
+def positions():
+    return Positions(), torch.randn(2, 7, 6)
+
+
 def tied_embeddings():
     return TiedEmbeddings(), torch.randint(0, 30, (2, 9))
 
@@ -667,6 +687,7 @@ EXPECTED: dict[Callable[[], tuple[nn.Module, Any]], dict[tuple[str, int], int]] 
     rotary_half: {(W, 24): 1, (H, 3): 1},
     multihead_attention: {(H, 24): 1, (H, 3): 1},  # PyTorch's layer has head_dim = width / heads: they shrink together
     transformer_encoder: {(W, 24): 1, (W, 3): 3, (W, 40): 3, (D, 3): 1},
+    positions: {(W, 18): 1},
     tied_embeddings: {(W, 18): 1, (W, 26): 1},
     dict_output: {(W, 16): 1},
     keyword_inputs: {(W, 16): 1},

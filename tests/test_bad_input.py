@@ -1,0 +1,323 @@
+"""What users get wrong, or what their models are: a clear error or it simply works, and the model is as it was."""
+
+from __future__ import annotations
+
+import copy
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from nets import NETS, assert_same, difference, fingerprint, kinds, non_trivial, outputs
+from torch import nn
+
+import dmscale
+from dmscale import BudgetError, DmscaleError, TraceError
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def net(name="mlp"):
+    model, inputs = NETS[name]()
+    return non_trivial(model), inputs
+
+
+def refused(model, inputs, error=TraceError):
+    """The message with which `trace` refuses; the model must be as it was."""
+    before, mode = fingerprint(model), model.training
+    with pytest.raises(error) as caught:
+        dmscale.trace(model, inputs)
+    assert_same(before, fingerprint(model))
+    assert model.training == mode
+    return str(caught.value)
+
+
+def works(model, inputs, tolerance=1e-4, budget="60% macs"):
+    """Trace, gate, export, one search; the space."""
+    before = fingerprint(model)
+    space = dmscale.trace(model, inputs)
+    for structure in (space.sample(seed=0), space.uniform(0.5)):
+        small = space.export(structure)
+        assert difference(outputs(small, inputs), outputs(space.gate(structure), inputs)) <= tolerance
+    search = dmscale.Search(space, budget, 6)
+    assert_same(before, fingerprint(model))
+    optimizer = torch.optim.SGD(model.parameters(), 1e-4)
+    search.attach(optimizer)
+    while not search.done:
+        sum(t.float().square().mean() for t in _floats(search.model, inputs)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert_same(before, fingerprint(model), values=False)
+    search.export()
+    return space
+
+
+def _floats(model, inputs):
+    from nets import floats_of, run
+
+    return floats_of(run(model, inputs))
+
+
+# -- the forward on the example ---------------------------------------------------------------------------------------
+
+
+class FailsInside(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Linear(8, 16)
+        self.blocks = nn.ModuleList([nn.Linear(16, 16), nn.Linear(15, 4)])
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def test_a_forward_that_fails_names_the_module():
+    message = refused(FailsInside(), torch.randn(2, 8))
+    assert "FailsInside.forward failed on example_inputs in module 'blocks.1'" in message
+    assert "15" in message and "Check that model(*example_inputs) runs" in message
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [torch.randn(2, 9), (torch.randn(2, 8), torch.randn(2, 8)), {"y": torch.randn(2, 8)}, torch.zeros(2, 8, dtype=torch.long)],
+    ids=["shape", "two", "name", "integers"],
+)  # fmt: skip
+def test_inputs_that_the_forward_cannot_take(inputs):
+    message = refused(net()[0], inputs)
+    assert "forward failed on example_inputs" in message
+
+
+@pytest.mark.parametrize(
+    "inputs, says",
+    [
+        ("image.png", "is a str; give a tensor, a tuple"), (3, "is a int"), (None, "is a NoneType"), ((), "hold no tensor"),
+        ({}, "hold no tensor"), ((1, 2), "hold no tensor"), ({"x": "a"}, "hold no tensor"),
+    ],
+)  # fmt: skip
+def test_inputs_of_the_wrong_kind(inputs, says):
+    assert says in refused(net()[0], inputs)
+
+
+def test_a_model_of_the_wrong_kind():
+    for model in ("resnet50", nn.Linear, lambda x: x, None):
+        with pytest.raises(TraceError, match="torch.nn.Module"):
+            dmscale.trace(model, torch.randn(2, 8))
+
+
+def test_a_list_is_a_tuple_of_arguments():
+    model, x = net()
+    assert kinds(dmscale.trace(model, [x])) == kinds(dmscale.trace(model, x))
+
+
+def test_a_model_that_cannot_be_copied():
+    model, x = net()
+    model.lock = threading.Lock()
+    lock = model.lock
+    with pytest.raises(TraceError, match="Sequential cannot be deep-copied.*lock.*out of the module"):
+        dmscale.trace(model, x)
+    assert model.lock is lock
+
+
+def test_an_example_on_another_device():
+    message = refused(net()[0], torch.randn(6, 8, device="meta"))
+    assert "the model is on cpu and example_inputs on meta" in message and ".to('cpu')" in message
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_an_example_on_the_cpu_for_a_model_on_the_gpu():
+    model, x = net()
+    message = refused(model.cuda(), x)
+    assert "the model is on cuda:0 and example_inputs on cpu" in message
+
+
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize("name", ["residual_conv", "gqa_by_expand", "branch_on_value", "buffers", "unet"])
+def test_a_model_on_a_gpu_works(name):
+    model, inputs = net(name)
+    space = works(model.cuda(), inputs.cuda(), tolerance=1e-3, budget="70% macs")
+    small = space.export(space.uniform(0.5))
+    assert all(t.is_cuda for t in small.state_dict().values())
+
+
+# -- networks in which nothing is free --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "model", [nn.Linear(8, 4), nn.Sequential(nn.Flatten(), nn.ReLU()), nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 4))]
+)
+def test_without_a_free_dimension_a_budget_is_refused_with_the_reasons(model):
+    space = dmscale.trace(model.eval(), torch.randn(2, 8))
+    assert space.dimensions == {}
+    assert str(space)  # the empty table can be shown
+    assert space.cost().params == sum(p.numel() for p in model.parameters())
+    assert torch.equal(space.export(space.full())(torch.ones(2, 8)), model(torch.ones(2, 8)))
+    if space.cost().macs:
+        with pytest.raises(BudgetError, match="nothing in this model can shrink.*output"):
+            dmscale.Search(space, "50% macs", 10)
+
+
+def test_a_glob_that_matches_nothing_is_named():
+    model, x = net("unet")
+    for argument in ("freeze", "only"):
+        with pytest.raises(DmscaleError, match=rf"{argument}='midle\*' matches no dimension; did you mean 'middle.0'"):
+            dmscale.trace(model, x, **{argument: "midle*"})
+
+
+def test_what_the_user_freezes_stays_and_is_listed():
+    model, x = net("unet")
+    space = dmscale.trace(model, x, freeze=["middle.0", "down*"])
+    assert space.frozen["middle.0"] == space.frozen["down1.0"] == space.frozen["down2.0"] == "frozen by freeze="
+    assert not {"middle.0", "down1.0", "down2.0"} & set(space.dimensions) and space.dimensions
+    assert set(dmscale.trace(model, x, only="mix*").dimensions) == {"mix1.0", "mix2.0"}
+
+
+def test_a_structure_of_another_space_is_refused():
+    first, x = net("unet")
+    second, y = net("residual_conv")
+    space = dmscale.trace(second, y)
+    with pytest.raises(DmscaleError, match="of another space: it lacks.*it has"):
+        space.export(dmscale.trace(first, x).full())
+    with pytest.raises(DmscaleError, match="'3 dept' is no dimension of this space; did you mean '3 depth'"):
+        space.structure({"3 dept": 2})
+    for share in (0, 1.5, -1):
+        with pytest.raises(DmscaleError, match=r"not in \(0, 1\]"):
+            space.uniform(share)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"dmscale": 1}', "null"])
+def test_what_is_no_structure_is_refused(text):
+    with pytest.raises(DmscaleError, match="not a structure"):
+        dmscale.Structure.from_json(text)
+
+
+def test_a_structure_of_a_newer_version_is_refused():
+    with pytest.raises(DmscaleError, match="version 99.*update"):
+        dmscale.Structure.from_json('{"dmscale": 99, "dimensions": {}, "kept": {}}')
+
+
+# -- models that are unusual but right --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["residual_conv", "mlp", "unet", "conv_gru"])
+def test_a_batch_of_one_under_batchnorm_traces(name):
+    """`trace` and `export` run in evaluation mode, also for a model in training mode."""
+    model, inputs = net(name)
+    inputs = inputs[:1]
+    before = fingerprint(model.train())
+    space = dmscale.trace(model, inputs)
+    structure = space.uniform(0.5)
+    small = space.export(structure)
+    assert_same(before, fingerprint(model))
+    assert small.training and all(m.training for m in small.modules())
+    assert difference(outputs(small.eval(), inputs), outputs(space.gate(structure).eval(), inputs)) <= 1e-4
+
+
+@pytest.mark.parametrize("name", ["shared_parameter", "tied_embeddings", "called_twice"])
+def test_a_shared_parameter_stays_shared(name):
+    model, inputs = net(name)
+    works(model, inputs, budget="70% params")
+    space = dmscale.trace(model, inputs)
+    small = space.export(space.uniform(0.5))
+    shared = {n for n, _ in model.named_parameters(remove_duplicate=False)} - {n for n, _ in model.named_parameters()}
+    again = {n for n, _ in small.named_parameters(remove_duplicate=False)} - {n for n, _ in small.named_parameters()}
+    assert shared == again and (shared or name == "called_twice")
+    assert space.cost(space.uniform(0.5)).params == sum(p.numel() for p in small.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["residual_conv", "residual_stack", "gqa_by_expand", "group_norm", "own_rms_norm"])
+def test_half_precision_works(name, dtype):
+    """The exported model equals the gated one to some units in the last place, and keeps its dtype."""
+    model, inputs = net(name)
+    wide = dmscale.trace(copy.deepcopy(model), inputs)
+    model, inputs = model.to(dtype), inputs.to(dtype)
+    before = fingerprint(model)
+    space = dmscale.trace(model, inputs)
+    assert space.dimensions.keys() == wide.dimensions.keys()  # nothing is frozen for its rounding
+    for structure in (space.sample(seed=0), space.uniform(0.5)):
+        small = space.export(structure)
+        assert {p.dtype for p in small.parameters()} == {dtype}
+        error = difference([t.float() for t in outputs(small, inputs)], [t.float() for t in outputs(space.gate(structure), inputs)])
+        assert error <= 16 * torch.finfo(dtype).eps
+    assert space.cost().bytes == 2 * space.cost().params
+    assert_same(before, fingerprint(model))
+
+
+def test_a_search_in_half_precision():
+    model, inputs = net("residual_stack")
+    works(model.bfloat16(), inputs.bfloat16(), tolerance=0.1)
+
+
+def test_autocast_works():
+    model, inputs = net("residual_conv")
+    with torch.autocast("cpu", torch.bfloat16):
+        works(model, inputs, tolerance=0.2)
+
+
+def test_double_precision_works():
+    model, inputs = net("gqa_native")
+    works(model.double(), inputs.double(), tolerance=1e-7)  # masks are of float32
+
+
+def test_frozen_parameters_stay_frozen():
+    model, inputs = net("residual_stack")
+    model.stem.requires_grad_(False)
+    space = works(model, inputs)
+    small = space.export(space.uniform(0.5))
+    assert {n for n, p in small.named_parameters() if not p.requires_grad} == {"stem.weight", "stem.bias"}
+
+
+def test_a_model_without_elements_is_traced():
+    """On the meta device there is nothing to compare; costs and structures are exact all the same."""
+    model, inputs = net("residual_stack")
+    expected = dmscale.trace(model, inputs)
+    space = dmscale.trace(copy.deepcopy(model).to("meta"), inputs.to("meta"))
+    assert kinds(space) == kinds(expected)
+    assert space.cost() == expected.cost()
+    structure = space.sample(seed=1)
+    assert space.cost(structure) == expected.cost(expected.sample(seed=1))
+    small = space.export(structure)
+    assert sum(p.numel() for p in small.parameters()) == space.cost(structure).params
+
+
+class WithHooks(nn.Module):
+    """Hooks, a weight norm and an attribute that is a tensor: what a user's model may carry already."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Linear(8, 16), nn.Linear(16, 4)
+        self.seen = []
+        self.constant = torch.randn(1)
+        self.stem.register_forward_hook(lambda module, args, out: out * 2)
+
+    def forward(self, x):
+        return self.head(self.stem(x).relu()) + self.constant
+
+
+def test_the_users_own_hooks_stay_and_run():
+    works(WithHooks(), torch.randn(3, 8))
+
+
+def test_inference_and_no_grad_contexts_do_not_disturb():
+    model, inputs = net("residual_conv")
+    with torch.no_grad():
+        space = dmscale.trace(model, inputs)
+    search = dmscale.Search(space, "60% macs", 2)
+    F.mse_loss(search.model.train()(inputs), torch.zeros(4, 5)).backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_random_numbers_are_left_alone(training):
+    """Dropout in the model, and the trial of every dimension, must not move the user's generator."""
+    model = nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.5), nn.ReLU(), nn.Linear(16, 4)).train(training)
+    state = torch.random.get_rng_state()
+    space = dmscale.trace(model, torch.ones(3, 8))
+    space.export(space.sample(seed=1))
+    space.export(space.uniform(0.5))
+    assert torch.equal(state, torch.random.get_rng_state())

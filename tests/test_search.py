@@ -1,0 +1,483 @@
+"""The search rides on any optimizer, meets its budget exactly, repeats with its seed, and resumes where it stopped."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from nets import NETS, assert_same, difference, fingerprint, outputs
+from torch import nn
+
+import dmscale
+from dmscale import SearchError
+
+STEPS = 40
+
+
+def problem(net="residual_conv", seed=0):
+    """(model, inputs, a batch of inputs and targets for each step)."""
+    torch.manual_seed(seed)
+    model, inputs = NETS[net]()
+    out = model.train()(inputs)
+    generator = torch.Generator().manual_seed(seed)
+    batches = [
+        (torch.randn(inputs.shape, generator=generator), torch.randn(out.shape, generator=generator)) for _ in range(STEPS)
+    ]
+    return model, inputs, batches
+
+
+def adamw(parameters):
+    return torch.optim.AdamW(parameters, 1e-3)
+
+
+def sgd(parameters):
+    return torch.optim.SGD(parameters, 1e-2, momentum=0.9, weight_decay=1e-4)
+
+
+def train(search, optimizer, batches, micro_batches=1):
+    """The loop of the README, over the batches that the search has not seen."""
+    for x, y in batches[search.step :]:
+        for part, target in zip(x.chunk(micro_batches), y.chunk(micro_batches)):
+            (F.mse_loss(search.model(part), target) / micro_batches).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if search.done:
+            break
+    return search
+
+
+def searched(net="residual_conv", make_optimizer=adamw, budget="50% macs", micro_batches=1, seed=0, **options):
+    model, inputs, batches = problem(net, seed)
+    search = dmscale.Search(dmscale.trace(model, inputs), budget, STEPS, **options)
+    optimizer = make_optimizer(model.parameters())
+    search.attach(optimizer)
+    return train(search, optimizer, batches, micro_batches)
+
+
+def assert_on_budget(search):
+    """Within 0.5% of the budget, or, in these nets of few elements, so near that not one more fits."""
+    space, found = search.space, search.structure
+
+    def used(structure):
+        return max(space.cost(structure)[m] / t for m, t in search.budget.targets.items())
+
+    assert used(found) <= 1
+    larger = [found.sizes | {n: k + d.multiple} for n, d in space.dimensions.items() if (k := found.sizes[n]) < d.size]
+    assert used(found) >= 0.995 or all(used(space.structure(s, search.scores())) > 1 for s in larger), used(found)
+
+
+# -- any optimizer, any loop ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["projected", "penalty"])
+@pytest.mark.parametrize("make_optimizer", [adamw, sgd])
+@pytest.mark.parametrize("net", ["residual_conv", "residual_stack", "unet"])
+def test_a_search_ends_on_its_budget(net, make_optimizer, mode):
+    search = searched(net, make_optimizer, mode=mode)
+    assert search.done and search.step == STEPS
+    assert_on_budget(search)
+    small = search.export().eval()
+    x = search.space.example_inputs
+    assert difference(outputs(small, x), outputs(search.model.eval(), x)) <= 1e-4  # search.model ends as what is exported
+
+
+@pytest.mark.parametrize("budget", [dict(macs=0.5, params=0.6), "30% params", "60% bytes, 45% macs"])
+def test_any_budget_is_met(budget):
+    assert_on_budget(searched(budget=budget))
+
+
+def test_gradients_accumulate_over_micro_batches():
+    """Without BatchNorm two halves of a batch are the batch: the search must find the same."""
+    whole = searched("residual_stack", budget="40% macs", make_optimizer=sgd)
+    torch.testing.assert_close(
+        searched("residual_stack", budget="40% macs", make_optimizer=sgd, micro_batches=3).pruned, whole.pruned, rtol=0, atol=1e-3
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("before_attach", [True, False])
+def test_a_scheduler_leaves_the_structure_rate_alone(before_attach):
+    model, inputs, batches = problem()
+    search = dmscale.Search(dmscale.trace(model, inputs), "50% macs", STEPS)
+    optimizer = sgd(model.parameters())
+
+    def schedule():
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+
+    scheduler = schedule() if before_attach else None
+    search.attach(optimizer)
+    scheduler = scheduler or schedule()
+    for x, y in batches:
+        F.mse_loss(search.model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(scheduler.get_last_lr()[0])
+    assert optimizer.param_groups[0]["lr"] < 1e-4
+    assert search.done
+    assert_on_budget(search)
+
+
+def test_the_structure_does_not_depend_on_a_scheduler_of_the_weights():
+    """With a rate of zero for the weights, a schedule has nothing to change."""
+
+    def with_schedule(factor):
+        model, inputs, batches = problem()
+        search = dmscale.Search(dmscale.trace(model, inputs), "50% macs", STEPS)
+        optimizer = torch.optim.SGD(model.parameters(), 0.0)
+        search.attach(optimizer)
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, factor)
+        for x, y in batches:
+            F.mse_loss(search.model(x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            scheduler.step()
+        return search
+
+    assert torch.equal(with_schedule(0.5).pruned, with_schedule(1.0).pruned)
+
+
+def test_clipping_and_several_groups_work():
+    model, inputs, batches = problem()
+    search = dmscale.Search(dmscale.trace(model, inputs), "50% macs", STEPS)
+    weights = [p for p in model.parameters() if p.dim() > 1]
+    rest = [p for p in model.parameters() if p.dim() <= 1]
+    optimizer = torch.optim.AdamW([{"params": weights}, {"params": rest, "weight_decay": 0.0}], 1e-3, amsgrad=True)
+    search.attach(optimizer)
+    for x, y in batches:
+        F.mse_loss(search.model(x), y).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+    assert_on_budget(search)
+
+
+def test_the_optimizer_may_be_built_from_the_search_model():
+    model, inputs, batches = problem()
+    search = dmscale.Search(dmscale.trace(model, inputs), "50% macs", STEPS)
+    optimizer = adamw(p for p in search.model.parameters() if any(p is q for q in model.parameters()))
+    search.attach(optimizer)
+    assert_on_budget(train(search, optimizer, batches))
+
+
+def test_more_steps_than_the_search_has_do_no_harm():
+    model, inputs, batches = problem()
+    search = dmscale.Search(dmscale.trace(model, inputs), "50% macs", STEPS // 2)
+    optimizer = adamw(model.parameters())
+    search.attach(optimizer)
+    for i, (x, y) in enumerate(batches):
+        F.mse_loss(search.model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if i + 1 == STEPS // 2:
+            found = search.structure
+    assert search.step == STEPS // 2 and search.structure == found
+    assert_on_budget(search)
+
+
+def test_batchnorm_with_small_batches():
+    model, inputs, _ = problem()
+    search = dmscale.Search(dmscale.trace(model, inputs), "40% macs", STEPS)
+    optimizer = sgd(model.parameters())
+    search.attach(optimizer)
+    for _ in range(STEPS):
+        F.mse_loss(search.model(torch.randn(1, 3, 8, 8)), torch.randn(1, 5)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert_on_budget(search)
+    assert all(bool(p.isfinite().all()) for p in model.state_dict().values())
+    assert all(bool(t.isfinite().all()) for t in outputs(search.export().eval(), inputs))
+
+
+# -- what it finds ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hard", [True, False])
+@pytest.mark.parametrize("mode", ["projected", "penalty"])
+def test_what_contributes_nothing_goes_first(mode, hard):
+    """Half of the hidden units have no weight to the output; that half is not the first, nor the last."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))
+    dead = torch.randperm(32)[:16]
+    with torch.no_grad():
+        model[2].weight[:, dead] = 0
+    space = dmscale.trace(model, torch.randn(2, 8))
+    search = dmscale.Search(space, "50% macs", STEPS, mode=mode, hard=hard, train_weights=False)
+    optimizer = sgd(model.parameters())
+    search.attach(optimizer)
+    for _ in range(STEPS):
+        F.mse_loss(search.model(torch.randn(16, 8)), torch.randn(16, 4)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    kept = set(search.structure.kept["0"])
+    assert len(kept) == 16
+    assert kept == set(range(32)) - set(dead.tolist())
+
+
+def test_the_idle_layer_shrinks_more_than_the_busy_one():
+    """Two layers alike in cost, one of them with an output that nearly nothing reads."""
+
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.busy, self.idle = nn.Linear(8, 32), nn.Linear(8, 32)
+            self.out_busy, self.out_idle = nn.Linear(32, 4), nn.Linear(32, 4)
+
+        def forward(self, x):
+            return self.out_busy(self.busy(x).relu()) + 1e-3 * self.out_idle(self.idle(x).relu())
+
+    torch.manual_seed(0)
+    model, teacher = Two(), Two()
+    space = dmscale.trace(model, torch.randn(2, 8))
+    search = dmscale.Search(space, "60% macs", 200)
+    optimizer = adamw(model.parameters())
+    search.attach(optimizer)
+    for _ in range(200):
+        x = torch.randn(16, 8)
+        with torch.no_grad():
+            y = teacher(x)
+        F.mse_loss(search.model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert search.structure.sizes["idle"] < 0.5 * search.structure.sizes["busy"]
+    assert_on_budget(search)
+
+
+# -- the same again ---------------------------------------------------------------------------------------------------
+
+
+def test_the_same_seed_gives_the_same_structure():
+    a, b = searched(seed=3), searched(seed=3)
+    assert a.structure == b.structure
+    assert torch.equal(a.pruned, b.pruned) and torch.equal(a.importance, b.importance)
+    assert searched(seed=4).structure != a.structure
+
+
+@pytest.mark.parametrize("mode", ["projected", "penalty"])
+@pytest.mark.parametrize("stop", [1, 13, 35, STEPS])
+def test_a_search_resumes_bit_for_bit(stop, mode, tmp_path):
+    whole = searched(mode=mode)
+    model, inputs, batches = problem()
+    first = dmscale.Search(dmscale.trace(model, inputs), "50% macs", STEPS, mode=mode)
+    optimizer = adamw(model.parameters())
+    first.attach(optimizer)
+    train(first, optimizer, batches[:stop])
+    torch.save(
+        {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "search": first.state_dict()}, tmp_path / "state.pt"
+    )
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+
+    fresh, inputs, batches = problem()
+    again = dmscale.Search(dmscale.trace(fresh, inputs), "50% macs", STEPS, mode=mode)
+    optimizer = adamw(fresh.parameters())
+    again.attach(optimizer)
+    fresh.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    again.load_state_dict(state["search"])
+    assert again.step == stop
+    train(again, optimizer, batches)
+    assert again.structure == whole.structure
+    assert again.history == whole.history
+    assert torch.equal(again.pruned, whole.pruned) and torch.equal(again.importance, whole.importance)
+    for name, t in whole.space.model.state_dict().items():
+        assert torch.equal(fresh.state_dict()[name], t), name
+    small, expected = again.export(), whole.export()
+    assert all(torch.equal(a, b) for a, b in zip(small.state_dict().values(), expected.state_dict().values()))
+
+
+def test_a_state_of_another_search_is_refused():
+    model, inputs, _ = problem()
+    state = dmscale.Search(dmscale.trace(model, inputs), "50% macs", STEPS).state_dict()
+    other, inputs, _ = problem("unet")
+    with pytest.raises(SearchError, match="another search space.*residual width"):
+        dmscale.Search(dmscale.trace(other, inputs), "50% macs", STEPS).load_state_dict(state)
+    model, inputs, _ = problem()
+    with pytest.raises(SearchError, match=f"{STEPS} steps.*{STEPS + 1}"):
+        dmscale.Search(dmscale.trace(model, inputs), "50% macs", STEPS + 1).load_state_dict(state)
+
+
+def test_a_state_is_a_copy():
+    model, inputs, batches = problem()
+    search = dmscale.Search(dmscale.trace(model, inputs), "50% macs", STEPS)
+    optimizer = adamw(model.parameters())
+    search.attach(optimizer)
+    train(search, optimizer, batches[:10])
+    state = search.state_dict()
+    copied = copy.deepcopy(state)
+    train(search, optimizer, batches)
+    for key in ("pruned", "importance", "direction"):
+        assert torch.equal(state[key], copied[key]), key
+    assert state["history"] == copied["history"]
+
+
+# -- manners ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_users_model_keeps_its_structure():
+    model, inputs, batches = problem()
+    before = fingerprint(model)
+    search = dmscale.Search(dmscale.trace(model, inputs), "50% macs", STEPS)
+    assert_same(before, fingerprint(model))
+    optimizer = adamw(model.parameters())
+    search.attach(optimizer)
+    train(search, optimizer, batches)
+    search.export()
+    assert_same(before, fingerprint(model), values=False)
+    assert type(search.model) is type(model)
+    assert any(not torch.equal(before["tensors"][n][2], p) for n, p in model.named_parameters())  # it has been trained
+
+
+def test_buffers_are_trained_with_the_users_model():
+    """`search.model` shares BatchNorm statistics too: what is exported later has seen the data."""
+    model, inputs, batches = problem()
+    before = {n: b.clone() for n, b in model.named_buffers()}
+    search = dmscale.Search(dmscale.trace(model, inputs), "50% macs", STEPS)
+    optimizer = adamw(model.parameters())
+    search.attach(optimizer)
+    train(search, optimizer, batches)
+    assert all(not torch.equal(before[n], b) for n, b in model.named_buffers())
+
+
+@pytest.mark.parametrize("make_optimizer", [adamw, sgd])
+def test_a_structure_only_search_leaves_the_weights(make_optimizer):
+    model, inputs, batches = problem("residual_stack")
+    before = fingerprint(model)
+    search = dmscale.Search(dmscale.trace(model, inputs), "50% macs", STEPS, train_weights=False)
+    optimizer = make_optimizer(model.parameters())
+    search.attach(optimizer)
+    train(search, optimizer, batches)
+    assert_on_budget(search)
+    assert_same(before, fingerprint(model))
+
+
+def test_a_structure_only_search_needs_no_weights_in_the_optimizer():
+    model, inputs, batches = problem("residual_stack")
+    search = dmscale.Search(dmscale.trace(model, inputs), "50% macs", STEPS, train_weights=False)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 0.1)
+    search.attach(optimizer)
+    train(search, optimizer, batches)
+    assert_on_budget(search)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_stops_with_the_last_good_state(bad):
+    model, inputs, batches = problem()
+    search = dmscale.Search(dmscale.trace(model, inputs), "50% macs", STEPS)
+    optimizer = adamw(model.parameters())
+    search.attach(optimizer)
+    train(search, optimizer, batches[:10])
+    weights = [p.detach().clone() for p in model.parameters()]
+    pruned, importance = search.pruned.detach().clone(), search.importance.clone()
+    x, y = batches[10]
+    (F.mse_loss(search.model(x), y) * bad).backward()
+    with pytest.raises(SearchError, match="step 10.*NaN or infinite.*learning rate"):
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters()))
+    assert torch.equal(pruned, search.pruned) and torch.equal(importance, search.importance)
+    assert_on_budget(search)  # a structure is there
+    search.export()
+    optimizer.zero_grad()  # and whoever repairs the cause may go on
+    train(search, optimizer, batches)
+    assert search.done
+    assert_on_budget(search)
+
+
+def test_history_tells_cost_target_and_sizes():
+    search = searched(log_every=4)
+    assert [entry["step"] for entry in search.history] == list(range(4, STEPS + 1, 4))
+    targets = [entry["target"]["macs"] for entry in search.history]
+    assert targets == sorted(targets, reverse=True)
+    assert targets[-1] == pytest.approx(0.5)
+    for entry in search.history:
+        assert set(entry["sizes"]) == set(search.space.dimensions)
+        assert entry["cost"]["macs"] <= entry["target"]["macs"] + 1e-3  # projected: on the target at every step
+        assert all(d.lowest <= entry["sizes"][n] <= d.size for n, d in search.space.dimensions.items())
+
+
+def test_masks_are_ones_until_the_target_falls():
+    model, inputs, batches = problem()
+    expected = outputs(copy.deepcopy(model).eval(), inputs)
+    search = dmscale.Search(dmscale.trace(model, inputs), "50% macs", STEPS, warmup=0.5)
+    assert difference(outputs(search.model.eval(), inputs), expected) <= 1e-6
+    search.model.train()
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    search.attach(optimizer)
+    train(search, optimizer, batches[: STEPS // 2])
+    assert float(search.importance.max()) > 0  # it has been watching
+    assert torch.equal(search.pruned, torch.zeros_like(search.pruned))
+    train(search, optimizer, batches[: STEPS // 2 + 5])
+    assert float(search.pruned.detach().max()) > 0
+
+
+def test_multiples_hold_at_the_end():
+    model, inputs, batches = problem("unet")
+    space = dmscale.trace(model, inputs, multiple=2)
+    search = dmscale.Search(space, "50% macs", STEPS)
+    optimizer = adamw(model.parameters())
+    search.attach(optimizer)
+    train(search, optimizer, batches)
+    assert space.cost(search.structure).macs <= search.budget.targets["macs"]
+    assert all(k % 2 == 0 or k == space.dimensions[n].size for n, k in search.structure.sizes.items())
+
+
+# -- wrong use --------------------------------------------------------------------------------------------------------
+
+
+def test_a_search_has_one_optimizer():
+    model, inputs, _ = problem()
+    search = dmscale.Search(dmscale.trace(model, inputs), "50% macs", STEPS)
+    optimizer = adamw(model.parameters())
+    search.attach(optimizer)
+    for other in (optimizer, sgd(model.parameters())):
+        with pytest.raises(SearchError, match="attached to an optimizer already"):
+            search.attach(other)
+
+
+def test_an_optimizer_of_something_else_is_refused():
+    model, inputs, _ = problem()
+    search = dmscale.Search(dmscale.trace(model, inputs), "50% macs", STEPS)
+    other = adamw(copy.deepcopy(model).parameters())
+    groups = len(other.param_groups)
+    with pytest.raises(SearchError, match="owns no parameter of the traced model.*train_weights=False"):
+        search.attach(other)
+    assert len(other.param_groups) == groups
+    search.attach(adamw(model.parameters()))  # the refusal has left the search usable
+
+
+@pytest.mark.parametrize(
+    "options, says", [(dict(steps=0), "steps=0"), (dict(steps=10, mode="prox"), "'prox' is none of projected, penalty")]
+)
+def test_wrong_arguments_are_named(options, says):
+    model, inputs, _ = problem("mlp")
+    with pytest.raises(SearchError, match=says):
+        dmscale.Search(dmscale.trace(model, inputs), "50% macs", **options)
+
+
+# -- everything in one call -------------------------------------------------------------------------------------------
+
+
+def test_scale_does_all_of_it():
+    model, inputs, batches = problem()
+    model.eval()
+    before = fingerprint(model)
+    state = torch.random.get_rng_state()
+    found = dmscale.scale(model, inputs, batches, F.mse_loss, budget="50% macs", steps=20, finetune_steps=10, progress=False)
+    assert 0.995 <= found.cost.macs / found.space.cost().macs / 0.5 <= 1
+    assert found.search.done and found.structure == found.search.structure
+    assert not found.model.training and found.model(inputs).shape == (4, 5)
+    assert_same(before, fingerprint(model), values=False)
+    assert torch.equal(state, torch.random.get_rng_state())
+    torch.manual_seed(9)  # what the generators hold outside does not matter
+    model, inputs, batches = problem()
+    again = dmscale.scale(model.eval(), inputs, batches, F.mse_loss, budget="50% macs", steps=20, finetune_steps=10, progress=False)
+    assert again.structure == found.structure
+    assert all(torch.equal(a, b) for a, b in zip(again.model.state_dict().values(), found.model.state_dict().values()))
+
+
+@pytest.mark.parametrize("loader, says", [([], "no batch"), ([torch.zeros(2, 8)], "expected pairs")])
+def test_scale_names_a_wrong_loader(loader, says):
+    model, inputs, _ = problem("mlp")
+    with pytest.raises(dmscale.DmscaleError, match=says):
+        dmscale.scale(model, inputs, loader, F.mse_loss, budget="50% macs", steps=5, progress=False)
