@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +23,7 @@ SLACK = 0.005
 """A fitted structure lies at most this share below the binding target, and never above it."""
 
 _PREFIX = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
-_TERM = re.compile(r"\s*([\d.]+(?:[eE][+-]?\d+)?)\s*(%|[kKMGBT]?)\s*([A-Za-z_]+)\s*")
+_TERM = re.compile(r"\s*((?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*(%|[kKMGBT]?)\s*([A-Za-z_]+)\s*")
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ def parse(target: Any, space: SearchSpace) -> Budget:
             problems.append(f"{metric}: {value} is not a positive number")
         elif wanted > full[metric] * (1 + 1e-9):
             problems.append(
-                f"{metric}: {number(wanted)} is {wanted / max(full[metric], 1):.0%} of the full model's "
+                f"{metric}: {number(wanted)} is {wanted / max(full[metric], 1):.3g} times the full model's "
                 f"{number(full[metric])}; a budget cannot exceed 100%"
             )
         targets[metric] = wanted
@@ -286,6 +288,9 @@ class _Problem:
 
         Among pairs of moves that end within the slack, the one that keeps most importance wins.
         """
+        found = self._all_widths(sizes)
+        if found is not None:
+            return found
         for widths_only in (True, False):
             for _ in range(8):
                 current = float(self.load(self.costs([self.row(sizes)]))[0])
@@ -304,6 +309,23 @@ class _Problem:
                     break
                 sizes = pairs[best]
         return sizes
+
+    def _all_widths(self, sizes: np.ndarray, most: int = 20_000) -> np.ndarray | None:
+        """Of few enough combinations of widths all are tried: the most important within the slack, else the fullest."""
+        if self.load(self.costs([self.row(sizes)]))[0] >= 1 - SLACK:
+            return sizes
+        options = [
+            [int(k)] if d.kind == "depth" else [n for n in range(d.lowest, d.size + 1) if n == d.allowed(n)]
+            for d, k in zip(self.dimensions, sizes)
+        ]
+        if math.prod(len(o) for o in options) > most:
+            return None
+        every = np.array(list(itertools.product(*options)), dtype=np.int64)
+        load = self.load(self.costs([self.row(s) for s in every]))
+        close = (load <= 1) & (load >= 1 - SLACK)
+        if close.any():
+            return every[close][int(np.argmax([self._worth(s) for s in every[close]]))]
+        return every[int(np.argmax(np.where(load <= 1, load, -np.inf)))] if (load <= 1).any() else sizes
 
     def _pairs(self, sizes: np.ndarray, widths_only: bool) -> list[np.ndarray]:
         """The sizes up to a few steps away in one or two dimensions; fewer steps where there are many dimensions."""

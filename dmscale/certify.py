@@ -86,14 +86,10 @@ def compare(gated: nn.Module, small: nn.Module, example_inputs: Any) -> float:
     """Relative error of `small` against `gated` in evaluation mode; both are left in the mode they were in."""
     found = []
     for model in (gated, small):
-        modes = {m: m.training for m in model.modules()}
-        try:
-            with torch.random.fork_rng([]), torch.autocast(_device_type(model), enabled=False):
-                torch.manual_seed(0)
-                found.append(running.outputs(model.eval(), example_inputs))
-        finally:
-            for module, training in modes.items():
-                module.training = training
+        plain = torch.autocast(_device_type(model), enabled=False)
+        with running.evaluating(model), torch.random.fork_rng([]), plain:
+            torch.manual_seed(0)
+            found.append(running.outputs(model, example_inputs))
     return running.relative_error(found[1], found[0])
 
 

@@ -5,7 +5,6 @@ Every error of dmscale is one red message and exit code 2; `dmscale --debug ...`
 
 import copy
 import json
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +19,8 @@ import dmscale
 
 from .data import OnDevice, load_data, to_device
 from .errors import DmscaleError
-from .evaluate import accuracy, check_fit, classification_loss, latency
+from .evaluate import accuracy, check_fit, classification_loss
+from .latency import compare_latency
 from .sources import SourceError, load_model, parse_shape
 
 
@@ -66,7 +66,7 @@ Seed = Annotated[int, typer.Option(help="Seed of weights, data order and search.
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        print(f"dmscale {version('dmscale')}")
+        print(f"dmscale {dmscale.__version__}")
         raise typer.Exit()
 
 
@@ -167,19 +167,21 @@ def scale(
     )
 
     rows = {}
-    for name, net, cost in (("dense", dense, result.space.cost()), ("scaled", result.model, result.cost)):
+    times = compare_latency([dense, result.model], inputs)
+    networks = (("dense", dense, result.space.cost()), ("scaled", result.model, result.cost))
+    for (name, net, cost), milliseconds in zip(networks, times):
         rows[name] = {
             "accuracy": accuracy(net, val),
             "macs": int(cost.macs),
             "params": int(cost.params),
             "bytes": int(cost.bytes),
-            "latency_ms": latency(net, inputs),
+            "latency_ms": milliseconds,
         }
     dmscale.save(result.model, out / "small.safetensors")
     (out / "structure.json").write_text(result.structure.to_json())
     report: dict[str, Any] = {"model": model, "weights": weights and str(weights), "data": data}
     report |= {"budget": budget, "seed": seed, "batch_size": batch_size, "device": str(place), **chosen}
-    report |= {"torch": torch.__version__, "dmscale": version("dmscale")}
+    report |= {"torch": torch.__version__, "dmscale": dmscale.__version__}
     (out / "report.json").write_text(json.dumps({**report, **rows}, indent=2) + "\n")
     _print_rows(rows, out)
 

@@ -1,9 +1,6 @@
-"""Loss, accuracy and latency of any classifier, whatever form its inputs and outputs have."""
+"""Loss and accuracy of any classifier, whatever form its inputs and outputs have."""
 
-import statistics
-import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .errors import DmscaleError
-from .running import arguments
+from .running import arguments, evaluating
 
 
 def classification_loss(output: Any, target: Tensor) -> Tensor:
@@ -42,26 +39,12 @@ def class_scores(output: Any) -> Tensor:
 def accuracy(model: nn.Module, batches: Iterable) -> float:
     """Share of right labels, in [0, 1], over `(inputs, targets)` batches."""
     right = count = 0
-    with _evaluating(model):
+    with evaluating(model):
         for x, target in batches:
             guess = class_scores(call(model, x)).argmax(-1)
             right += int((guess == target).sum())
             count += int((target != -100).sum())
     return right / max(count, 1)
-
-
-@torch.no_grad()
-def latency(model: nn.Module, inputs: Any, runs: int = 20) -> float:
-    """Median milliseconds of one forward pass in evaluation mode, after three passes that warm up."""
-    times = []
-    with _evaluating(model):
-        for _ in range(3 + runs):
-            start = time.perf_counter()
-            call(model, inputs)
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()  # a launched kernel is not a finished one
-            times.append(1000 * (time.perf_counter() - start))
-    return statistics.median(times[3:])
 
 
 @torch.no_grad()
@@ -74,7 +57,7 @@ def check_fit(model: nn.Module, batches: Iterable, num_classes: int | None) -> N
     batch = next(iter(batches), None)
     if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
         raise DmscaleError(f"expected batches (inputs, targets), got {type(batch).__name__}")
-    with _evaluating(model):
+    with evaluating(model):
         try:
             scores = class_scores(call(model, batch[0]))
         except (RuntimeError, TypeError) as error:
@@ -92,15 +75,3 @@ def call(model: nn.Module, inputs: Any) -> Any:
     """`model` on a tensor, a tuple of positional arguments, or a dict of keyword arguments."""
     args, kwargs = arguments(inputs)
     return model(*args, **kwargs)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, every module's own mode restored after."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training

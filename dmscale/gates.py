@@ -98,12 +98,10 @@ def plan(trace: Trace, blocks: Sequence[Blocks]) -> Sites:
                 norms[norm.path] = site
                 if norm.bias is not None and norm.bias in trace.slots:  # so that what is removed leaves as zero
                     _mask(trace, norm.path, norm.bias, _holding(trace, norm.bias, norm.dims[0]), weights)
-    masked = {call.result.origin for call in trace.record.calls if call.path in norms and call.result is not None}
+    masked = {c.result.origin: norms[c.path].dim for c in trace.record.calls if c.path in norms and c.result is not None}
     for contraction in trace.record.contractions:
-        if axes.is_free(contraction.dim):
-            # what comes straight out of a kept-count normalisation is masked already
-            if not any(value.origin in masked for value, _ in contraction.operands if value.data):
-                _plan_contraction(trace, contraction, weights, inputs)
+        if axes.is_free(contraction.dim) and not _is_masked(contraction, masked):
+            _plan_contraction(trace, contraction, weights, inputs)
     sites = tuple(
         WeightSite(module, name, tuple(sorted((i, d) for i, d in dims.items() if axes.is_free(d))))
         for (module, name), dims in weights.items()
@@ -115,6 +113,12 @@ def plan(trace: Trace, blocks: Sequence[Blocks]) -> Sites:
         tuple(blocks),
         tuple((k, dims) for k, dims in trace.record.by_products.items() if any(axes.is_free(d) for d in dims)),
     )
+
+
+def _is_masked(c: Contraction, masked: Mapping[int, Dim]) -> bool:
+    """Whether an operand comes straight out of a kept-count normalisation over what is contracted: it is zero there."""
+    wanted = set(axes.atoms(c.dim))
+    return any(wanted <= set(axes.atoms(masked[v.origin])) for v, _ in c.operands if v.data and v.origin in masked)
 
 
 def _norm_site(trace: Trace, norm: Normalisation) -> NormSite | str:
@@ -288,8 +292,8 @@ def attach(model: nn.Module, sites: Sites, widths: Mapping[Axis, Tensor], depths
     for module, name in dims.keys() | scaled:
         mask = MaskedWeight(masks, dims.get((module, name), ()), scales[module] if (module, name) in scaled else None)
         parametrize.register_parametrization(gated.get_submodule(module), name, mask, unsafe=True)
-    for site in sites.inputs:
-        gated.get_submodule(site.module).register_forward_pre_hook(MaskedInput(masks, site), with_kwargs=True)
+    for consumer in sites.inputs:
+        gated.get_submodule(consumer.module).register_forward_pre_hook(MaskedInput(masks, consumer), with_kwargs=True)
     for site in sites.norms:
         norm = gated.get_submodule(site.module)
         norm.register_forward_pre_hook(KeptCount(masks, site), with_kwargs=True)

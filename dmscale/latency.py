@@ -9,15 +9,14 @@ take turns, call by call, in an order that rotates.
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from .errors import DmscaleError
-from .running import arguments, tensors_in
+from .running import arguments, evaluating, tensors_in
 
 
 def measure_latency(model: nn.Module, example_inputs: Any, repeats: int = 50, warmup: int = 5) -> float:
@@ -48,7 +47,7 @@ def compare_latency(
     args, kwargs = arguments(example_inputs)
     wait = _finish_queued_work((args, kwargs))
     times: list[list[float]] = [[] for _ in models]
-    with _evaluating(models):
+    with evaluating(*models):
         for turn in range(warmup + repeats):
             for i in range(len(models)):
                 k = (i + turn) % len(models)  # nobody always runs after the same neighbour's cache
@@ -69,16 +68,3 @@ def _finish_queued_work(inputs: Any) -> Callable[[], None]:
             torch.accelerator.synchronize(device)
 
     return wait
-
-
-@contextmanager
-def _evaluating(models: Sequence[nn.Module]) -> Iterator[None]:
-    """Evaluation mode inside, every module's own mode restored after."""
-    modes = {module: module.training for model in models for module in model.modules()}
-    for model in models:
-        model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training

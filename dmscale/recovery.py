@@ -24,14 +24,13 @@ def recalibrate(model: nn.Module, batches: Iterable[Any], limit: int = 100) -> n
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     if not norms:
         return model
-    modes, momenta = {m: m.training for m in model.modules()}, {m: m.momentum for m in norms}
+    momenta = {m: m.momentum for m in norms}
     try:
-        model.eval()
-        for m in norms:
-            m.reset_running_stats()
-            m.momentum = None  # cumulative average
-            m.train()
-        with torch.no_grad():
+        with torch.no_grad(), running.evaluating(model):
+            for m in norms:
+                m.reset_running_stats()
+                m.momentum = None  # cumulative average
+                m.train()
             for i, batch in enumerate(batches):
                 if i == limit:
                     break
@@ -39,8 +38,6 @@ def recalibrate(model: nn.Module, batches: Iterable[Any], limit: int = 100) -> n
                 args, kwargs = running.arguments(inputs)
                 model(*args, **kwargs)
     finally:
-        for module, training in modes.items():
-            module.training = training
         for m, momentum in momenta.items():
             m.momentum = momentum
     return model

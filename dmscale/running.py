@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -55,6 +56,19 @@ def tensors_in(tree: Any) -> list[Tensor]:
     if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
         return [t for f in dataclasses.fields(tree) for t in tensors_in(getattr(tree, f.name, None))]
     return []
+
+
+@contextlib.contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; afterwards every module is in the mode that it was in."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def call(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:

@@ -45,6 +45,8 @@ def scale(
     progress: bool = True,
     freeze: str | Iterable[str] = (),
     only: str | Iterable[str] = (),
+    minimum: int | Mapping[str, int] = 1,
+    multiple: int | Mapping[str, int] = 1,
     **options: Any,
 ) -> Scaled:
     """Search `model` down to `budget` while it trains, export it, fine-tune the result.
@@ -63,13 +65,16 @@ def scale(
         lr: learning rate of the weights, in both phases.
         seed: of PyTorch's generators while this runs; they are restored.
         progress: whether to show a bar, if the output is a terminal.
+        freeze, only, minimum, multiple: as in `trace`.
         options: further arguments of `Search`.
     Raises:
         TraceError, BudgetError: before any training.
         SearchError: the loss became NaN or infinite.
         DmscaleError: the loader is empty.
     """
-    space = trace(model, example_inputs, freeze=_strings(freeze), only=_strings(only))
+    space = trace(
+        model, example_inputs, freeze=_strings(freeze), only=_strings(only), minimum=minimum, multiple=multiple
+    )
     if steps is None:
         steps = max(200, 2 * _length(loader))
     finetune_steps = 2 * steps if finetune_steps is None else finetune_steps
@@ -85,10 +90,12 @@ def scale(
         optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=weight_decay)
         search.attach(optimizer)
         shown = bar.add_task("search", total=steps)
-        while not search.done:
-            _step(search.model, next(batches), criterion, optimizer)
-            bar.advance(shown)
-        model.train(training)
+        try:
+            while not search.done:
+                _step(search.model, next(batches), criterion, optimizer)
+                bar.advance(shown)
+        finally:
+            model.train(training)
         small = search.export().train()
         structure = search.structure
         optimizer = torch.optim.AdamW(small.parameters(), lr, weight_decay=weight_decay)

@@ -133,22 +133,33 @@ class Search:
                 "the optimizer owns no parameter of the traced model; build it from model.parameters() before attach, or "
                 "say train_weights=False for a structure-only search"
             )
-        optimizer.add_param_group(
-            {"params": [self.pruned, *self._masks], "lr": self.lr, "weight_decay": 0.0, "name": "dmscale structure"}
-            if all("name" in g for g in optimizer.param_groups)
-            else {"params": [self.pruned, *self._masks], "lr": self.lr, "weight_decay": 0.0}
-        )
+        # like the first group, so that a scheduler made before finds what it left there (initial_lr, max_lr ...)
+        group = {k: v for k, v in optimizer.param_groups[0].items() if k not in ("params", "name", "param_names")}
+        own_settings = {"params": [self.pruned, *self._masks], "lr": self.lr, "weight_decay": 0.0}
+        optimizer.add_param_group(group | own_settings | self._names(optimizer))
         optimizer.register_step_pre_hook(self._before_step)
         optimizer.register_step_post_hook(self._after_step)
         self._optimizer = weakref.ref(optimizer)
+
+    def _names(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """Names for the added parameters, where the optimizer was built from named ones."""
+        if "param_names" not in optimizer.param_groups[0]:
+            return {}
+        names = [f"dmscale.mask.{member}" for member in self._layout.members]
+        return {"params": list(zip(["dmscale.pruned", *names], [self.pruned, *self._masks]))}
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         grads = [m.grad for m in self._masks]
         for m in self._masks:
             m.grad = None  # masks are set, not stepped
         self.pruned.grad = None
-        if self.done or all(g is None for g in grads):
+        if self.done:
             return
+        if all(g is None for g in grads):
+            raise SearchError(
+                "no gradient has reached the masks in this step: run the forward on search.model, which shares the "
+                "parameters of the traced model, and not on the traced model itself"
+            )
         flat = torch.cat([torch.zeros_like(m) if g is None else g for m, g in zip(self._masks, grads)])
         if not bool(torch.isfinite(flat).all()):
             raise SearchError(

@@ -33,7 +33,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], structure: Structure | 
     path = Path(path)
     tensors, tied = {}, {}
     first: dict[tuple[int, tuple[int, ...], tuple[int, ...]], str] = {}
-    for name, t in model.state_dict().items():
+    everything = model.state_dict() | dict(model.named_buffers())  # also buffers that are not persistent: they were sliced
+    for name, t in everything.items():
         key = (t.data_ptr(), tuple(t.shape), t.stride())
         if t.numel() and key in first:
             tied[name] = first[key]
@@ -103,7 +104,7 @@ def structure_of(path: str | os.PathLike[str]) -> Structure | None:
 
 
 def _check(model: nn.Module, tensors: dict[str, torch.Tensor], path: str) -> None:
-    own = model.state_dict()
+    own = model.state_dict() | dict(model.named_buffers())
     misfits = [f"'{n}' is in the file, not in the model" for n in tensors if n not in own]
     misfits += [f"'{n}' is in the model, not in the file" for n in own if n not in tensors]
     for name in own.keys() & tensors.keys():

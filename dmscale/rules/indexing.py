@@ -12,7 +12,7 @@ from ..axes import Conflict, Dim
 from .registry import rule
 
 if TYPE_CHECKING:
-    from ..trace import Tracer
+    from ..tracer import Tracer
 
 aten = torch.ops.aten
 Tensor = torch.Tensor

@@ -33,7 +33,7 @@ from .. import axes
 from ..axes import Conflict, Dim
 
 if TYPE_CHECKING:
-    from ..trace import Tracer
+    from ..tracer import Tracer
 
 Dims = Sequence[Dim]
 Rule = Callable[..., Any]
@@ -176,9 +176,11 @@ def contract(
         trace.batched(bound["b"])
     for token in eq.result:
         for letter in token if isinstance(token, tuple) else (token,):
-            if any(_mentions(eq.operands[i], letter) for i in weights):
-                if not any(_mentions(eq.operands[i], letter) for i in activations):
-                    trace.produced(bound[letter])
+            in_weight, in_activation = (
+                any(_mentions(eq.operands[i], letter) for i in group) for group in (weights, activations)
+            )
+            if in_weight and not in_activation:
+                trace.produced(bound[letter])
     return eq.output(bound), bound
 
 

@@ -11,7 +11,7 @@ from ..axes import Dim
 from .registry import Equation, contract, equation, rule
 
 if TYPE_CHECKING:
-    from ..trace import Tracer
+    from ..tracer import Tracer
 
 aten = torch.ops.aten
 

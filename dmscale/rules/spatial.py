@@ -13,7 +13,7 @@ from ..axes import Dim
 from .registry import rule
 
 if TYPE_CHECKING:
-    from ..trace import Tracer
+    from ..tracer import Tracer
 
 aten = torch.ops.aten
 Tensor = torch.Tensor
