@@ -1,6 +1,6 @@
 """Is the cost of 10,000 structures of resnet50 cheaper than one forward pass of its batch of 8?
 
-    python -m benchmarks.cost_speed
+python -m benchmarks.cost_speed
 """
 
 from __future__ import annotations

@@ -84,7 +84,10 @@ def main(repeats: int = 5) -> None:
         a, b = (statistics.median(times[k]) for k in ("plain", "search"))
         ratio = statistics.median(y / x for x, y in zip(times["plain"], times["search"]))
         plain, search = plain - base, search - base
-        print(f"| {name} | {a:.2f} | {b:.2f} | {ratio:.2f} | {plain:.0f} | {search:.0f} | {search / plain:.2f} |", flush=True)
+        print(
+            f"| {name} | {a:.2f} | {b:.2f} | {ratio:.2f} | {plain:.0f} | {search:.0f} | {search / plain:.2f} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

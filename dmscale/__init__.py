@@ -1,9 +1,9 @@
 """dmscale: scale any PyTorch network to a resource budget by gradient.
 
-    space = dmscale.trace(model, example_inputs)
-    search = dmscale.Search(space, budget="50% macs", steps=2000)
-    search.attach(optimizer)                     # then train `search.model` as usual
-    small = search.export()                      # a plain, smaller model of the same class
+space = dmscale.trace(model, example_inputs)
+search = dmscale.Search(space, budget="50% macs", steps=2000)
+search.attach(optimizer)                     # then train `search.model` as usual
+small = search.export()                      # a plain, smaller model of the same class
 """
 
 from .budget import Budget

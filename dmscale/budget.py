@@ -82,7 +82,9 @@ def _entries(target: Any) -> Iterator[tuple[str, tuple[float, bool]]]:
         for part in target.split(","):
             match = _TERM.fullmatch(part)
             if not match:
-                raise BudgetError(f"cannot read the budget {part.strip()!r}; write for example '50% macs' or '6M params'")
+                raise BudgetError(
+                    f"cannot read the budget {part.strip()!r}; write for example '50% macs' or '6M params'"
+                )
             value, unit, metric = float(match[1]), match[2], match[3].lower()
             _check_metric(metric)
             if metric in seen:

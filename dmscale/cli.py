@@ -55,12 +55,8 @@ InputShape = Annotated[
 ]
 Classes = Annotated[int | None, typer.Option(min=1, help="Size of the model's classification head.")]
 Weights = Annotated[Path | None, typer.Option(help="Local state dict: safetensors or a torch file.")]
-Freeze = Annotated[
-    list[str] | None, typer.Option(help="Dimensions to leave as they are (a pattern; repeatable).")
-]
-Only = Annotated[
-    list[str] | None, typer.Option(help="Dimensions to scale, no others (a pattern; repeatable).")
-]
+Freeze = Annotated[list[str] | None, typer.Option(help="Dimensions to leave as they are (a pattern; repeatable).")]
+Only = Annotated[list[str] | None, typer.Option(help="Dimensions to scale, no others (a pattern; repeatable).")]
 Seed = Annotated[int, typer.Option(help="Seed of weights, data order and search.")]
 
 
@@ -128,9 +124,7 @@ def scale(
     weights: Weights = None,
     freeze: Freeze = None,
     only: Only = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu or cuda; by default cuda where there is one.")
-    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; by default cuda where there is one.")] = None,
 ) -> None:
     """Search MODEL down to a budget, fine-tune the smaller network and save it."""
     torch.manual_seed(seed)
@@ -208,6 +202,4 @@ def _print_rows(rows: dict[str, dict[str, Any]], out: Path) -> None:
         table.add_row(label, form.format(dense * unit), form.format(scaled * unit), share)
     console = Console()
     console.print(table)
-    console.print(
-        f"Written to {escape(str(out))}: small.safetensors, structure.json, report.json", soft_wrap=True
-    )
+    console.print(f"Written to {escape(str(out))}: small.safetensors, structure.json, report.json", soft_wrap=True)

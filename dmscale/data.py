@@ -28,9 +28,7 @@ class Data:
     num_classes: int | None = None
 
 
-def load_data(
-    spec: str, source: Source, *, batch_size: int = 64, seed: int = 0, workers: int | None = None
-) -> Data:
+def load_data(spec: str, source: Source, *, batch_size: int = 64, seed: int = 0, workers: int | None = None) -> Data:
     """Training and validation batches of what `spec` names, in the size that `source`'s model takes.
 
     `digits` is scikit-learn's 1797 scans of digits, 8x8 pixels, resized, in ten classes.  A folder has
@@ -45,9 +43,7 @@ def load_data(
     if ".py:" in spec:
         made = build(spec, load_function(spec))
         if not (isinstance(made, (tuple, list)) and len(made) == 2):
-            raise SourceError(
-                f"{spec} returns {type(made).__name__}; it must return (train_loader, val_loader)"
-            )
+            raise SourceError(f"{spec} returns {type(made).__name__}; it must return (train_loader, val_loader)")
         return Data(*made)
     if spec == "digits":
         train, val, num_classes = _digits(source)
@@ -84,9 +80,7 @@ def to_device(values: Any, device: torch.device) -> Any:
 class _Images(Dataset):
     """Pairs of an image (C, H, W) in float32, normalised as the source's model expects, and its class."""
 
-    def __init__(
-        self, items: Sequence[tuple[Any, int]], read: Callable[[Any], Tensor], source: Source
-    ) -> None:
+    def __init__(self, items: Sequence[tuple[Any, int]], read: Callable[[Any], Tensor], source: Source) -> None:
         self.items, self.read = items, read
         channels = source.image_size()[0]
         fits = len(source.mean) == channels

@@ -63,9 +63,7 @@ class ResidualCNN(nn.Module):
     def __init__(self, channels: tuple[int, int] = (12, 24), blocks: int = 3) -> None:
         super().__init__()
         first, second = channels
-        self.stem = nn.Sequential(
-            nn.Conv2d(1, first, 3, padding=1, bias=False), nn.BatchNorm2d(first), nn.ReLU()
-        )
+        self.stem = nn.Sequential(nn.Conv2d(1, first, 3, padding=1, bias=False), nn.BatchNorm2d(first), nn.ReLU())
         self.stage1 = nn.Sequential(*(ResidualBlock(first) for _ in range(blocks)))
         self.down = nn.Sequential(
             nn.Conv2d(first, second, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(second), nn.ReLU()
@@ -116,9 +114,7 @@ class EncoderBlock(nn.Module):
 class VisionTransformer(nn.Module):
     """Sixteen patches of 2x2 pixels, pre-norm encoder blocks, mean over the patches, ten classes."""
 
-    def __init__(
-        self, dim: int = 40, blocks: int = 4, num_heads: int = 5, head_dim: int = 8, hidden: int = 80
-    ) -> None:
+    def __init__(self, dim: int = 40, blocks: int = 4, num_heads: int = 5, head_dim: int = 8, hidden: int = 80) -> None:
         super().__init__()
         self.patch = nn.Conv2d(1, dim, 2, stride=2)
         # Of the size of the patches: at the usual 0.02 it takes hundreds of steps until positions are seen.
@@ -390,9 +386,7 @@ def run(
     if pictures:
         plot_comparison(rows, out / "comparison.png", "Handwritten digits")
     console.print(comparison_table(rows, "Handwritten digits, 8x8 pixels", caption))
-    console.print(
-        f"{report['seconds']:.0f} s. Written to {out}", highlight=False, markup=False, soft_wrap=True
-    )
+    console.print(f"{report['seconds']:.0f} s. Written to {out}", highlight=False, markup=False, soft_wrap=True)
     return report
 
 
@@ -404,13 +398,9 @@ def _check(
     recipes: Mapping[str, Recipe],
 ) -> None:
     """All that can be wrong with the arguments, in one message, before anything is trained."""
-    problems = [
-        f"model {name!r} is not one of {', '.join(recipes)}" for name in models if name not in recipes
-    ]
+    problems = [f"model {name!r} is not one of {', '.join(recipes)}" for name in models if name not in recipes]
     problems += [
-        f"budget {share!r} is not a share of the MACs between 0 and 1"
-        for share in budgets
-        if not 0 < share < 1
+        f"budget {share!r} is not a share of the MACs between 0 and 1" for share in budgets if not 0 < share < 1
     ]
     if seeds < 1:
         problems.append(f"seeds is {seeds}; at least 1 is needed")

@@ -64,9 +64,7 @@ def check_fit(model: nn.Module, batches: Iterable, num_classes: int | None) -> N
             raise DmscaleError(f"the model cannot be called on a batch: {error}") from error
     needed = max(num_classes or 0, int(batch[1].max()) + 1)
     if scores.shape[-1] < needed:
-        raise DmscaleError(
-            f"the model has {scores.shape[-1]} outputs for {needed} classes; --classes sizes it"
-        )
+        raise DmscaleError(f"the model has {scores.shape[-1]} outputs for {needed} classes; --classes sizes it")
     if scores.shape[:-1] != batch[1].shape:
         raise DmscaleError(f"scores {tuple(scores.shape)} do not fit targets {tuple(batch[1].shape)}")
 

@@ -98,7 +98,9 @@ def plan(trace: Trace, blocks: Sequence[Blocks]) -> Sites:
                 norms[norm.path] = site
                 if norm.bias is not None and norm.bias in trace.slots:  # so that what is removed leaves as zero
                     _mask(trace, norm.path, norm.bias, _holding(trace, norm.bias, norm.dims[0]), weights)
-    masked = {c.result.origin: norms[c.path].dim for c in trace.record.calls if c.path in norms and c.result is not None}
+    masked = {
+        c.result.origin: norms[c.path].dim for c in trace.record.calls if c.path in norms and c.result is not None
+    }
     for contraction in trace.record.contractions:
         if axes.is_free(contraction.dim) and not _is_masked(contraction, masked):
             _plan_contraction(trace, contraction, weights, inputs)
@@ -193,7 +195,12 @@ def _input_site(trace: Trace, c: Contraction, consumers: Sequence[tuple[Value, D
 
 
 def _mask_producers(
-    trace: Trace, dim: Dim, values: Sequence[Value], path: str, operator: str, weights: dict[tuple[str, str], dict[int, Dim]]
+    trace: Trace,
+    dim: Dim,
+    values: Sequence[Value],
+    path: str,
+    operator: str,
+    weights: dict[tuple[str, str], dict[int, Dim]],
 ) -> None:
     """Make the removed elements of `dim` zero in one of `values`, at the weights that made them."""
     producers = [v.params for v in values if any(_holding(trace, n, dim) for n in v.params)]
@@ -271,7 +278,9 @@ class NormScale:
         return torch.sqrt(self.masks(self.dim).sum() / axes.size(self.dim))
 
 
-def attach(model: nn.Module, sites: Sites, widths: Mapping[Axis, Tensor], depths: Mapping[str, Tensor], trainable: bool = False) -> nn.Module:
+def attach(
+    model: nn.Module, sites: Sites, widths: Mapping[Axis, Tensor], depths: Mapping[str, Tensor], trainable: bool = False
+) -> nn.Module:
     """A clone of `model` that shares its parameters, with gates at `sites`.
 
     Args:
@@ -354,7 +363,9 @@ class KeptCount:
 
     def apply(self, x: Tensor) -> Tensor:
         mask, at, shape = self.masks(self.site.dim), self.site.position, x.shape
-        x = x.reshape(*shape[:at], axes.size(self.site.group), mask.numel(), *shape[at + 1 :])  # (..., group, inner, ...)
+        x = x.reshape(
+            *shape[:at], axes.size(self.site.group), mask.numel(), *shape[at + 1 :]
+        )  # (..., group, inner, ...)
         return _KeptCount.apply(x, mask, at + 1, self.site.centred, self.site.over_space).reshape(shape)
 
 
@@ -394,7 +405,11 @@ class _KeptCount(torch.autograd.Function):
             total = grad_x.sum(ctx.over, keepdim=True)
             mean_part = (total * y).sum(others, dtype=torch.float32)
             flat = factor.float().view(-1)
-            grad_mask -= mean_part * torch.where(flat > 0, 1 / flat.clamp(min=1e-6), torch.zeros_like(flat)) / (count * ctx.places)
+            grad_mask -= (
+                mean_part
+                * torch.where(flat > 0, 1 / flat.clamp(min=1e-6), torch.zeros_like(flat))
+                / (count * ctx.places)
+            )
             m = mask.to(y.dtype).view(-1, *[1] * (y.dim() - ctx.at - 1))
             grad_x = grad_x - total * m / (count * ctx.places).to(y.dtype)
         return grad_x, grad_mask.to(mask.dtype), None, None, None

@@ -1,7 +1,7 @@
 """Polynomials with integer coefficients in the sizes of axes: what costs and size equations are made of.
 
-A variable is any hashable object (an `Axis` atom, a block).  `//` of two polynomials is exact division and raises `Inexact` where the
-quotient is no polynomial.  `Quotient` keeps such a quotient, so that `C // num_heads` is a number that can be compared
+A variable is any hashable object (an `Axis` atom, a block).  `//` of two polynomials is exact division and raises
+`Inexact` where the quotient is no polynomial.  `Quotient` keeps such a quotient, so that `C // num_heads` is a number that can be compared
 with a head size although C, free, need not be a multiple of it.  Nothing is ever rounded.
 """
 
@@ -143,7 +143,8 @@ class Quotient:
 
     def __add__(self, other: Quotient) -> Quotient:
         return Quotient(
-            self.numerator * other.denominator + other.numerator * self.denominator, self.denominator * other.denominator
+            self.numerator * other.denominator + other.numerator * self.denominator,
+            self.denominator * other.denominator,
         )
 
     def __sub__(self, other: Quotient) -> Quotient:

@@ -260,9 +260,7 @@ def _compare(panel: Any, rows: list[Row], model: str) -> None:
         )
     _plain(panel)
     panel.set_xscale("log")
-    ticks = sorted(
-        {row.macs for row in rows if row.method == methods[0]} | ({dense.macs} if dense else set())
-    )
+    ticks = sorted({row.macs for row in rows if row.method == methods[0]} | ({dense.macs} if dense else set()))
     panel.set_xticks(ticks)
     panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value, dense)))
     panel.xaxis.set_minor_formatter(NullFormatter())
@@ -314,9 +312,7 @@ def _draw_cost(panel: Any, history: Sequence[Mapping[str, Any]]) -> None:
             linewidth=1.4,
             label=f"{resource} target",
         )
-        panel.plot(
-            steps, [entry["cost"][resource] for entry in history], color=colour, linewidth=2, label=resource
-        )
+        panel.plot(steps, [entry["cost"][resource] for entry in history], color=colour, linewidth=2, label=resource)
     panel.set_ylim(0, 1.05)
     panel.set_ylabel("share of full cost")
     _percent(panel)

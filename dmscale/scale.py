@@ -127,12 +127,20 @@ def _endless(loader: Iterable[Any], device: torch.device) -> Iterator[tuple[Any,
                 raise DmscaleError(f"the loader gave a {type(batch).__name__}; expected pairs (inputs, targets)")
             yield tuple(running.map_tensors(lambda t: t.to(device, non_blocking=True), tuple(batch)))  # type: ignore[misc]
         if empty:
-            raise DmscaleError("the loader gave no batch; a generator can be run through only once, give a list or DataLoader")
+            raise DmscaleError(
+                "the loader gave no batch; a generator can be run through only once, give a list or DataLoader"
+            )
 
 
 def _step(model: nn.Module, batch: tuple[Any, Any], criterion: Any, optimizer: torch.optim.Optimizer) -> None:
     inputs, targets = batch
-    out = model(**inputs) if isinstance(inputs, Mapping) else model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+    out = (
+        model(**inputs)
+        if isinstance(inputs, Mapping)
+        else model(*inputs)
+        if isinstance(inputs, tuple)
+        else model(inputs)
+    )
     criterion(out, targets).backward()
     optimizer.step()
     optimizer.zero_grad()

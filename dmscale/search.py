@@ -184,7 +184,9 @@ class Search:
         task = layout.sum_by_dimension(mask_gradient * slope)
         saved = self._cost_slope()  # how fast log cost falls with a
         if self.mode == "penalty":
-            above = self._costs_at(self._scalars()[None]).max() > 1  # the loss is lambda log(cost / target) there, else 0
+            above = (
+                self._costs_at(self._scalars()[None]).max() > 1
+            )  # the loss is lambda log(cost / target) there, else 0
             return task - self.penalty * saved if above else task
         self._direction.lerp_(task / saved.clamp(min=1e-6), 0.1)
         price = self._direction

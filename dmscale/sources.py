@@ -54,9 +54,7 @@ def parse_shape(text: str) -> tuple[int, ...]:
     """`"1x3x224x224"` as `(1, 3, 224, 224)`; `SourceError` for anything but positive numbers."""
     parts = text.lower().replace(",", "x").split("x")
     if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
-        raise SourceError(
-            f"--input {text!r} is not a shape; write it with the batch first, as 1x3x224x224 or 1x128"
-        )
+        raise SourceError(f"--input {text!r} is not a shape; write it with the batch first, as 1x3x224x224 or 1x128")
     return tuple(int(part) for part in parts)
 
 
@@ -83,9 +81,7 @@ def load_model(
         source = readers[kind](spec, name, shape, classes)
     elif ".py:" in spec:
         if classes is not None:
-            raise SourceError(
-                f"{spec}: --classes has no effect on a factory of your own; set the classes in it"
-            )
+            raise SourceError(f"{spec}: --classes has no effect on a factory of your own; set the classes in it")
         source = _factory(spec, shape)
     else:
         raise SourceError(
@@ -115,9 +111,7 @@ def allow_missing_torchvision_operators() -> None:
             continue
     for name in ("nms", "qnms"):
         if not hasattr(torch.ops.torchvision, name):
-            torch.library.define(
-                f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-            )
+            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
 def _timm(spec: str, name: str, shape: tuple[int, ...] | None, classes: int | None) -> Source:
@@ -164,9 +158,7 @@ def _transformers(spec: str, name: str, shape: tuple[int, ...] | None, classes: 
         )
     transformers = require("transformers", "transformers", spec)
     options: dict[str, Any] = {} if classes is None else {"num_labels": classes}
-    config = build(
-        spec, lambda: transformers.AutoConfig.from_pretrained(config_file, local_files_only=True, **options)
-    )
+    config = build(spec, lambda: transformers.AutoConfig.from_pretrained(config_file, local_files_only=True, **options))
     if shape is not None and len(shape) == 4:
         for key, value in (("image_size", shape[-1]), ("num_channels", shape[1])):
             if hasattr(config, key):
@@ -211,15 +203,11 @@ def _factory(spec: str, shape: tuple[int, ...] | None) -> Source:
     elif isinstance(made, nn.Module) and shape is not None:
         return Source(made, torch.randn(shape))
     elif isinstance(made, nn.Module):
-        raise SourceError(
-            f"{spec} returns a model alone; return (model, inputs), or give --input 1x3x224x224"
-        )
+        raise SourceError(f"{spec} returns a model alone; return (model, inputs), or give --input 1x3x224x224")
     else:
         raise SourceError(f"{spec} returns {type(made).__name__}; it must return a model or (model, inputs)")
     if not isinstance(inputs, (Tensor, tuple, dict)):
-        raise SourceError(
-            f"{spec}: the inputs are a {type(inputs).__name__}; return a tensor, a tuple or a dict"
-        )
+        raise SourceError(f"{spec}: the inputs are a {type(inputs).__name__}; return a tensor, a tuple or a dict")
     return Source(model, inputs if shape is None else torch.randn(shape))
 
 
@@ -279,9 +267,7 @@ def _load_weights(spec: str, model: nn.Module, path: Path) -> None:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise SourceError(
-            f"--weights {path} cannot be read as a state dict of plain tensors: {error}"
-        ) from error
+        raise SourceError(f"--weights {path} cannot be read as a state dict of plain tensors: {error}") from error
     for key in ("state_dict", "model"):  # where training scripts put it in a checkpoint
         state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
     try:

@@ -129,9 +129,7 @@ class SearchSpace:
         """The structure that keeps everything."""
         return self.structure({})
 
-    def structure(
-        self, sizes: Mapping[str, float], scores: Mapping[str, Any] | None = None
-    ) -> Structure:
+    def structure(self, sizes: Mapping[str, float], scores: Mapping[str, Any] | None = None) -> Structure:
         """A structure of given sizes.
 
         Args:
@@ -142,7 +140,9 @@ class SearchSpace:
         """
         unknown = [n for n in sizes if n not in self.dimensions]
         if unknown:
-            raise DmscaleError(f"{unknown[0]!r} is no dimension of this space{_did_you_mean(unknown[0], self.dimensions)}")
+            raise DmscaleError(
+                f"{unknown[0]!r} is no dimension of this space{_did_you_mean(unknown[0], self.dimensions)}"
+            )
         chosen = {n: d.allowed(sizes.get(n, d.size)) for n, d in self.dimensions.items()}
         kept: dict[str, tuple[int, ...]] = {}
         for name, d in self.dimensions.items():
@@ -260,7 +260,9 @@ class SearchSpace:
     def shares(self) -> dict[str, dict[str, float]]:
         """Dimension -> the share of MACs and of parameters that goes when only its minimum is kept."""
         names = list(self.dimensions)
-        rows = np.stack([self.vector(self.structure({n: self.dimensions[n].lowest})) for n in names] or [self.vector(self.full())])
+        rows = np.stack(
+            [self.vector(self.structure({n: self.dimensions[n].lowest})) for n in names] or [self.vector(self.full())]
+        )
         out: dict[str, dict[str, float]] = {n: {} for n in names}
         for metric in ("macs", "params"):
             whole = max(self.cost()[metric], 1)
@@ -315,7 +317,9 @@ class SearchSpace:
         if missing or extra:
             raise ExportError(
                 "the structure is of another space: "
-                + "; ".join(([f"it lacks {missing[:3]}"] if missing else []) + ([f"it has {extra[:3]}"] if extra else []))
+                + "; ".join(
+                    ([f"it lacks {missing[:3]}"] if missing else []) + ([f"it has {extra[:3]}"] if extra else [])
+                )
             )
 
     # -- showing ------------------------------------------------------------------------------------------------------

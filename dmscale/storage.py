@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,7 +32,9 @@ def save(model: nn.Module, path: str | os.PathLike[str], structure: Structure | 
     path = Path(path)
     tensors, tied = {}, {}
     first: dict[tuple[int, tuple[int, ...], tuple[int, ...]], str] = {}
-    everything = model.state_dict() | dict(model.named_buffers())  # also buffers that are not persistent: they were sliced
+    everything = model.state_dict() | dict(
+        model.named_buffers()
+    )  # also buffers that are not persistent: they were sliced
     for name, t in everything.items():
         key = (t.data_ptr(), tuple(t.shape), t.stride())
         if t.numel() and key in first:
@@ -41,18 +42,20 @@ def save(model: nn.Module, path: str | os.PathLike[str], structure: Structure | 
         else:
             first[key] = name
             tensors[name] = t.detach().contiguous()
-    metadata = {"format": "pt", "dmscale_plan": json.dumps(getattr(model, export.PLAN, {"attributes": [], "blocks": []}))}
+    metadata = {
+        "format": "pt",
+        "dmscale_plan": json.dumps(getattr(model, export.PLAN, {"attributes": [], "blocks": []})),
+    }
     metadata["tied"] = json.dumps(tied)
     if structure is not None:
         metadata["structure"] = structure.to_json()
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    os.close(handle)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        save_file(tensors, temporary, metadata)
+        save_file(tensors, str(temporary), metadata)
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 

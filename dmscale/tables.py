@@ -26,7 +26,13 @@ def space_table(space: SearchSpace) -> Group:
     """Every dimension with its size and what of the cost depends on it; every frozen one with the reason."""
     cost = space.cost()
     dimensions = Table(box=box.SIMPLE, title_justify="left", title_style="bold", title="What can shrink")
-    for header, justify in (("dimension", "left"), ("kind", "left"), ("size", "right"), ("MACs", "right"), ("params", "right")):
+    for header, justify in (
+        ("dimension", "left"),
+        ("kind", "left"),
+        ("size", "right"),
+        ("MACs", "right"),
+        ("params", "right"),
+    ):
         dimensions.add_column(header, justify=justify, no_wrap=header == "dimension")  # type: ignore[arg-type]
     for name, d in space.dimensions.items():
         share = space.shares[name]

@@ -224,9 +224,7 @@ class Tracer(TorchDispatchMode):
         """Dimensions from `lead` on: the input's where the size stays (the spatial axes are fixed anyway), else new."""
         dims = self.dims(x)[lead:]
         self.freeze_dims(dims, "spatial")
-        return [
-            dim if n == m else axes.axis(n, "spatial") for dim, n, m in zip(dims, out.shape[lead:], x.shape[lead:])
-        ]
+        return [dim if n == m else axes.axis(n, "spatial") for dim, n, m in zip(dims, out.shape[lead:], x.shape[lead:])]
 
     def broadcast(self, tensors: Sequence[Tensor], shape: Sequence[int]) -> tuple[Dim, ...]:
         """Unify tensors as pointwise operators do; stretched dimensions of size one have no say."""
@@ -310,7 +308,13 @@ class Tracer(TorchDispatchMode):
             args, kwargs = self._to_meta(args, real), self._to_meta(kwargs, real)
             tensors = _tensors((args, tuple(kwargs.values())), [])
         out = func(*args, **kwargs)
-        outs = [out] if isinstance(out, Tensor) else [o for o in out if isinstance(o, Tensor)] if isinstance(out, (tuple, list)) else []
+        outs = (
+            [out]
+            if isinstance(out, Tensor)
+            else [o for o in out if isinstance(o, Tensor)]
+            if isinstance(out, (tuple, list))
+            else []
+        )
         self.op += 1
         if not outs:
             return out

@@ -24,7 +24,14 @@ from .known import is_by_product, quiet
 from .sizes import Attribute, SizedInt
 from .tracer import Call, Record, Tracer
 
-_GEOMETRY = {"stride", "padding", "dilation", "kernel_size", "output_padding", "output_size"}  # never the size of an axis
+_GEOMETRY = {
+    "stride",
+    "padding",
+    "dilation",
+    "kernel_size",
+    "output_padding",
+    "output_size",
+}  # never the size of an axis
 
 
 @dataclass

@@ -16,7 +16,17 @@ from typing import Any
 import pytest
 import torch
 from nets import (
-    NETS, assert_same, counted_macs, difference, fingerprint, floats_of, kinds, non_trivial, num_params, outputs, run,
+    NETS,
+    assert_same,
+    counted_macs,
+    difference,
+    fingerprint,
+    floats_of,
+    kinds,
+    non_trivial,
+    num_params,
+    outputs,
+    run,
 )  # fmt: skip
 from torch import nn
 

@@ -119,7 +119,7 @@ def test_masks_are_monotone(n, a, b):
     low, high = sorted((a, b))
     less, more = soft(n, low)[0], soft(n, high)[0]
     assert bool((more <= less + 1e-12).all())
-    assert bool((less.diff() >= 0).all()) and 0 <= float(less.min()) and float(less.max()) <= 1
+    assert bool((less.diff() >= 0).all()) and float(less.min()) >= 0 and float(less.max()) <= 1
     hard = [topk.hard_mask(even(n), torch.full((n,), x, dtype=torch.float64)) for x in (low, high)]
     assert bool((hard[1] <= hard[0]).all())
 

@@ -3,4 +3,15 @@
 from . import indexing, reductions, regular, spatial, structural
 from .registry import RULES, Equation, contract, equation, rule
 
-__all__ = ["RULES", "Equation", "contract", "equation", "indexing", "reductions", "regular", "rule", "spatial", "structural"]
+__all__ = [
+    "RULES",
+    "Equation",
+    "contract",
+    "equation",
+    "indexing",
+    "reductions",
+    "regular",
+    "rule",
+    "spatial",
+    "structural",
+]

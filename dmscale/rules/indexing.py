@@ -107,7 +107,9 @@ def ordered(trace: Tracer, out: Any, x: Tensor, *args: Any, **kwargs: Any) -> Se
 
 
 @rule(aten.index_put, aten.index_put_)
-def index_put(trace: Tracer, out: Tensor, x: Tensor, indices: Sequence[Any], values: Tensor, *args: Any) -> Sequence[Dim]:
+def index_put(
+    trace: Tracer, out: Tensor, x: Tensor, indices: Sequence[Any], values: Tensor, *args: Any
+) -> Sequence[Dim]:
     """Writing at numbered places: the values look like `x[indices]`, broadcast."""
     for t in indices:
         if t is not None:
@@ -126,7 +128,9 @@ def index_put(trace: Tracer, out: Tensor, x: Tensor, indices: Sequence[Any], val
 
 
 @rule(aten.index_add, aten.index_add_, aten.index_copy, aten.index_copy_)
-def index_add(trace: Tracer, out: Tensor, x: Tensor, dim: int, picked: Tensor, source: Tensor, **kw: Any) -> Sequence[Dim]:
+def index_add(
+    trace: Tracer, out: Tensor, x: Tensor, dim: int, picked: Tensor, source: Tensor, **kw: Any
+) -> Sequence[Dim]:
     """Adding rows at numbered places."""
     for i, (own, other) in enumerate(zip(trace.dims(x), trace.dims(source))):
         if i == dim % x.dim():
@@ -137,7 +141,9 @@ def index_add(trace: Tracer, out: Tensor, x: Tensor, dim: int, picked: Tensor, s
 
 
 @rule(aten.scatter, aten.scatter_, aten.scatter_add, aten.scatter_add_, aten.scatter_reduce, aten.scatter_reduce_)
-def scatter(trace: Tracer, out: Tensor, x: Tensor, dim: int, picked: Tensor, source: Any = None, *args: Any, **kw: Any) -> Any:
+def scatter(
+    trace: Tracer, out: Tensor, x: Tensor, dim: int, picked: Tensor, source: Any = None, *args: Any, **kw: Any
+) -> Any:
     """Writing element by element at numbered places."""
     for i, (own, other) in enumerate(zip(trace.dims(x), trace.dims(picked))):
         if i == dim % x.dim() or axes.size(own) != axes.size(other):

@@ -171,7 +171,9 @@ def vector_norm(
 
 
 @rule(aten.norm)
-def norm(trace: Tracer, out: Tensor, x: Tensor, order: Any = 2, dim: Any = None, *args: Any, **kw: Any) -> Sequence[Dim]:
+def norm(
+    trace: Tracer, out: Tensor, x: Tensor, order: Any = 2, dim: Any = None, *args: Any, **kw: Any
+) -> Sequence[Dim]:
     """Norm over dimensions, the older operator."""
     return _reduce(trace, out, x, dim, "sum" if order is None or order > 0 else "reduced")
 
