@@ -92,8 +92,8 @@ def main(repeats: int = 5) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) == 3:
-        # what tracing imports once is no memory of a step: every process imports it
-        dmscale.trace(nn.Sequential(nn.Linear(2, 4), nn.Linear(4, 2)), torch.zeros(1, 2))
+        # what a trace imports (meta kernels, 50 to 90 MB) is no memory of a step: every process traces once
+        dmscale.trace(*SETTINGS[sys.argv[1]](), verify=False)
         run = steppers(sys.argv[1], (sys.argv[2],))[sys.argv[2]]
         for _ in range(3):
             run()

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +19,9 @@ if TYPE_CHECKING:
 
 SLACK = 0.005
 """A fitted structure lies at most this share below the binding target, and never above it."""
+
+_MOST_EXCHANGES = 2048
+"""About as many pairs of moves are tried at once in the last step of a fit."""
 
 _PREFIX = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
 _TERM = re.compile(r"\s*((?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*(%|[kKMGBT]?)\s*([A-Za-z_]+)\s*")
@@ -67,7 +68,11 @@ def parse(target: Any, space: SearchSpace) -> Budget:
 
 def _entries(target: Any) -> Iterator[tuple[str, tuple[float, bool]]]:
     if isinstance(target, Budget):
-        yield from ((m, (float(t), False)) for m, t in target.targets.items())
+        for metric, value in target.targets.items():
+            _check_metric(metric)
+            if not isinstance(value, (int, float)) or isinstance(value, bool):
+                raise BudgetError(f"budget {metric}={value!r} is no number")
+            yield metric, (float(value), False)
     elif isinstance(target, Mapping):
         for metric, value in target.items():
             _check_metric(metric)
@@ -172,8 +177,8 @@ class _Problem:
         self.columns = []
         for d in self.dimensions:
             if d.kind == "depth":
-                order = np.argsort(-self._score(d.name, d.size), kind="stable")
-                self.columns.append((column, order))
+                place = np.argsort(np.argsort(-self._score(d.name, d.size), kind="stable"))  # of each block, best first
+                self.columns.append((column, place))
                 column += d.size
             else:
                 self.columns.append(next(widths))
@@ -182,6 +187,7 @@ class _Problem:
         self.lowest = np.array([d.lowest for d in self.dimensions])
         self.full = np.array([d.size for d in self.dimensions])
         self.targets = {m: t for m, t in wanted.targets.items()}
+        self.allowed = [_allowed(d) for d in self.dimensions]  # sizes of each dimension, ascending
 
     def _score(self, member: str, size: int) -> np.ndarray:
         found = self.scores.get(member)
@@ -196,27 +202,20 @@ class _Problem:
             total += np.diff(upto[ends])
         return total
 
-    def row(self, sizes: np.ndarray) -> np.ndarray:
-        """The vector of cost variables."""
-        out = np.zeros(self.width, dtype=np.int64)
-        for d, (column, layout), k in zip(self.dimensions, self.columns, sizes):
-            if d.kind == "depth":
-                out[column + layout[:k]] = 1
-            else:
-                out[column : column + len(layout)] = k * layout // d.size
-        return out
-
-    def costs(self, rows: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-        """Metric -> cost of each row, for the metrics of the budget."""
-        stacked = np.stack(rows)
-        return {m: self.space.costs.many(stacked, m) for m in self.targets}
+    def costs(self, sizes: np.ndarray) -> dict[str, np.ndarray]:
+        """Metric -> cost at each row of sizes (S, D), for the metrics of the budget."""
+        variables = np.zeros((len(sizes), self.width), dtype=np.int64)
+        for i, (d, (column, layout)) in enumerate(zip(self.dimensions, self.columns)):
+            k = sizes[:, i : i + 1]
+            variables[:, column + np.arange(len(layout))] = k > layout if d.kind == "depth" else k * layout // d.size
+        return {m: self.space.costs.many(variables, m) for m in self.targets}
 
     def fits(self, sizes: np.ndarray) -> bool:
-        found = self.costs([self.row(sizes)])
-        return all(found[m][0] <= t for m, t in self.targets.items())
+        return bool(self.load(sizes[None])[0] <= 1)
 
-    def load(self, found: Mapping[str, np.ndarray]) -> np.ndarray:
-        """The largest ratio of cost to target: at most one means feasible."""
+    def load(self, sizes: np.ndarray) -> np.ndarray:
+        """The largest ratio of cost to target at each row of sizes (S, D), (S,): at most one means feasible."""
+        found = self.costs(sizes)
         return np.max([found[m] / t for m, t in self.targets.items()], axis=0)
 
     def _scaled(self, sizes: np.ndarray, factor: float) -> np.ndarray:
@@ -226,7 +225,7 @@ class _Problem:
 
     def scale(self, sizes: np.ndarray) -> np.ndarray:
         """All widths alike, where the target is more than a tenth away."""
-        load = float(self.load(self.costs([self.row(sizes)]))[0])
+        load = float(self.load(sizes[None])[0])
         if 0.9 <= load <= 1.1:
             return sizes
         low, high = (0.0, 1.0) if load > 1 else (1.0, float(max(self.full / np.maximum(sizes, 1))))
@@ -258,13 +257,13 @@ class _Problem:
     def remove(self, sizes: np.ndarray) -> np.ndarray:
         """Steps off, least importance per saved cost first, until the budget holds; blocks only when widths are spent."""
         while True:
-            base = self.costs([self.row(sizes)])
+            base = self.costs(sizes[None])
             over = [m for m, t in self.targets.items() if base[m][0] > t]
             if not over:
                 return sizes
             moves = self.moves(sizes, up=False)
             moves = [m for m in moves if self.dimensions[m[0]].kind != "depth"] or moves
-            found = self.costs([self.row(self._moved(sizes, i, k)) for i, k in moves])
+            found = self.costs(np.stack([self._moved(sizes, i, k) for i, k in moves]))
             saved = sum((base[m][0] - found[m]) / self.targets[m] for m in over)
             price = [self._importance(i, int(sizes[i]), k) for i, k in moves] / np.maximum(saved, 1e-12)
             i, k = moves[int(np.argmin(np.where(saved > 0, price, np.inf)))]
@@ -276,8 +275,8 @@ class _Problem:
             moves = self.moves(sizes, up=True)
             if not moves:
                 return sizes
-            base = self.load(self.costs([self.row(sizes)]))[0]
-            load = self.load(self.costs([self.row(self._moved(sizes, i, k)) for i, k in moves]))
+            base = self.load(sizes[None])[0]
+            load = self.load(np.stack([self._moved(sizes, i, k) for i, k in moves]))
             worth = [self._importance(i, int(sizes[i]), k) for i, k in moves] / np.maximum(load - base, 1e-12)
             worth = np.where(load <= 1, worth, -np.inf)
             best = int(np.argmax(worth))
@@ -286,76 +285,62 @@ class _Problem:
             sizes = self._moved(sizes, *moves[best])
 
     def exchange(self, sizes: np.ndarray) -> np.ndarray:
-        """Where more than `SLACK` is left unused: a few steps in two dimensions at once, whatever comes closest.
+        """Where more than `SLACK` is left unused: move one dimension, and give another all that then fits.
 
-        Among pairs of moves that end within the slack, the one that keeps most importance wins.
+        Of what ends within the slack, what keeps most importance wins; else the same again from what came closest.
         """
-        found = self._all_widths(sizes)
-        if found is not None:
-            return found
+        best, most = sizes, float(self.load(sizes[None])[0])
         for widths_only in (True, False):
-            for _ in range(8):
-                current = float(self.load(self.costs([self.row(sizes)]))[0])
-                if current >= 1 - SLACK:
-                    return sizes
-                pairs = self._pairs(sizes, widths_only)
-                if not pairs:
+            front = best[None]
+            for _ in range(4):
+                if most >= 1 - SLACK:
+                    return best
+                found = np.unique(np.concatenate([self._exchanged(s, widths_only) for s in front]), axis=0)
+                load = self.load(found)
+                found, load = found[load <= 1], load[load <= 1]
+                if not len(load):
                     break
-                load = self.load(self.costs([self.row(p) for p in pairs]))
-                close = (load <= 1) & (load >= 1 - SLACK)
-                if close.any():
-                    worth = [self._worth(p) if ok else -np.inf for p, ok in zip(pairs, close)]
-                    return pairs[int(np.argmax(worth))]
-                best = int(np.argmax(np.where(load <= 1, load, -np.inf)))
-                if not current < load[best] <= 1:
-                    break
-                sizes = pairs[best]
-        return sizes
+                close = found[load >= 1 - SLACK]
+                if len(close):
+                    return close[int(np.argmax([self._worth(p) for p in close]))]
+                front = found[np.argsort(-load, kind="stable")[:8]]
+                if load.max() > most:
+                    best, most = front[0], float(load.max())
+        return best
 
-    def _all_widths(self, sizes: np.ndarray, most: int = 20_000) -> np.ndarray | None:
-        """Of few enough combinations of widths all are tried: the most important within the slack, else the fullest."""
-        if self.load(self.costs([self.row(sizes)]))[0] >= 1 - SLACK:
-            return sizes
-        options = [
-            [int(k)] if d.kind == "depth" else [n for n in range(d.lowest, d.size + 1) if n == d.allowed(n)]
-            for d, k in zip(self.dimensions, sizes)
-        ]
-        if math.prod(len(o) for o in options) > most:
-            return None
-        every = np.array(list(itertools.product(*options)), dtype=np.int64)
-        load = self.load(self.costs([self.row(s) for s in every]))
-        close = (load <= 1) & (load >= 1 - SLACK)
-        if close.any():
-            return every[close][int(np.argmax([self._worth(s) for s in every[close]]))]
-        return every[int(np.argmax(np.where(load <= 1, load, -np.inf)))] if (load <= 1).any() else sizes
-
-    def _pairs(self, sizes: np.ndarray, widths_only: bool) -> list[np.ndarray]:
-        """The sizes up to a few steps away in one or two dimensions; fewer steps where there are many dimensions."""
+    def _exchanged(self, sizes: np.ndarray, widths_only: bool) -> np.ndarray:
+        """For every dimension a few steps up or down, and every other one: the largest size of that which fits, (S, D)."""
         chosen = [i for i, d in enumerate(self.dimensions) if not (widths_only and d.kind == "depth")]
-        reach = 4 if len(chosen) <= 12 else 2 if len(chosen) <= 40 else 1
-        options = {i: self._near(i, int(sizes[i]), reach) for i in chosen}
-        out = []
-        for n, i in enumerate(chosen):
-            for k in options[i]:
-                moved = self._moved(sizes, i, k)
-                out.append(moved)
-                out += [self._moved(moved, j, m) for j in chosen[n + 1 :] for m in options[j]]
-        return out
-
-    def _near(self, i: int, k: int, reach: int) -> list[int]:
-        found: list[int] = []
-        for up in (True, False):
-            size = k
-            for _ in range(reach):
-                nearer = self._step(self.dimensions[i], size, up)
-                if nearer == size:
-                    break
-                found.append(nearer)
-                size = nearer
+        reach = max(1, _MOST_EXCHANGES // (2 * max(len(chosen), 1) ** 2))
+        starts, fills = [], []
+        for i in chosen:
+            allowed = self.allowed[i]
+            at = int(np.searchsorted(allowed, sizes[i]))
+            near = [k for k in range(max(at - reach, 0), min(at + reach + 1, len(allowed))) if k != at]
+            for j in chosen:
+                if j != i:
+                    starts += [self._moved(sizes, i, int(allowed[k])) for k in near]
+                    fills += [j] * len(near)
+        if not starts:
+            return sizes[None]
+        found, other, each = np.stack(starts), np.array(fills), np.arange(len(starts))
+        longest = max(len(a) for a in self.allowed)
+        table = np.stack([np.pad(a, (0, longest - len(a)), mode="edge") for a in self.allowed])
+        low, high = np.zeros(len(found), dtype=np.int64), np.array([len(self.allowed[j]) - 1 for j in fills])
+        while (low < high).any():  # bisection, in all rows at once
+            middle = (low + high + 1) // 2
+            found[each, other] = table[other, middle]
+            fits = self.load(found) <= 1
+            low, high = np.where(fits, middle, low), np.where(fits, high, middle - 1)
+        found[each, other] = table[other, low]
         return found
 
     def _worth(self, sizes: np.ndarray) -> float:
         return float(sum(g[:k].sum() for g, k in zip(self.gain, sizes)))
+
+
+def _allowed(d: Dimension) -> np.ndarray:
+    return np.unique([d.lowest, *range(-(-d.lowest // d.multiple) * d.multiple, d.size, d.multiple), d.size])
 
 
 def _preferring(scores: np.ndarray, keep: Structure | None, member: str) -> np.ndarray:

@@ -5,9 +5,9 @@ pixels; 60% to train on, 40% to test on, the same split always), then brought to
 their MACs:
 
 - **DMS** searches the structure while the weights train on, then fine-tunes what it exported;
-- **uniform** keeps the same share of every dimension, **random** a random one: the structure is there at
-  once, so they fine-tune for the steps that DMS searched as well.  All three start from the same dense
-  weights and take the same number of steps, at the same cost.
+- **uniform** keeps the same share of every width and head count, **uniform+depth** of every stack of blocks
+  too, **random** a random one: the structure is there at once, so they fine-tune for the steps that DMS
+  searched as well.  All start from the same dense weights and take the same number of steps.
 
 The networks are ordinary modules, written as a user would write them: nothing in them knows dmscale.
 """
@@ -35,7 +35,7 @@ from .latency import compare_latency
 from .optional import MissingPackageError, require
 from .report import Row, comparison_markdown, comparison_table, plot_comparison, plot_history
 
-METHODS = ("DMS", "uniform", "random")
+METHODS = ("DMS", "uniform", "uniform+depth", "random")
 LATENCY_BATCH = 64  # images; one alone would time Python, not the network
 
 
@@ -145,8 +145,8 @@ class Recipe:
     search_steps: int
     finetune_steps: int
     learning_rate: float = 3e-3
-    search_rate: float = 1e-3
-    finetune_rate: float = 2e-3
+    search_rate: float = 3e-3
+    finetune_rate: float = 1e-2
     weight_decay: float = 0.05
     batch_size: int = 64
 
@@ -158,7 +158,7 @@ class Recipe:
 
 
 RECIPES: Mapping[str, Recipe] = {
-    "cnn": Recipe(ResidualCNN, train_steps=500, search_steps=120, finetune_steps=240),
+    "cnn": Recipe(ResidualCNN, train_steps=500, search_steps=120, finetune_steps=180),
     "vit": Recipe(VisionTransformer, train_steps=600, search_steps=120, finetune_steps=240),
 }
 
@@ -178,12 +178,22 @@ class Digits:
 def load_digits() -> Digits:
     """1078 scans to train on and 719 to test on, every digit in proportion; the split never changes."""
     from sklearn.datasets import load_digits as load  # slow to import
-    from sklearn.model_selection import train_test_split
 
     images, labels = load(return_X_y=True)
-    train, test = train_test_split(range(len(labels)), test_size=0.4, stratify=labels, random_state=0)
     x = torch.from_numpy(images).float().view(-1, 1, 8, 8)
     y = torch.from_numpy(labels).long()
+    generator = torch.Generator().manual_seed(0)
+    train, test = [], []
+    for digit in range(10):
+        scans = (y == digit).nonzero()[:, 0]
+        scans = scans[torch.randperm(len(scans), generator=generator)]
+        cut = round(0.6 * len(scans))
+        train.append(scans[:cut])
+        test.append(scans[cut:])
+    return _normalised(x, y, torch.cat(train), torch.cat(test))
+
+
+def _normalised(x: Tensor, y: Tensor, train: Tensor, test: Tensor) -> Digits:
     mean, deviation = x[train].mean(), x[train].std()
     x = (x - mean) / deviation
     return Digits((x[train], y[train]), (x[test], y[test]), float(-mean / deviation))
@@ -302,10 +312,10 @@ def scale_at_once(dense: nn.Module, method: str, budget: float, job: Job) -> tup
 
     recipe = job.recipe
     space = dmscale.trace(dense, job.data.test[0][:1])
-    if method == "uniform":
-        structure = space.uniform_at(_budget(budget))
-    else:
+    if method == "random":
         structure = space.sample_at(_budget(budget), seed=job.seed)
+    else:
+        structure = space.uniform_at(_budget(budget), depth=method == "uniform+depth")
     small = space.export(structure)
     train(small, job, recipe.search_steps + recipe.finetune_steps, recipe.finetune_rate, stage=2)
     return small, structure
@@ -348,7 +358,8 @@ def run(
 
     Written: `table.md`, `table.json`, `comparison.png`, and for every network and seed in `NETWORK/seed-N/`
     the weights `dense.safetensors`; in its `macs-25/` and so on `dms.safetensors`, `uniform.safetensors`,
-    `random.safetensors`, the structure of each as JSON, and of the search `history.json` and `search.png`.
+    `uniform-depth.safetensors`, `random.safetensors`, the structure of each as JSON, and of the search
+    `history.json` and `search.png`.
 
     Raises:
         DmscaleError: an unknown model, a budget outside (0, 1), no seed, or `out` is a file.
@@ -422,7 +433,7 @@ def _job(name: str, recipe: Recipe, data: Digits, seed: int, num_budgets: int, p
         data,
         seed,
         tick=lambda: progress.advance(bar),
-        describe=lambda what: progress.update(bar, description=f"{name}, seed {seed}: {what:<15}"),
+        describe=lambda what: progress.update(bar, description=f"{name}, seed {seed}: {what:<20}"),
     )
 
 
@@ -444,6 +455,7 @@ def _one_seed(job: Job, budgets: tuple[float, ...], folder: Path, pictures: bool
         place = folder / f"macs-{100 * budget:g}"
         place.mkdir(exist_ok=True)
         for method in METHODS:
+            file = method.lower().replace("+", "-")
             job.describe(f"{method} at {budget:.0%}")
             torch.manual_seed(job.seed)
             if method == "DMS":
@@ -454,8 +466,8 @@ def _one_seed(job: Job, budgets: tuple[float, ...], folder: Path, pictures: bool
                     plot_history(history, place / "search.png", title, kinds)
             else:
                 small, structure = scale_at_once(dense, method, budget, job)
-            dmscale.save(small, place / f"{method.lower()}.safetensors")
-            (place / f"{method.lower()}.structure.json").write_text(structure.to_json())
+            dmscale.save(small, place / f"{file}.safetensors")
+            (place / f"{file}.structure.json").write_text(structure.to_json())
             results.append(_result(method, budget, small, space.cost(structure), data))
     times = compare_latency([result.model for result in results], data.test[0][:LATENCY_BATCH])
     for result, milliseconds in zip(results, times):
@@ -493,7 +505,7 @@ def _caption(models: tuple[str, ...], recipes: Mapping[str, Recipe], seeds: int)
         r = recipes[name]
         lines.append(
             f"{name}: dense {r.train_steps} steps of {r.batch_size} scans; then DMS {r.search_steps} of"
-            f" search and {r.finetune_steps} of fine-tuning, uniform and random"
+            f" search and {r.finetune_steps} of fine-tuning, the others"
             f" {r.search_steps + r.finetune_steps} of fine-tuning."
         )
     lines.append(f"MACs of one scan; latency of {LATENCY_BATCH} scans on {torch.get_num_threads()} threads.")

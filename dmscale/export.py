@@ -134,7 +134,15 @@ def _refresh_flat_weights(model: nn.Module) -> None:
 
 
 def replay(model: nn.Module, plan: Mapping[str, Any]) -> nn.Module:
-    """Do to a fresh full model, in place, what `build` did beside the slicing: set attributes, take blocks out."""
+    """Do to a fresh full model, in place, what `build` did beside the slicing: set attributes, take blocks out.
+
+    Raises:
+        ExportError: the model lacks a module or a block that the plan names.
+    """
+    named = dict(model.named_modules())
+    missing = [path for path, *_ in (*plan["attributes"], *plan["blocks"]) if path not in named]
+    if missing:
+        raise ExportError(f"{type(model).__name__} has no module '{missing[0]}'; is it the model that was exported?")
     for module, key, value in plan["attributes"]:
         set_attribute(model, Attribute(module, tuple(key)), value)
     for container, gone in plan["blocks"]:

@@ -16,8 +16,8 @@ from rich.table import Table
 from .optional import require
 
 KINDS = {"width": "widths", "heads": "attention heads", "depth": "depths", "choice": "choices"}
-COLOURS = {"dense": "#22223b", "DMS": "#d1495b", "uniform": "#30638e", "random": "#9aa5ab"}
-OTHER_COLOURS = ("#edae49", "#00798c", "#6a4c93", "#7f9172")
+COLOURS = {"dense": "#22223b", "DMS": "#d1495b", "uniform": "#30638e", "uniform+depth": "#00798c", "random": "#9aa5ab"}
+OTHER_COLOURS = ("#edae49", "#6a4c93", "#7f9172")
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,7 @@ torch.set_num_threads(1)
 allow_missing_torchvision_operators()
 
 # Two busy cores make single examples slow at random; the examples themselves are the same in every run.
-settings.register_profile(
-    "dmscale", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
-)
+settings.register_profile("dmscale", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("dmscale")
 
 

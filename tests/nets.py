@@ -1,7 +1,7 @@
 """Small networks, one for each pattern that a real one may hold, and what the tests ask of any network.
 
-A factory in `NETS` returns (model, example inputs).  Sizes that mean different things differ, so that a dimension found is
-known by its kind and size: `EXPECTED` says which ones each network must offer.
+A factory in `NETS` returns (model, example inputs).  Sizes that mean different things differ, so that a dimension
+is known by its kind and size; `EXPECTED` says which ones each network offers.
 """
 
 from __future__ import annotations
@@ -97,7 +97,9 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
         hooks = {k: len(v) for k, v in vars(module).items() if k.endswith("_hooks") or k.endswith("_hooks_with_kwargs")}
         plain = {k: v for k, v in vars(module).items() if type(v) in (int, float, bool, str, tuple, type(None))}
         modules[path] = (type(module), list(vars(module)), list(module._modules), hooks, plain)
-    tensors = {n: (id(t), t.requires_grad, t.detach().clone()) for n, t in model.named_parameters(remove_duplicate=False)}
+    tensors = {
+        n: (id(t), t.requires_grad, t.detach().clone()) for n, t in model.named_parameters(remove_duplicate=False)
+    }
     tensors |= {n: (id(t), False, t.detach().clone()) for n, t in model.named_buffers()}
     return {"modules": modules, "tensors": tensors}
 
@@ -168,7 +170,8 @@ def pixel_shuffle():
 
 def conv_transpose():
     net = nn.Sequential(
-        nn.Conv2d(3, 10, 3), nn.ReLU(), nn.ConvTranspose2d(10, 14, 2, stride=2), nn.BatchNorm2d(14), nn.ReLU(), nn.Conv2d(14, 3, 1)
+        nn.Conv2d(3, 10, 3), nn.ReLU(), nn.ConvTranspose2d(10, 14, 2, stride=2), nn.BatchNorm2d(14), nn.ReLU(),
+        nn.Conv2d(14, 3, 1),
     )  # fmt: skip
     return net, torch.randn(2, 3, 6, 6)
 
@@ -404,7 +407,8 @@ def residual_conv():
     """A small ResNet: a removable stack between a stem and a head."""
     blocks = nn.Sequential(*(Bottleneck(16, 10) for _ in range(4)))
     net = nn.Sequential(
-        nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5)
+        nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(16, 5),
     )  # fmt: skip
     return net, torch.randn(4, 3, 8, 8)
 
@@ -636,7 +640,11 @@ class Recurrent(nn.Module):
 
     def __init__(self, cell):
         super().__init__()
-        self.conv1, self.norm, self.conv2 = nn.Conv1d(4, 14, 3, padding=1), nn.BatchNorm1d(14), nn.Conv1d(14, 10, 3, padding=1)
+        self.conv1, self.norm, self.conv2 = (
+            nn.Conv1d(4, 14, 3, padding=1),
+            nn.BatchNorm1d(14),
+            nn.Conv1d(14, 10, 3, padding=1),
+        )
         self.cell = cell(10, 12, batch_first=True)
         self.hidden, self.head = nn.Linear(12, 16), nn.Linear(16, 3)
 
@@ -673,7 +681,7 @@ EXPECTED: dict[Callable[[], tuple[nn.Module, Any]], dict[tuple[str, int], int]] 
     layer_norm_plain: {(W, 18): 1},
     rms_norm: {(W, 18): 1},
     own_rms_norm: {(W, 18): 1},
-    group_norm: {(W, 6): 1},
+    group_norm: {(W, 4): 1, (W, 6): 1},
     buffers: {(W, 15): 1},
     called_twice: {(W, 17): 1},
     shared_parameter: {(W, 11): 1, (W, 16): 1},
@@ -681,10 +689,10 @@ EXPECTED: dict[Callable[[], tuple[nn.Module, Any]], dict[tuple[str, int], int]] 
     residual_stack: {(W, 18): 1, (W, 22): 5, (D, 5): 1},
     residual_conv: {(W, 16): 1, (W, 10): 4, (D, 4): 1},
     fused_attention: {(W, 24): 1, (H, 3): 1},
-    split_attention: {(W, 24): 1, (H, 3): 1},
-    gqa_by_expand: {(W, 24): 1, (H, 3): 1},
-    gqa_native: {(W, 24): 1, (H, 3): 1},
-    rotary_half: {(W, 24): 1, (H, 3): 1},
+    split_attention: {(W, 24): 1, (H, 3): 1, (W, 8): 2},
+    gqa_by_expand: {(W, 24): 1, (H, 3): 1, (H, 2): 1, (W, 8): 2},
+    gqa_native: {(W, 24): 1, (H, 3): 1, (H, 2): 1, (W, 8): 2},
+    rotary_half: {(W, 24): 1, (H, 3): 1, (H, 2): 1},
     multihead_attention: {(H, 24): 1, (H, 3): 1},  # PyTorch's layer has head_dim = width / heads: they shrink together
     transformer_encoder: {(W, 24): 1, (W, 3): 3, (W, 40): 3, (D, 3): 1},
     positions: {(W, 18): 1},
@@ -692,9 +700,9 @@ EXPECTED: dict[Callable[[], tuple[nn.Module, Any]], dict[tuple[str, int], int]] 
     dict_output: {(W, 16): 1},
     keyword_inputs: {(W, 16): 1},
     dataclass_output: {(W, 16): 1},
-    conv_gru: {(W, 14): 1, (W, 16): 1},
-    conv_lstm: {(W, 14): 1, (W, 16): 1},
+    conv_gru: {(W, 14): 1, (W, 10): 1, (W, 12): 1, (W, 16): 1},
+    conv_lstm: {(W, 14): 1, (W, 10): 1, (W, 12): 1, (W, 16): 1},
 }
-"""Each network and, by (kind, size), the dimensions that it must offer at least."""
+"""Each network and, by (kind, size), the dimensions that it must offer: these and no others."""
 
 NETS = {factory.__name__: factory for factory in EXPECTED}

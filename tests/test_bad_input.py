@@ -148,7 +148,8 @@ def test_a_model_on_a_gpu_works(name):
 
 
 @pytest.mark.parametrize(
-    "model", [nn.Linear(8, 4), nn.Sequential(nn.Flatten(), nn.ReLU()), nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 4))]
+    "model",
+    [nn.Linear(8, 4), nn.Sequential(nn.Flatten(), nn.ReLU()), nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 4))],
 )
 def test_without_a_free_dimension_a_budget_is_refused_with_the_reasons(model):
     space = dmscale.trace(model.eval(), torch.randn(2, 8))
@@ -242,7 +243,9 @@ def test_half_precision_works(name, dtype):
     for structure in (space.sample(seed=0), space.uniform(0.5)):
         small = space.export(structure)
         assert {p.dtype for p in small.parameters()} == {dtype}
-        error = difference([t.float() for t in outputs(small, inputs)], [t.float() for t in outputs(space.gate(structure), inputs)])
+        error = difference(
+            [t.float() for t in outputs(small, inputs)], [t.float() for t in outputs(space.gate(structure), inputs)]
+        )
         assert error <= 16 * torch.finfo(dtype).eps
     assert space.cost().bytes == 2 * space.cost().params
     assert_same(before, fingerprint(model))

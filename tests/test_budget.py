@@ -85,12 +85,14 @@ def used(found, targets):
 def test_a_budget_is_read(written, expected):
     full = space().cost()
     found = budgets.parse(written, space())
-    assert found.targets == {m: pytest.approx(share * full[m] if share else value) for m, (share, value) in expected.items()}
+    assert found.targets == {
+        m: pytest.approx(share * full[m] if share else value) for m, (share, value) in expected.items()
+    }
     assert budgets.parse(found, space()).targets == pytest.approx(found.targets)  # a Budget is one already
 
 
 def test_a_budget_says_itself():
-    assert str(budgets.parse("6k params, 2.4e4 bytes", space())) == "6k parameters, 24k bytes"
+    assert str(budgets.parse("6k params, 2.4e4 bytes", space())) == "6 k parameters, 24 k bytes"
 
 
 @pytest.mark.parametrize(
@@ -98,7 +100,7 @@ def test_a_budget_says_itself():
     [
         ("50% mac", "unknown metric 'mac'.*did you mean 'macs'"),
         (dict(parms=0.5), "unknown metric 'parms'.*did you mean 'params'"),
-        ("50% flops", "unknown metric 'flops'.*Metrics are macs, params, bytes, activations"),
+        ("50% flops", "unknown metric 'flops'.*metrics are macs, params, bytes, activations"),
         ("50%", "cannot read the budget '50%'; write for example '50% macs'"),
         ("macs", "cannot read the budget 'macs'"),
         ("-50% macs", "cannot read the budget"),
@@ -110,7 +112,7 @@ def test_a_budget_says_itself():
         (Budget({}), "the budget is empty"),
         ("50% macs, 40% macs", "names macs twice"),
         ("50% macs, 40% MACs", "names macs twice"),
-        ("120% macs", "120% of the full model's.*cannot exceed 100%"),
+        ("120% macs", "1.2 times the full model's.*cannot exceed 100%"),
         ("1e12 params", "cannot exceed 100%"),
         (dict(macs=0), "macs: 0.*not a positive number"),
         (dict(macs=-0.5), "not a positive number"),
@@ -122,7 +124,7 @@ def test_a_budget_says_itself():
         (0.5, "a string, a dict or a Budget, not 0.5"),
         (None, "not None"),
         (["50% macs"], "not \\['50% macs'\\]"),
-        (Budget({"macs": "many"}), "many"),
+        (Budget({"macs": "many"}), "macs='many' is no number"),
         (Budget({"mac": 1e3}), "unknown metric 'mac'.*did you mean 'macs'"),
     ],
 )
@@ -175,10 +177,13 @@ def starts(over, seed):
     return [over.full(), over.sample(seed=seed), over.uniform(rng.uniform(0.2, 0.9))]
 
 
+TARGETS = [
+    "75% macs", "50% macs", "31% params", "20% macs", "60% macs, 45% params", "70% bytes, 40% macs, 90% activations",
+]  # fmt: skip
 CASES = [
     (net, targets, multiple)
     for net, multiple in (("wide_mlp", 1), ("resnet", 1), ("llama", 1))
-    for targets in ("75% macs", "50% macs", "31% params", "20% macs", "60% macs, 45% params", "70% bytes, 40% macs, 90% activations")
+    for targets in TARGETS
 ] + [("wide_mlp", "50% macs", 8), ("wide_mlp", "30% params", 2), ("llama", "50% macs", 8), ("resnet", "50% macs", 4)]  # fmt: skip
 
 
@@ -201,7 +206,11 @@ def test_what_is_exported_is_on_budget():
     """Counted, not predicted."""
     over = space("resnet")
     small = over.export(over.fit(over.full(), "37% macs"))
-    assert 1 - SLACK <= counted_macs(small, over.example_inputs) / (0.37 * counted_macs(over.model, over.example_inputs)) <= 1
+    assert (
+        1 - SLACK
+        <= counted_macs(small, over.example_inputs) / (0.37 * counted_macs(over.model, over.example_inputs))
+        <= 1
+    )
 
 
 def _all_structures(over):
@@ -210,7 +219,9 @@ def _all_structures(over):
     return [over.structure(dict(zip(over.dimensions, sizes))) for sizes in itertools.product(*ranges)]
 
 
-@pytest.mark.parametrize("net", ["squeeze_excite", "shared_parameter", "glu_by_two", "mlp", "branch_on_value", "conv_transpose"])
+@pytest.mark.parametrize(
+    "net", ["squeeze_excite", "shared_parameter", "glu_by_two", "mlp", "branch_on_value", "conv_transpose"]
+)
 @pytest.mark.parametrize("targets", ["80% macs", "50% params", "35% macs", "60% params, 50% macs"])
 def test_small_nets_are_within_the_slack_wherever_a_structure_is(net, targets):
     """Some nets have no structure within 0.5% of a budget (a hidden layer of 14 moves in steps of 7%): there the nearest

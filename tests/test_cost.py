@@ -96,7 +96,9 @@ def test_soft_cost_is_exact_at_whole_sizes(name, metric):
 @pytest.mark.parametrize("name", SOME)
 def test_the_gradient_of_soft_cost_is_that_of_finite_differences(name):
     over = space(name)
-    values = torch.tensor(over.vector(over.full()), dtype=torch.float64) * torch.empty(len(over.variables)).uniform_(0.3, 1)
+    values = torch.tensor(over.vector(over.full()), dtype=torch.float64) * torch.empty(len(over.variables)).uniform_(
+        0.3, 1
+    )
     for metric in ("macs", "params", "activations"):
         at = values.clone().requires_grad_()
         over.costs.soft(at, metric).backward()
@@ -150,17 +152,21 @@ def test_shares_are_what_goes_when_a_dimension_is_at_its_minimum(name):
         assert 0 < max(share.values()) < 1
 
 
+# Known gap: `Tracer._no_rule` lists an operator only if its name is in `_NEVER_COUNTED`, so the MACs of any other
+# operator without a rule (a linear solver, an operator of the user's own) are left out silently.
+@pytest.mark.xfail(reason="operators without a rule are not listed as uncounted", strict=True)
 def test_what_is_not_counted_is_listed():
-    class Sorts(nn.Module):
+    class Solves(nn.Module):
         def __init__(self):
             super().__init__()
-            self.first, self.last = nn.Linear(8, 16), nn.Linear(8, 4)
+            self.first, self.last = nn.Linear(8, 16), nn.Linear(16, 4)
 
         def forward(self, x):
-            return self.last(torch.fft.rfft(self.first(x)).real[..., :8])
+            x = self.first(x)
+            return self.last(torch.linalg.solve(torch.eye(16) + 0.01 * x.T @ x, x.T).T)
 
-    cost = dmscale.trace(Sorts(), torch.randn(2, 8)).cost()
-    assert any("fft" in u for u in cost.uncounted)
+    cost = dmscale.trace(Solves(), torch.randn(2, 8)).cost()
+    assert any("solve" in u for u in cost.uncounted)
 
 
 def test_costs_do_not_depend_on_the_run():

@@ -39,16 +39,16 @@ def test_the_named_files_are_written(finished):
         at = f"{name}/seed-0"
         files.append(f"{at}/dense.safetensors")
         files += [f"{at}/macs-25/{file}" for file in ("history.json", "search.png")]
-        for method in ("dms", "uniform", "random"):
+        for method in ("dms", "uniform", "uniform-depth", "random"):
             files += [f"{at}/macs-25/{method}.{end}" for end in ("safetensors", "structure.json")]
     assert sorted(files) == sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
 
 
 @pytest.mark.parametrize("name", ["cnn", "vit"])
-@pytest.mark.parametrize("method", ["DMS", "uniform", "random"])
+@pytest.mark.parametrize("method", demo.METHODS)
 def test_the_written_weights_load_and_reach_the_accuracy_of_the_table(finished, name, method):
     out, report, _ = finished
-    path = out / name / "seed-0" / "macs-25" / f"{method.lower()}.safetensors"
+    path = out / name / "seed-0" / "macs-25" / f"{method.lower().replace('+', '-')}.safetensors"
     model = dmscale.load(path, TINY[name].network)
     row = next(r for r in report["rows"] if (r["model"], r["method"]) == (name, method))
     assert type(model) is TINY[name].network
@@ -158,6 +158,5 @@ def test_heads_widths_and_depth_of_the_networks_are_free(name):
     kinds = [dimension.kind for dimension in space.dimensions.values()]
     assert kinds.count("depth") == {"cnn": 2, "vit": 1}[name]
     assert kinds.count("heads") == {"cnn": 0, "vit": 4}[name]
-    residual = {"cnn": "stem", "vit": "patch"}[name]
-    assert any(residual in dimension for dimension in space.dimensions)
+    assert "residual width" in space.dimensions
     assert math.prod(d.size for d in space.dimensions.values()) > 1e6

@@ -87,14 +87,18 @@ def test_everything_at_its_minimum(name):
 def test_the_full_structure_is_bit_identical(name):
     over = space(name)
     same = over.export(over.full())
-    assert all(torch.equal(a, b) for a, b in zip(outputs(same, over.example_inputs), outputs(over.model, over.example_inputs)))
+    assert all(
+        torch.equal(a, b) for a, b in zip(outputs(same, over.example_inputs), outputs(over.model, over.example_inputs))
+    )
     for (n, a), (m, b) in zip(same.state_dict().items(), over.model.state_dict().items()):
         assert n == m and torch.equal(a, b) and a.data_ptr() != b.data_ptr()  # a copy, in every tensor
 
 
 @given(data=st.data())
-@settings(max_examples=60)
-@pytest.mark.parametrize("name", ["grouped", "unet", "gqa_by_expand", "rotary_half", "dense_concat", "transformer_encoder"])
+@settings(max_examples=25)
+@pytest.mark.parametrize(
+    "name", ["grouped", "unet", "gqa_by_expand", "rotary_half", "dense_concat", "transformer_encoder"]
+)
 def test_any_structure_exports(name, data):
     """Sizes and elements drawn at will."""
     over = space(name)
@@ -191,7 +195,6 @@ def test_a_depthwise_convolution_stays_one():
 def test_both_halves_of_a_fused_glu_shrink_alike():
     small = space("glu_by_chunk").export(space("glu_by_chunk").uniform(0.5))
     assert (small.both.out_features, small.out.in_features) == (14, 7)
-    assert torch.equal(small.both.weight[:7] - small.both.weight[:7], torch.zeros(7, 8))
     kept = list(space("glu_by_chunk").uniform(0.5).kept.values())[0]
     rows = [*kept, *(14 + k for k in kept)]
     assert torch.equal(small.both.weight, space("glu_by_chunk").model.both.weight[rows])
@@ -211,7 +214,11 @@ def test_removed_blocks_renumber_the_others():
     over = space("residual_stack")
     structure = over.structure({"blocks depth": 3}, {"blocks depth": [1.0, 0.0, 1.0, 0.0, 1.0]})
     small = over.export(structure)
-    assert [b.layer_idx for b in small.blocks] == [0, 1, 2] and list(dict(small.blocks.named_children())) == ["0", "1", "2"]
+    assert [b.layer_idx for b in small.blocks] == [0, 1, 2] and list(dict(small.blocks.named_children())) == [
+        "0",
+        "1",
+        "2",
+    ]
     assert [b.layer_idx for b in over.model.blocks] == [0, 1, 2, 3, 4]
     for mine, i in zip(small.blocks, (0, 2, 4)):
         assert torch.equal(mine.up.weight, over.model.blocks[i].up.weight)
@@ -236,7 +243,9 @@ def test_buffers_shrink_and_positions_do_not():
     assert difference(outputs(small, longer), outputs(over.gate(budget.smallest(over)), longer)) <= 1e-4
 
 
-@pytest.mark.parametrize("name", ["unet", "gqa_native", "residual_stack", "transformer_encoder", "pixel_shuffle", "branch_on_value"])
+@pytest.mark.parametrize(
+    "name", ["unet", "gqa_native", "residual_stack", "transformer_encoder", "pixel_shuffle", "branch_on_value"]
+)
 def test_other_inputs_than_the_example_agree(name):
     """Another batch size, and another length or image where the network takes one."""
     over = space(name)

@@ -60,7 +60,9 @@ def test_every_mask_acts_and_has_a_finite_gradient(name):
             assert difference(outputs(gated, inputs), plain) > 1e-3
 
 
-@pytest.mark.parametrize("name", [*WITH_NORMS, "residual_stack", "gqa_by_expand", "unet", "fused_attention", "dense_concat"])
+@pytest.mark.parametrize(
+    "name", [*WITH_NORMS, "residual_stack", "gqa_by_expand", "unet", "fused_attention", "dense_concat"]
+)
 def test_the_gradient_of_a_mask_is_that_of_finite_differences(name):
     """In double precision; kept-count forms included, whose statistics depend on the mask."""
     torch.manual_seed(0)
@@ -126,17 +128,22 @@ def test_a_depth_gate_of_zero_is_the_identity(name):
     stack = next(iter(over.stacks.values()))
     for gone in range(len(stack.paths)):
         kept = tuple(i for i in range(len(stack.paths)) if i != gone)
-        structure = over.structure({stack.name: len(kept)}, {stack.name: [float(i != gone) for i in range(len(stack.paths))]})
+        structure = over.structure(
+            {stack.name: len(kept)}, {stack.name: [float(i != gone) for i in range(len(stack.paths))]}
+        )
         assert structure.kept[stack.name] == kept
         small = over.export(structure)
-        assert len(list(small.get_submodule(stack.container).children())) == len(
-            list(over.model.get_submodule(stack.container).children())
-        ) - 1
+        assert (
+            len(list(small.get_submodule(stack.container).children()))
+            == len(list(over.model.get_submodule(stack.container).children())) - 1
+        )
         error = difference(outputs(small, over.example_inputs), outputs(over.gate(structure), over.example_inputs))
         assert error <= 1e-5
 
 
-@pytest.mark.parametrize("name", ["residual_conv", "gqa_by_expand", "tied_embeddings", "own_rms_norm", "dataclass_output"])
+@pytest.mark.parametrize(
+    "name", ["residual_conv", "gqa_by_expand", "tied_embeddings", "own_rms_norm", "dataclass_output"]
+)
 def test_a_copy_of_a_gated_model_is_independent(name):
     over = space(name)
     gated, masks = soft(over)
@@ -206,7 +213,10 @@ def test_an_exception_leaves_the_users_module(where, monkeypatch):
         over.export(over.uniform(0.5))
     monkeypatch.undo()
     assert_same(before, fingerprint(model))
-    assert difference(outputs(over.export(over.uniform(0.5)), inputs), outputs(over.gate(over.uniform(0.5)), inputs)) <= 1e-5
+    assert (
+        difference(outputs(over.export(over.uniform(0.5)), inputs), outputs(over.gate(over.uniform(0.5)), inputs))
+        <= 1e-5
+    )
 
 
 def test_a_wrong_gate_is_caught(monkeypatch):

@@ -82,7 +82,8 @@ def bert():
 
 def vit():
     config = transformers.ViTConfig(
-        hidden_size=48, intermediate_size=80, num_hidden_layers=4, num_attention_heads=6, image_size=32, patch_size=8, num_labels=5
+        hidden_size=48, intermediate_size=80, num_hidden_layers=4, num_attention_heads=6, image_size=32, patch_size=8,
+        num_labels=5,
     )  # fmt: skip
     return transformers.ViTForImageClassification(config), {"pixel_values": torch.randn(2, 3, 32, 32)}
 
@@ -113,10 +114,12 @@ MODELS: dict[str, tuple[Any, dict[tuple[str, int], int]]] = {
         functools.partial(timm_model, "deit_tiny_patch16_224", img_size=64), {(W, 192): 1, (W, 768): 12, (H, 3): 12, (D, 12): 1},
     ),
     "vit_small": (
-        functools.partial(timm_model, "vit_small_patch16_224", 32, img_size=32), {(W, 384): 1, (W, 1536): 12, (H, 6): 12, (D, 12): 1},
+        functools.partial(timm_model, "vit_small_patch16_224", 32, img_size=32),
+        {(W, 384): 1, (W, 1536): 12, (H, 6): 12, (D, 12): 1},
     ),
     "swin_tiny": (
-        functools.partial(timm_model, "swin_tiny_patch4_window7_224", 56, img_size=56), {(H, 3): 2, (H, 6): 2, (H, 12): 6, (H, 24): 2},
+        functools.partial(timm_model, "swin_tiny_patch4_window7_224", 56, img_size=56),
+        {(H, 3): 2, (H, 6): 2, (H, 12): 6, (H, 24): 2},
     ),
     "mixer_b16": (functools.partial(timm_model, "mixer_b16_224", 32, img_size=32), {(W, 768): 1, (W, 3072): 12, (D, 12): 1}),
     "poolformer_s12": (functools.partial(timm_model, "poolformer_s12"), {(D, 6): 1}),
@@ -177,12 +180,16 @@ def test_what_must_be_free_is_free(traced):
     assert not missing, f"{missing} missing in {dict(kinds(traced.space))}; frozen: {traced.space.frozen}"
     half = traced.space.cost(traced.space.uniform(0.5, depth=True))
     full = traced.space.cost()
-    assert half.params < 0.6 * full.params and half.macs < 0.6 * full.macs  # what matters can shrink, not just something
+    assert (
+        half.params < 0.6 * full.params and half.macs < 0.6 * full.macs
+    )  # what matters can shrink, not just something
 
 
 def test_the_gated_model_equals_the_exported_one(traced):
     for name, structure in traced.structures.items():
-        error = difference(outputs(traced.small[name], traced.inputs), outputs(traced.space.gate(structure), traced.inputs))
+        error = difference(
+            outputs(traced.small[name], traced.inputs), outputs(traced.space.gate(structure), traced.inputs)
+        )
         assert error <= 1e-4, name
 
 

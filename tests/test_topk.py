@@ -76,10 +76,11 @@ def test_masks_are_exactly_one_where_nothing_is_pruned(n, factor):
 @pytest.mark.parametrize("factor", [1.0, 4.0])
 @pytest.mark.parametrize("n", [17, 64, 300])
 def test_the_sum_of_the_soft_mask_follows_the_scalar(n, factor):
-    """Away from the ends, where the sigmoid is cut off: within a hundredth of an element."""
+    """Away from the ends, where the sigmoid is cut off; a steep one ripples by a fiftieth of an element between ranks."""
+    tolerance = 0.01 if factor == 1 else 0.025
     for a in torch.linspace(0, 1, 101).tolist():
         if 8 / n <= a <= 1 - 8 / n:
-            assert float(soft(n, a, factor)[0].sum()) == pytest.approx((1 - a) * n, abs=0.01)
+            assert float(soft(n, a, factor)[0].sum()) == pytest.approx((1 - a) * n, abs=tolerance)
 
 
 @pytest.mark.parametrize("n", SIZES)
@@ -133,5 +134,7 @@ def test_segments_do_not_mix():
     element_size, pruned = size[segment].float(), torch.tensor(shares)[segment]
     mask, slope = topk.soft_mask(ranks, pruned, element_size, element_size)
     for part, m, s, n, a in zip(importance.split(sizes), mask.split(sizes), slope.split(sizes), sizes, shares):
-        alone = topk.soft_mask(ranks_of(part, [n]), torch.full((n,), a), torch.full((n,), float(n)), torch.full((n,), float(n)))
+        alone = topk.soft_mask(
+            ranks_of(part, [n]), torch.full((n,), a), torch.full((n,), float(n)), torch.full((n,), float(n))
+        )
         assert torch.equal(m, alone[0]) and torch.equal(s, alone[1])
