@@ -1,8 +1,8 @@
 """Polynomials with integer coefficients in the sizes of axes: what costs and size equations are made of.
 
 A variable is any hashable object (an `Axis` atom, a block).  `//` of two polynomials is exact division and raises
-`Inexact` where the quotient is no polynomial.  `Quotient` keeps such a quotient, so that `C // num_heads` is a number that can be compared
-with a head size although C, free, need not be a multiple of it.  Nothing is ever rounded.
+`Inexact` where the quotient is no polynomial.  `Quotient` keeps such a quotient, so that `C // num_heads` is a number
+that can be compared with a head size although C, free, need not be a multiple of it.  Nothing is ever rounded.
 """
 
 from __future__ import annotations

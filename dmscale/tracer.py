@@ -134,8 +134,8 @@ _VIEWS = {*_SAME_ELEMENTS, *(getattr(p, n) for p in (
 _POINTWISE = [
     aten.copy_, aten.where, aten.masked_fill, aten.masked_fill_, aten.native_dropout, aten.fill_, aten.lerp,
     aten.addcmul, aten.addcdiv, aten.floor_divide, aten.zero_, aten.bernoulli_, aten.normal_, aten.uniform_,
-    aten._softmax_backward_data, aten.rsub, aten.add_, aten.isin, aten.heaviside, aten.bucketize, aten.rrelu_with_noise,
-    aten.prelu, aten._prelu_kernel, aten.hardswish_, aten.hardswish, aten.complex, aten.polar, aten.fake_quantize_per_tensor_affine,
+    aten.rsub, aten.add_, aten.heaviside, aten.rrelu_with_noise, aten._prelu_kernel, aten.hardswish_, aten.hardswish,
+    aten.complex, aten.polar, aten.fake_quantize_per_tensor_affine,
 ]  # fmt: skip
 POINTWISE = {getattr(packet, name) for packet in _POINTWISE for name in packet.overloads()}
 _NEVER_COUNTED = ("mkldnn_rnn", "lstm", "gru", "_cudnn_rnn", "rnn_tanh", "rnn_relu", "scaled_dot_product", "_flash")
