@@ -95,7 +95,7 @@ _COLUMNS = {  # heading -> whether its cells are numbers
     "method": False,
     "budget": True,
     "accuracy %": True,
-    "to dense": True,
+    "diff": True,  # points above or below the dense network; short, so that the table fits 80 columns
     "MACs": True,
     "params": True,
     "ms": True,

@@ -518,7 +518,7 @@ def _cost_model(space: SearchSpace) -> CostModel:
             gate = _block_of_parameters(space, owners)
             add("params", dims, gate, 1)
             add("bytes", dims, gate, parameters[name].element_size())
-    uncounted = [f"{op} in {path or 'the model'}" for op, paths in record.uncounted.items() for path in paths]
+    uncounted = [f"{op} in {path or 'the model'}" for op, paths in record.unknown.items() for path in paths]
     return CostModel(space.variables, {m: Poly(t) for m, t in totals.items()}, uncounted)
 
 

@@ -112,7 +112,6 @@ class Record:
     additions: list[tuple[int, frozenset[int]]] = field(default_factory=list)
     activations: list[tuple[int, int, tuple[Dim, ...]]] = field(default_factory=list)  # op, bytes an element, dims
     unknown: dict[str, dict[str, None]] = field(default_factory=dict)  # operator without a rule -> module paths
-    uncounted: dict[str, dict[str, None]] = field(default_factory=dict)  # operators whose MACs are not known
     conflicts: list[str] = field(default_factory=list)
     operators: dict[str, int] = field(default_factory=dict)
     by_products: dict[str, tuple[Dim, ...]] = field(default_factory=dict)  # outputs whose axes may shrink
@@ -138,7 +137,6 @@ _POINTWISE = [
     aten.complex, aten.polar, aten.fake_quantize_per_tensor_affine,
 ]  # fmt: skip
 POINTWISE = {getattr(packet, name) for packet in _POINTWISE for name in packet.overloads()}
-_NEVER_COUNTED = ("mkldnn_rnn", "lstm", "gru", "_cudnn_rnn", "rnn_tanh", "rnn_relu", "scaled_dot_product", "_flash")
 _NAME = "_dmscale_value"
 
 
@@ -399,8 +397,6 @@ class Tracer(TorchDispatchMode):
 
     def _no_rule(self, tensors: list[Tensor]) -> None:
         self.record.unknown.setdefault(self._operator, {})[self.path] = None
-        if any(name in self._operator for name in _NEVER_COUNTED):
-            self.record.uncounted.setdefault(self._operator, {})[self.path] = None
         for t in tensors:
             self.freeze_dims(self.dims(t), "no rule for the operator")
 
