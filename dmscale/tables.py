@@ -56,7 +56,9 @@ def space_table(space: SearchSpace) -> Group:
         parts.append(Text("MACs not counted: " + ", ".join(space.costs.uncounted)))
     if space.trace.unread:
         few = ", ".join(space.trace.unread[:6]) + (" ..." if len(space.trace.unread) > 6 else "")
-        parts.append(Text(f"Never read on the example, so exported as they are (a branch not taken would not fit): {few}"))
+        parts.append(
+            Text(f"Never read on the example, so exported as they are (a branch not taken would not fit): {few}")
+        )
     return Group(*parts)
 
 

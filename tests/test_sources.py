@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from dmscale.data import load_data
 from dmscale.errors import DmscaleError
-from dmscale.evaluate import accuracy, call, check_fit, class_scores, classification_loss, latency
+from dmscale.evaluate import accuracy, call, check_fit, class_scores, classification_loss
 from dmscale.optional import MissingPackageError, require
 from dmscale.sources import Source, SourceError, load_model, parse_shape
 
@@ -354,7 +354,6 @@ def test_loss_and_accuracy_agree_with_a_perfect_and_a_wrong_answer(shape, target
 def test_evaluation_restores_each_modules_mode():
     model = torch.nn.Sequential(torch.nn.BatchNorm1d(4), torch.nn.Dropout())
     model[0].eval()
-    latency(model, torch.randn(2, 4), runs=1)
     accuracy(model, [(torch.randn(2, 4), torch.tensor([0, 1]))])
     assert (model.training, model[0].training, model[1].training) == (True, False, True)
 
