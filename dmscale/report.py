@@ -266,10 +266,11 @@ def _compare(panel: Any, rows: list[Row], model: str) -> None:
     panel.xaxis.set_minor_formatter(NullFormatter())
     panel.tick_params(axis="x", which="minor", bottom=False)
     ratio = max(ticks[-1] / ticks[0], 1.5)
-    panel.set_xlim(ticks[0] / ratio**0.28, ticks[-1] * ratio**0.06)  # names stand left of the lines
-    bottom, top = min(row.mean - (row.spread or 0) for row in rows), max(row.mean for row in rows)
+    panel.set_xlim(ticks[0] / ratio**0.5, ticks[-1] * ratio**0.06)  # names stand left of the lines
+    bottom = min(row.mean - (row.spread or 0) for row in rows)
+    top = max(row.mean + (row.spread or 0) for row in rows)
     height = max(top - bottom, 1.0)
-    panel.set_ylim(bottom - 0.05 * height, top + 0.14 * height)
+    panel.set_ylim(bottom - 0.05 * height, min(top + 0.14 * height, max(100.0, top)))
     _label_ends(panel, ends, ticks[0])
     panel.set_xlabel("MACs")
     panel.set_title(model, loc="left", fontsize=10.5, color=_INK)
