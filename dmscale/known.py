@@ -7,13 +7,13 @@ from typing import Any
 from torch import nn
 
 # Attributes of PyTorch's own layers that describe their parameters but that no forward reads (a linear layer multiplies
-# by whatever its weight is), so no trace sees them: attribute -> (parameter, dimension, multiplier attribute).
-DESCRIPTIVE: dict[type[nn.Module], dict[str, tuple[str, int, str | None]]] = {
-    nn.Linear: {"in_features": ("weight", 1, None), "out_features": ("weight", 0, None)},
-    nn.Embedding: {"num_embeddings": ("weight", 0, None), "embedding_dim": ("weight", 1, None)},
-    nn.modules.batchnorm._NormBase: {"num_features": ("weight", 0, None)},
-    nn.GroupNorm: {"num_channels": ("weight", 0, None)},
-    nn.PReLU: {"num_parameters": ("weight", 0, None)},
+# by whatever its weight is), so no trace sees them: attribute -> (parameter, dimension).
+DESCRIPTIVE: dict[type[nn.Module], dict[str, tuple[str, int]]] = {
+    nn.Linear: {"in_features": ("weight", 1), "out_features": ("weight", 0)},
+    nn.Embedding: {"num_embeddings": ("weight", 0), "embedding_dim": ("weight", 1)},
+    nn.modules.batchnorm._NormBase: {"num_features": ("weight", 0)},
+    nn.GroupNorm: {"num_channels": ("weight", 0)},
+    nn.PReLU: {"num_parameters": ("weight", 0)},
 }
 
 
@@ -40,7 +40,7 @@ def describe(module: nn.Module) -> None:
         return
     for cls, attributes in DESCRIPTIVE.items():
         if isinstance(module, cls):
-            for attribute, (parameter, dim, _) in attributes.items():
+            for attribute, (parameter, dim) in attributes.items():
                 tensor = getattr(module, parameter, None)
                 if tensor is None:
                     tensor = getattr(module, "running_mean", None)

@@ -184,21 +184,19 @@ def contract(
     return eq.output(bound), bound
 
 
-def equation(operator: Any, text: str, *, skip: int = 0, bias: bool = False) -> None:
+def equation(operator: Any, text: str, *, bias: bool = False) -> None:
     """Register a regular operator by its equation.
 
     Args:
         operator: the packet, such as `torch.ops.aten.mm`.
         text: the equation over its tensor operands.
-        skip: number of leading arguments that are not operands.
         bias: whether the first argument is added to the result (`addmm`), broadcast.
     """
     eq = Equation(text)
 
     @rule(operator)
     def apply(trace: Tracer, out: torch.Tensor, *args: Any, **kwargs: Any) -> list[Dim]:
-        start = skip + bias
-        dims, _ = contract(trace, eq, args[start : start + len(eq.operands)])
+        dims, _ = contract(trace, eq, args[bias : bias + len(eq.operands)])
         if bias:
             for own, added in zip(reversed(dims), reversed(trace.dims(args[0]))):
                 if added:
