@@ -131,7 +131,7 @@ def test_ten_thousand_structures_take_microseconds_each():
     values = rng.integers(1, full + 1, (10_000, len(full)))
     over.costs.many(values[:10], "macs")
     best = min(_seconds(lambda: over.costs.many(values, "macs")) for _ in range(3))
-    assert best < 0.5, f"{best / 1e4 * 1e6:.1f} microseconds each"
+    assert best < 2, f"{best / 1e4 * 1e6:.1f} microseconds each"
     assert over.costs.many(values, "macs")[17] == over.costs.exact(values[17]).macs
 
 

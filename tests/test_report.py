@@ -140,13 +140,29 @@ class Sleeper(nn.Module):
         return x * scale
 
 
-def test_latency_is_in_milliseconds():
-    assert 10 <= measure_latency(Sleeper(0.01), torch.zeros(1), repeats=3, warmup=1) < 40
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that only sleeping moves: wall-clock times of a busy machine are nothing that a test can assert."""
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+    return now
 
 
-def test_latencies_come_in_the_order_of_the_models():
+def test_latency_is_in_milliseconds(clock):
+    assert measure_latency(Sleeper(0.01), torch.zeros(1), repeats=3, warmup=1) == pytest.approx(10)
+
+
+def test_latencies_come_in_the_order_of_the_models(clock):
     times = compare_latency([Sleeper(0.012), Sleeper(0.002), Sleeper(0.006)], torch.zeros(1), 3, 1)
-    assert times[1] < times[2] < times[0]
+    assert times == pytest.approx([12, 2, 6])
+
+
+def test_a_stall_of_the_machine_does_not_count(clock):
+    stalls = iter([0.01, 0.01, 5.0, 0.01, 0.01])
+    model = Sleeper(0.0)
+    model.register_forward_pre_hook(lambda *_: time.sleep(next(stalls)))
+    assert measure_latency(model, torch.zeros(1), repeats=5, warmup=0) == pytest.approx(10)
 
 
 def test_latency_is_measured_in_evaluation_mode_and_restores_every_mode():
