@@ -157,6 +157,25 @@ def fit(
     return space.structure(chosen, problem.scores)
 
 
+def allocate(
+    space: SearchSpace, wanted: Budget, scores: Mapping[str, Any], start: Structure | None = None
+) -> Structure:
+    """What has most importance for its cost, under one threshold for the whole network: a knapsack, solved greedily.
+
+    Prices are marginal costs at the sizes found so far, so the solution is found twice; it may lie further below the
+    budget than `fit` allows, which is meant to follow it.
+
+    Args:
+        scores: member -> importance an element, additive over elements and members: an estimate of the loss that its
+            removal costs.
+        start: where the first prices are taken; the full structure by default.
+    """
+    problem = _Problem(space, wanted, scores, None)
+    start = start or space.full()
+    sizes = problem.threshold(np.array([start.sizes[n] for n in space.dimensions], dtype=np.int64))
+    return space.structure({n: int(k) for n, k in zip(space.dimensions, sizes)}, problem.scores)
+
+
 class _Problem:
     """Sizes of all dimensions as a vector (D,), their costs, and the moves between them."""
 
@@ -233,6 +252,38 @@ class _Problem:
             middle = (low + high) / 2
             low, high = (middle, high) if self.fits(self._scaled(sizes, middle)) else (low, middle)
         return self._scaled(sizes, low)
+
+    def threshold(self, sizes: np.ndarray, rounds: int = 2) -> np.ndarray:
+        """The largest sizes (D,) at which every kept step has more importance per cost than one global threshold."""
+        owner = np.repeat(np.arange(len(self.dimensions)), self.full)
+        gain = np.concatenate([_in_steps(g, d) for g, d in zip(self.gain, self.dimensions)])
+        for _ in range(rounds):
+            density = gain / self._prices(sizes)[owner]
+            candidates = np.unique(density)
+
+            def above(threshold: float, density: np.ndarray = density) -> np.ndarray:
+                kept = np.bincount(owner[density > threshold], minlength=len(self.dimensions))
+                return np.maximum(kept, self.lowest)
+
+            low, high = 0, len(candidates) - 1  # at the highest candidate nothing but the minimum is kept
+            if self.fits(self.full):
+                return self.full.copy()
+            while low < high:
+                middle = (low + high) // 2
+                low, high = (low, middle) if self.fits(above(candidates[middle])) else (middle + 1, high)
+            sizes = above(candidates[low])
+        return sizes
+
+    def _prices(self, sizes: np.ndarray) -> np.ndarray:
+        """What one element of each dimension costs at these sizes, as a share of the target that binds most, (D,)."""
+        steps = [(self._step(d, int(k), up=False), int(k)) for d, k in zip(self.dimensions, sizes)]
+        steps = [(a, b) if a < b else (b, self._step(d, b, up=True)) for (a, b), d in zip(steps, self.dimensions)]
+        rows = np.stack([self._moved(sizes, i, k) for step in zip(*steps) for i, k in enumerate(step)])
+        base = self.costs(sizes[None])
+        binding = max(self.targets, key=lambda m: base[m][0] / self.targets[m])
+        cost = self.costs(rows)[binding] / self.targets[binding]
+        least, most = cost[: len(sizes)], cost[len(sizes) :]
+        return np.maximum((most - least) / np.maximum([b - a for a, b in steps], 1), 1e-12)
 
     def _step(self, d: Dimension, k: int, up: bool) -> int:
         """The next allowed size above or below `k`; `k` itself at the end."""
@@ -337,6 +388,14 @@ class _Problem:
 
     def _worth(self, sizes: np.ndarray) -> float:
         return float(sum(g[:k].sum() for g, k in zip(self.gain, sizes)))
+
+
+def _in_steps(gain: np.ndarray, d: Dimension) -> np.ndarray:
+    """Importance of each element of a dimension, (N,) descending, made even within every step that is kept or left."""
+    ends = np.concatenate([[0], _allowed(d)])
+    lengths = np.diff(ends)
+    even = np.repeat(np.add.reduceat(gain, ends[:-1]) / lengths, lengths)
+    return np.minimum.accumulate(even)  # links may break the order a little
 
 
 def _allowed(d: Dimension) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The gradient search: structure learnt inside the user's own training loop.
+"""The search: structure learnt inside the user's own training loop.
 
     search = Search(space, budget="50% macs", steps=2000)
     search.attach(optimizer)
@@ -9,60 +9,78 @@
             break
     small = search.export()
 
-`search.model` has the user's class and shares its parameters.  `attach` adds the structure scalars to the user's
-optimizer as a group of their own and does everything else around its step:
+`search.model` has the user's class and shares its parameters.  `attach` adds the masks, and what a method learns, to the
+user's optimizer as a group of their own and does everything else around its step:
 
 before  read the masks' gradients once (they have summed over micro-batches and have been unscaled by then): update the
-        importance, c <- 0.99 c + 0.01 (m dL/dm)^2 (DMS, eq. 4), and give each scalar a its gradient;
-after   bring the cost to the schedule's target, and set the masks for the next forward.
+        importance, c <- 0.99 c + 0.01 (m dL/dm)^2 (DMS, eq. 4), and let the method learn;
+after   bring the structure to the schedule's target, and set the masks for the next forward.
 
-The target falls exponentially from the full cost to the budget over the first 80% of the search (eq. 10); then the blocks
-are decided, and the widths alone are refined.  At the end a last step meets every constraint exactly (`budget.fit`).
-
-Two modes say how the budget acts on the scalars.  "penalty" is the paper's: lambda * log(cost / target) is added to the
-loss above the target (eq. 6), and lambda and the learning rate are the user's to tune.  "projected", the default, has
-neither: the gradient moves the scalars along the surface of equal cost, comparing what a change costs in loss with what it
-saves, and a common shift then puts the cost on the target at every step.
+The target falls exponentially from the full cost to the budget over the first 80% of the search (DMS, eq. 10); then the
+weights settle in what is left.  At the end every constraint holds exactly (`budget.fit`).  How importance and gradients
+become a structure is the method's part: see `methods`.
 """
 
 from __future__ import annotations
 
+import math
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import budget as budgets
-from . import gates, recovery, topk
-from .axes import Axis
+from . import budget as _budgets
+from . import gates, methods, recovery
+from . import importance as _importance
 from .errors import SearchError
-from .space import Dimension, SearchSpace
+from .layout import Layout
+from .space import SearchSpace
 from .structure import Structure
 
-MODES = ("projected", "penalty")
+PENALTY = 1.0
+"""lambda of the resource loss; the paper's."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One network of a family: the `budget` that it meets, its `structure`, and the exported `model`."""
+
+    budget: _budgets.Budget
+    structure: Structure
+    model: nn.Module
 
 
 class Search:
-    """A gradient search for the structure of `space` that meets `budget`.
+    """A search for the structure of `space` that meets `budget`, while the network trains.
 
     Args:
         space: from `trace`.
         budget: "50% macs", dict(macs=0.5, params=6e6), or a `Budget`.
         steps: optimizer steps of the search.
-        mode: "projected" (default) or "penalty", see the module's docstring.
-        lr: learning rate of the structure scalars, constant.  By default it is set from `steps`.
-        penalty: lambda of the resource loss, in mode "penalty".
-        hard: whether the forward uses hard masks, the gradient still passing through the soft ones (straight-through).
+        budgets: several budgets in place of one, of which the schedule passes through all: see `family`.
+        method: one of `methods.METHODS`; "knapsack" by default, "dms" is the paper's.
+        mode: how the budget acts on a method that learns by gradient: "penalty", "two-sided", "lagrangian", "projected".
+        lr: learning rate of what the method learns, constant.  By default it is set from `steps`.
+        penalty: lambda of the resource loss in mode "penalty".
+        adapt: whether lambda follows the cost: raised while it stays behind the schedule.
+        hard: for "dms", whether the forward uses hard masks (straight-through) instead of soft ones.
+        balance: for "dms", whether the budget's gradient is brought to the length of the task's (the authors' grad_scale).
+        importance: how elements are ranked, one of `importance.KINDS` or a function of the search that returns
+            member -> scores; "taylor" by default.
+        depth_importance: the same for blocks, if it should differ: one of `importance.DEPTH_KINDS`.
         warmup: share of the steps at the start in which the target stays at the full cost and importance is gathered.
         decay: share of the steps after which the target has reached the budget.
-        momentum: of the moving average of importance.
+        momentum: of the moving average of importance; 0 takes the last step alone.
         train_weights: False for a structure-only search: the weights do not move.
+        seed: of the noise that some methods draw.
         log_every: steps between two entries of `history`; 200 entries by default.
     Raises:
         BudgetError: the budget cannot be read or reached; nothing has been trained then.
+        SearchError: an option is misspelt or does not go with the method.
     """
 
     model: nn.Module
@@ -71,46 +89,73 @@ class Search:
     def __init__(
         self,
         space: SearchSpace,
-        budget: Any,
-        steps: int,
+        budget: Any = None,
+        steps: int = 1000,
         *,
-        mode: str = "projected",
+        budgets: Sequence[Any] = (),
+        method: str = "knapsack",
+        mode: str | None = None,
         lr: float | None = None,
-        penalty: float = 1.0,
-        hard: bool = True,
+        penalty: float = PENALTY,
+        adapt: bool = True,
+        hard: bool | None = None,
+        balance: bool = False,
+        importance: Any = "taylor",
+        depth_importance: str | None = None,
         warmup: float = 0.05,
         decay: float = 0.8,
         momentum: float = 0.99,
         train_weights: bool = True,
+        seed: int = 0,
         log_every: int | None = None,
     ):
         if steps < 1:
             raise SearchError(f"steps={steps}: a search needs at least one optimizer step")
-        if mode not in MODES:
-            raise SearchError(f"mode={mode!r} is none of {', '.join(MODES)}")
-        self.space = space
-        self.budget = budgets.parse(budget, space)
-        self.steps, self.mode, self.penalty, self.hard = steps, mode, penalty, hard
+        self.space, self.steps, self.method_name, self.seed = space, steps, method, seed
         self.warmup, self.decay, self.momentum = warmup, decay, momentum
-        self.lr = lr if lr is not None else 1.0 / (decay * steps)
         self.train_weights = train_weights
         self.log_every = log_every or max(1, steps // 200)
         self.step = 0
         self.history = []
-        self._layout = _Layout(space)
-        device = next((p.device for p in space.model.parameters()), torch.device("cpu"))
-        self._layout.to(device)
-        ones = {a: torch.ones(a.size, device=device) for a in self._layout.axes}
-        blocks = {n: torch.ones(len(s.paths), device=device) for n, s in space.stacks.items()}
-        self.model = gates.attach(space.model, space.sites, ones, blocks, trainable=True)
-        masks = gates.masks_of(self.model)
-        self._masks = [*(masks.widths[a] for a in self._layout.axes), *(masks.depths[n] for n in space.stacks)]
-        self.pruned = nn.Parameter(torch.zeros(len(self._layout.dimensions), device=device))
-        self.importance = torch.zeros(self._layout.elements, device=device)
-        self._direction = torch.zeros_like(self.pruned)  # smoothed task gradient
-        self._full = {m: float(space.cost()[m]) for m in self.budget.targets}
+        self.family: list[Member] = []
         self._structure: Structure | None = None
         self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None
+        self.layout = Layout(space)
+        self.device = next((p.device for p in space.model.parameters()), torch.device("cpu"))
+        self.layout.to(self.device)
+        self._plan_schedule(budget, budgets)
+        self._make_model()
+        self._meter = _importance.Meter(space, self.layout, self.model, importance, depth_importance)
+        self.importance = torch.zeros(self.layout.elements, device=self.device)
+        self.method = methods.make(self, mode, lr, penalty, adapt, hard, balance)
+
+    def _plan_schedule(self, budget: Any, several: Sequence[Any]) -> None:
+        """The times at which the target reaches each budget, loosest first, on a straight line in the log of the cost."""
+        if (budget is None) == (not several):
+            raise SearchError("give a budget, or a sequence of budgets=, and not both")
+        found = [_budgets.parse(b, self.space) for b in (several or [budget])]
+        metrics = {m for b in found for m in b.targets}
+        if any(b.targets.keys() != metrics for b in found):
+            raise SearchError(f"all budgets of a family must name the same metrics ({', '.join(sorted(metrics))})")
+        self._full = {m: float(self.space.cost()[m]) for m in found[0].targets}
+        found.sort(key=lambda b: -max(t / self._full[m] for m, t in b.targets.items()))
+        depth = [max(math.log(self._full[m] / t) for m, t in b.targets.items()) for b in found]
+        if any(b <= a for a, b in zip(depth, depth[1:])):
+            raise SearchError(
+                "two budgets of a family are the same, or are not tighter in every metric than those before"
+            )
+        self.budgets, self.budget = found, found[-1]
+        start, end = self.warmup * self.steps, self.decay * self.steps
+        share = [d / depth[-1] if depth[-1] else 1.0 for d in depth]
+        self._times = [start, *(start + (end - start) * s for s in share)]
+
+    def _make_model(self) -> None:
+        """The gated model, with masks of one that collect gradients."""
+        ones = {a: torch.ones(a.size, device=self.device) for a in self.layout.axes}
+        blocks = {n: torch.ones(len(s.paths), device=self.device) for n, s in self.space.stacks.items()}
+        self.model = gates.attach(self.space.model, self.space.sites, ones, blocks, trainable=True)
+        masks = gates.masks_of(self.model)
+        self._masks = [*(masks.widths[a] for a in self.layout.axes), *(masks.depths[n] for n in self.space.stacks)]
 
     # -- in the loop --------------------------------------------------------------------------------------------------
 
@@ -135,7 +180,7 @@ class Search:
             )
         # like the first group, so that a scheduler made before finds what it left there (initial_lr, max_lr ...)
         group = {k: v for k, v in optimizer.param_groups[0].items() if k not in ("params", "name", "param_names")}
-        own_settings = {"params": [self.pruned, *self._masks], "lr": self.lr, "weight_decay": 0.0}
+        own_settings = {"params": [*self.method.parameters(), *self._masks], "lr": self.method.lr, "weight_decay": 0.0}
         optimizer.add_param_group(group | own_settings | self._names(optimizer))
         optimizer.register_step_pre_hook(self._before_step)
         optimizer.register_step_post_hook(self._after_step)
@@ -145,14 +190,17 @@ class Search:
         """Names for the added parameters, where the optimizer was built from named ones."""
         if "param_names" not in optimizer.param_groups[0]:
             return {}
-        names = [f"dmscale.mask.{member}" for member in self._layout.members]
-        return {"params": list(zip(["dmscale.pruned", *names], [self.pruned, *self._masks]))}
+        learnt = self.method.parameters()
+        names = [f"dmscale.{self.method_name}.{i}" for i in range(len(learnt))]
+        names += [f"dmscale.mask.{member}" for member in self.layout.members]
+        return {"params": list(zip(names, [*learnt, *self._masks]))}
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         grads = [m.grad for m in self._masks]
         for m in self._masks:
             m.grad = None  # masks are set, not stepped
-        self.pruned.grad = None
+        for p in self.method.parameters():
+            p.grad = None
         if self.done:
             return
         if all(g is None for g in grads):
@@ -167,168 +215,115 @@ class Search:
                 "are those of the last good step; lower the learning rate, clip gradients, or check the data."
             )
         with torch.no_grad():
-            current = torch.cat(list(self._masks))
-            self.importance.lerp_((current * flat).square(), 1 - self.momentum)
-            self.pruned.grad = self._scalar_gradient(flat)
+            measured = self._meter.measure(self, torch.cat(list(self._masks)), flat)
+            self.importance.lerp_(measured, 1 - self.momentum)
+            self.method.learn(flat)
+        learnt = {id(p) for p in self.method.parameters()}
+        own = learnt | {id(m) for m in self._masks}
         for group in optimizer.param_groups:
-            if any(p is self.pruned for p in group["params"]):
-                group["lr"] = self.lr  # constant, whatever a scheduler does to the others
+            if any(id(p) in own for p in group["params"]):
+                group["lr"] = self.method.lr  # constant, whatever a scheduler does to the others
             elif not self.train_weights:
                 for p in group["params"]:
                     p.grad = None
-
-    def _scalar_gradient(self, mask_gradient: Tensor) -> Tensor:
-        """dL/da of each dimension, with the budget's part, (D,)."""
-        layout = self._layout
-        _, slope = self._soft_masks()
-        task = layout.sum_by_dimension(mask_gradient * slope)
-        saved = self._cost_slope()  # how fast log cost falls with a
-        if self.mode == "penalty":
-            above = (
-                self._costs_at(self._scalars()[None]).max() > 1
-            )  # the loss is lambda log(cost / target) there, else 0
-            return task - self.penalty * saved if above else task
-        self._direction.lerp_(task / saved.clamp(min=1e-6), 0.1)
-        price = self._direction
-        centre = (price * saved).sum() / saved.sum().clamp(min=1e-12)  # the multiplier that keeps the cost
-        deviation = price - centre
-        scale = deviation.abs().median().clamp(min=1e-20)
-        return (deviation / scale).clamp(-3, 3)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if self.done:
             return
         with torch.no_grad():
-            self.pruned.clamp_(torch.zeros_like(self.pruned), self._layout.ceiling)
-            if self._refining:
-                self._hold_blocks()
             self.step += 1
-            if self.mode == "projected":
-                self._project()
+            self.method.advance()
+            self._take_snapshots()
             if self.done:
                 self._finish()
             else:
-                self._set_masks()
+                self._write(self.method.masks())
         if self.step % self.log_every == 0 or self.done:
             self._log()
 
     # -- schedule and cost --------------------------------------------------------------------------------------------
 
     @property
-    def _refining(self) -> bool:
-        return self.step >= self.decay * self.steps
+    def warming(self) -> bool:
+        """Whether the target is still the full cost."""
+        return self.step < self._times[0]
 
-    def _targets(self) -> dict[str, float]:
+    @property
+    def refining(self) -> bool:
+        """Whether the target had reached the budget before this step: blocks are decided, the weights settle."""
+        return self.step - 1 >= self._times[-1]
+
+    @property
+    def reaches_target(self) -> bool:
+        """Whether the target has reached the budget in this very step."""
+        return self.step - 1 < self._times[-1] <= self.step
+
+    def targets(self) -> dict[str, float]:
         """Metric -> target at this step, absolute: full cost during warm-up, then exponential decay, then the budget."""
-        start, end = self.warmup * self.steps, self.decay * self.steps
-        progress = min(max((self.step - start) / max(end - start, 1e-9), 0.0), 1.0)
-        return {m: self._full[m] * (t / self._full[m]) ** progress for m, t in self.budget.targets.items()}
+        out = {}
+        for m, full in self._full.items():
+            logs = [math.log(full), *(math.log(b.targets[m]) for b in self.budgets)]
+            out[m] = math.exp(float(np.interp(self.step, self._times, logs)))
+            if self.step >= self._times[-1]:
+                out[m] = self.budget.targets[m]  # without rounding
+        return out
 
-    def _costs_at(self, pruned: np.ndarray) -> np.ndarray:
-        """Costs at several vectors of scalars (S, D), relative to this step's targets: (S, metrics)."""
-        variables = self._layout.cost_variables(pruned)
-        targets = self._targets()
-        return np.stack([self.space.costs.metrics[m].real(variables) / t for m, t in targets.items()], 1)
+    def loads(self, pruned: np.ndarray, binding_at: np.ndarray | None = None) -> np.ndarray:
+        """Cost over this step's target at several vectors of pruned shares (S, D), of the metric that binds most: (S,).
 
-    def _scalars(self) -> np.ndarray:
-        return self.pruned.detach().double().cpu().numpy()
+        Args:
+            binding_at: one vector (D,): the metric that binds there, and not the one of each row.
+        """
+        if binding_at is not None:
+            metric = int(np.argmax(self._loads(binding_at[None])[0]))
+            return self._loads(pruned)[:, metric]
+        return self._loads(pruned).max(1)
 
-    def _cost_slope(self) -> Tensor:
-        """-d log(cost) / d a of each dimension for the metric that binds most, (D,), by central differences."""
-        a, h = self._scalars(), 1e-3
-        metric = int(np.argmax(self._costs_at(a[None])[0]))
-        steps = h * np.eye(len(a))
-        logs = np.log(self._costs_at(np.concatenate([a - steps, a + steps]))[:, metric])
-        slope = (logs[: len(a)] - logs[len(a) :]) / (2 * h)
-        return torch.as_tensor(slope, dtype=self.pruned.dtype, device=self.pruned.device)
-
-    def _project(self) -> None:
-        """Shift all scalars alike so that the cost meets the target of this step; blocks no more once they are held."""
-        layout, a = self._layout, self._scalars()
-        moves = layout.is_width if self._refining else np.ones(len(a), dtype=bool)
-
-        def shifted(by: np.ndarray) -> np.ndarray:
-            return np.where(moves, np.clip(a + by[:, None], 0, layout.ceiling_array), a)
-
-        low, high = -1.0, 1.0
-        for _ in range(3):  # three rounds of a grid of 33 are 15 halvings
-            grid = np.linspace(low, high, 33)
-            over = self._costs_at(shifted(grid)).max(1) > 1
-            first = int(np.argmin(over))  # costs fall with the shift: the first that is not over
-            if over.all():
-                low = high = 1.0
-                break
-            low, high = grid[max(first - 1, 0)], grid[first]
-        self.pruned.copy_(torch.as_tensor(shifted(np.array([high]))[0], dtype=self.pruned.dtype))
-
-    def _hold_blocks(self) -> None:
-        """Once the blocks are decided their scalars stay where their hard count is."""
-        layout = self._layout
-        for i, d in enumerate(layout.dimensions):
-            if d.kind == "depth":
-                kept = d.allowed((1 - float(self.pruned[i])) * d.size)
-                self.pruned[i] = 1 - kept / d.size
+    def _loads(self, pruned: np.ndarray) -> np.ndarray:
+        variables = self.layout.cost_variables(pruned)
+        return np.stack([self.space.costs.metrics[m].real(variables) / t for m, t in self.targets().items()], 1)
 
     # -- masks --------------------------------------------------------------------------------------------------------
 
-    def _ranks(self) -> Tensor:
-        layout = self._layout
-        return topk.mid_ranks(self.importance, layout.segment, layout.start, layout.size)
-
-    def _soft_masks(self) -> tuple[Tensor, Tensor]:
-        layout = self._layout
-        pruned = self.pruned.detach()[layout.dimension_of]
-        return topk.soft_mask(self._ranks(), pruned, layout.sharpness, layout.element_size)
-
-    def _set_masks(self) -> None:
-        layout = self._layout
-        ranks, pruned = self._ranks(), self.pruned.detach()[layout.dimension_of]
-        if self.hard:
-            mask = topk.hard_mask(ranks, pruned)
-        else:
-            mask, _ = topk.soft_mask(ranks, pruned, layout.sharpness, layout.element_size)
-            if self._refining:
-                mask = torch.where(layout.in_depth, topk.hard_mask(ranks, pruned), mask)
-        self._write(mask)
-
     def _write(self, flat: Tensor) -> None:
-        for m, values in zip(self._masks, flat.split(self._layout.sizes)):
+        """Set the masks of the model; blocks that are wholly in or out are told to the gates, so that none is blended."""
+        for m, values in zip(self._masks, flat.split(self.layout.sizes)):
             m.data.copy_(values)
-        if self.hard or self._refining:
-            self._decide_blocks()
-
-    def _decide_blocks(self) -> None:
-        """Tell the gates that blocks are in or out, so that no tensor is blended."""
         masks = gates.masks_of(self.model)
-        masks.decided = {n: [keep > 0.5 for keep in m.tolist()] for n, m in masks.depths.items()}
+        blocks = {n: m.tolist() for n, m in masks.depths.items()}
+        masks.decided = {n: [k > 0.5 for k in kept] for n, kept in blocks.items() if set(kept) <= {0.0, 1.0}}
 
     def _finish(self) -> None:
         """Fit the structure to the budget and leave its hard masks on `search.model`."""
-        self._structure = self._fitted()
-        kept = [*(self.space.widths_of(self._structure)[a] for a in self._layout.axes)]
-        kept += [self._structure.kept[n] for n in self.space.stacks]
-        for m, indices in zip(self._masks, kept):
-            m.data.zero_()
-            m.data[list(indices)] = 1
-        self._decide_blocks()
+        if self._structure is None:
+            self._structure = self.method.structure(self.budget)
+        self._write(self.layout.mask_of(self._structure, self.device))
+
+    def _take_snapshots(self) -> None:
+        """Export a member of the family whenever the schedule passes its budget."""
+        for budget, time in zip(self.budgets[:-1], self._times[1:-1]):
+            if self.step - 1 < time <= self.step:
+                structure = self.method.structure(budget)
+                self.family.append(Member(budget, structure, self.space.export(structure)))
+        if self.done and len(self.budgets) > 1:
+            self._finish()
+            self.family.append(Member(self.budget, self.structure, self.space.export(self.structure)))
 
     # -- results ------------------------------------------------------------------------------------------------------
 
     @property
     def structure(self) -> Structure:
         """The structure found so far, exactly on budget; final once `done`."""
-        return self._structure if self._structure is not None else self._fitted()
+        return self._structure if self._structure is not None else self.method.structure(self.budget)
 
-    def _fitted(self) -> Structure:
-        scores = self.scores()
-        sizes = {d.name: (1 - a) * d.size for d, a in zip(self._layout.dimensions, self.pruned.tolist())}
-        found = self.space.structure(sizes, scores)
-        return budgets.fit(self.space, found, self.budget, scores, keep=found)
+    @property
+    def pruned(self) -> Tensor:
+        """The share of each dimension that is pruned now, (D,)."""
+        return torch.as_tensor(1 - self.method.shares(), dtype=torch.float32)
 
     def scores(self) -> dict[str, np.ndarray]:
-        """Member -> importance of each of its elements: the mean |m dL/dm|, an estimate of the loss it saves."""
-        parts = self.importance.sqrt().cpu().split(self._layout.sizes)
-        return {name: part.double().numpy() for name, part in zip(self._layout.members, parts)}
+        """Member -> importance of each of its elements: an estimate of the loss it saves, in a unit common to all."""
+        return self.layout.by_member(self.importance)
 
     def export(self, recalibrate: Iterable[Any] | None = None) -> nn.Module:
         """The plain smaller model, exactly on budget and verified against the gated one.
@@ -344,16 +339,14 @@ class Search:
         return small
 
     def _log(self) -> None:
-        targets = self._targets()
-        costs = self._costs_at(self._scalars()[None])[0]
+        targets, shares = self.targets(), self.method.shares()
+        costs = self._loads(1 - shares[None])[0]
         self.history.append(
             {
                 "step": self.step,
                 "cost": {m: float(c) * t / self._full[m] for (m, t), c in zip(targets.items(), costs)},
                 "target": {m: t / self._full[m] for m, t in targets.items()},
-                "sizes": {
-                    d.name: d.allowed((1 - a) * d.size) for d, a in zip(self._layout.dimensions, self.pruned.tolist())
-                },
+                "sizes": {d.name: d.allowed(share * d.size) for d, share in zip(self.layout.dimensions, shares)},
             }
         )
 
@@ -362,14 +355,15 @@ class Search:
     def state_dict(self) -> dict[str, Any]:
         """Everything but the weights (those are in the user's model and optimizer): a resumed search goes on alike."""
         return {
-            "version": 1,
+            "version": 2,
             "step": self.step,
             "steps": self.steps,
-            "dimensions": [(d.name, d.size) for d in self._layout.dimensions],
-            "pruned": self.pruned.detach().clone(),
+            "method": self.method_name,
+            "dimensions": [(d.name, d.size) for d in self.layout.dimensions],
             "importance": self.importance.clone(),
-            "direction": self._direction.clone(),
+            "learnt": self.method.state_dict(),
             "history": list(self.history),
+            "family": [(m.structure.to_json(), m.model.state_dict()) for m in self.family],
             "structure": self._structure.to_json() if self._structure else None,
         }
 
@@ -377,80 +371,28 @@ class Search:
         """Continue from `state_dict()`.
 
         Raises:
-            SearchError: the state is of another space or another length.
+            SearchError: the state is of another space, method or length.
         """
-        own = [(d.name, d.size) for d in self._layout.dimensions]
+        own = [(d.name, d.size) for d in self.layout.dimensions]
         theirs = [tuple(d) for d in state.get("dimensions", [])]
         if theirs != own:
             differing = [n for n, _ in theirs if n not in dict(own)] + [n for n, _ in own if n not in dict(theirs)]
             raise SearchError(f"the state is of another search space; dimensions differ: {differing[:5] or 'in size'}")
-        if state["steps"] != self.steps:
-            raise SearchError(f"the state is of a search of {state['steps']} steps, this one has {self.steps}")
-        with torch.no_grad():
-            self.pruned.copy_(state["pruned"])
-            self.importance.copy_(state["importance"])
-            self._direction.copy_(state["direction"])
+        for what, mine in (("version", 2), ("steps", self.steps), ("method", self.method_name)):
+            if state.get(what) != mine:
+                raise SearchError(f"the state is of a search with {what}={state.get(what)!r}, this one has {mine!r}")
+        self.importance.copy_(state["importance"])
+        self.method.load_state_dict(state["learnt"])
         self.step, self.history = state["step"], list(state["history"])
         self._structure = Structure.from_json(state["structure"]) if state["structure"] else None
+        self.family = [self._restored(b, *kept) for b, kept in zip(self.budgets, state["family"])]
         if self.done:
             self._finish()
         elif self.step:
-            self._set_masks()
+            self._write(self.method.masks())
 
-
-class _Layout:
-    """All elements of a space in one flat vector: axes first, then stacks of blocks; and which dimension each is of."""
-
-    def __init__(self, space: SearchSpace):
-        self.space = space
-        self.dimensions: list[Dimension] = list(space.dimensions.values())
-        self.axes: list[Axis] = []
-        self.members: list[str] = []
-        owner: list[int] = []
-        depth: list[bool] = []
-        for i, d in enumerate(self.dimensions):
-            if d.kind != "depth":
-                self.axes += d.axes
-                self.members += d.members
-                owner += [i] * len(d.axes)
-                depth += [False] * len(d.axes)
-        index = {d.name: i for i, d in enumerate(self.dimensions)}
-        for name in space.stacks:
-            self.members.append(name)
-            owner.append(index[name])
-            depth.append(True)
-        self.sizes = [a.size for a in self.axes] + [len(s.paths) for s in space.stacks.values()]
-        self.elements = sum(self.sizes)
-        sizes = torch.tensor(self.sizes)
-        self.segment = torch.repeat_interleave(torch.arange(len(self.sizes)), sizes)
-        self.start = torch.cumsum(sizes, 0) - sizes
-        self.size = sizes
-        self.dimension_of = torch.tensor(owner)[self.segment]
-        self.in_depth = torch.tensor(depth)[self.segment]
-        coarse = torch.tensor([self.dimensions[i].kind != "width" for i in owner])[self.segment]
-        self.element_size = sizes[self.segment].float()
-        self.sharpness = self.element_size * torch.where(coarse, 4.0, 1.0)
-        self.ceiling = torch.tensor([1 - d.lowest / d.size for d in self.dimensions])
-        self.ceiling_array = self.ceiling.double().numpy()
-        self.is_width = np.array([d.kind != "depth" for d in self.dimensions])
-        # each cost variable: the dimension it belongs to, its full size, and for blocks the place in the ranking
-        self._width_columns = np.array([i for i, d in enumerate(self.dimensions) for _ in d.axes], dtype=np.int64)
-        self._width_sizes = np.array([a.size for a in self.axes], dtype=np.float64)
-        self._stacks = [(index[n], len(s.paths)) for n, s in space.stacks.items()]
-
-    def to(self, device: torch.device) -> None:
-        """Move every tensor to `device`."""
-        for name, value in list(vars(self).items()):
-            if isinstance(value, Tensor):
-                setattr(self, name, value.to(device))
-
-    def sum_by_dimension(self, flat: Tensor) -> Tensor:
-        """Sum over the elements of each dimension, (D,)."""
-        out = torch.zeros(len(self.dimensions), dtype=flat.dtype, device=flat.device)
-        return out.index_add_(0, self.dimension_of, flat)
-
-    def cost_variables(self, pruned: np.ndarray) -> np.ndarray:
-        """The soft values of the space's cost variables at scalars (S, D), with a one behind the last, (S, V + 1)."""
-        widths = self._width_sizes * (1 - pruned[:, self._width_columns])
-        blocks = [np.repeat(1 - pruned[:, i : i + 1], n, 1) for i, n in self._stacks]
-        return np.concatenate([widths, *blocks, np.ones((len(pruned), 1))], 1)
+    def _restored(self, budget: _budgets.Budget, text: str, weights: Mapping[str, Tensor]) -> Member:
+        structure = Structure.from_json(text)
+        model = self.space.build(structure)
+        model.load_state_dict(weights)
+        return Member(budget, structure, model)

@@ -14,8 +14,22 @@ from torch import nn
 
 import dmscale
 from dmscale import SearchError
+from dmscale.methods import METHODS
 
 STEPS = 40
+
+EVERY_METHOD = [
+    *(dict(method=name) for name in METHODS),
+    dict(method="dms", mode="two-sided", balance=True),
+    dict(method="dms", mode="lagrangian", hard=True),
+    dict(method="gumbel", mode="two-sided"),
+]
+IMPORTANCES = ["taylor", "fisher", "snip", "magnitude", "activation", "index"]
+
+
+def label(options):
+    """How a test's options read in its name."""
+    return "-".join(str(v) for v in options.values())
 
 
 def problem(net="residual_conv", seed=0):
@@ -74,11 +88,16 @@ def assert_on_budget(search):
 # -- any optimizer, any loop ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["projected", "penalty"])
-@pytest.mark.parametrize("make_optimizer", [adamw, sgd])
-@pytest.mark.parametrize("net", ["residual_conv", "residual_stack", "unet"])
-def test_a_search_ends_on_its_budget(net, make_optimizer, mode):
-    search = searched(net, make_optimizer, mode=mode)
+@pytest.mark.parametrize(
+    "net, make_optimizer, options",
+    [
+        *(("residual_conv", adamw, options) for options in EVERY_METHOD),
+        *((net, sgd, dict(method=m)) for net in ("residual_stack", "unet") for m in ("knapsack", "dms")),
+    ],
+    ids=lambda x: label(x) if isinstance(x, dict) else getattr(x, "__name__", x),
+)
+def test_a_search_ends_on_its_budget(net, make_optimizer, options):
+    search = searched(net, make_optimizer, **options)
     assert search.done and search.step == STEPS
     assert_on_budget(search)
     small = search.export().eval()
@@ -198,9 +217,15 @@ def test_batchnorm_with_small_batches():
 # -- what it finds ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("hard", [True, False])
-@pytest.mark.parametrize("mode", ["projected", "penalty"])
-def test_what_contributes_nothing_goes_first(mode, hard):
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(method="knapsack"),
+        *(dict(method="dms", mode=m, hard=h) for m in ("projected", "penalty") for h in (True, False)),
+    ],
+    ids=label,
+)
+def test_what_contributes_nothing_goes_first(options):
     """Half of the hidden units have no weight to the output; that half is not the first, nor the last."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))
@@ -208,7 +233,7 @@ def test_what_contributes_nothing_goes_first(mode, hard):
     with torch.no_grad():
         model[2].weight[:, dead] = 0
     space = dmscale.trace(model, torch.randn(2, 8))
-    search = dmscale.Search(space, "50% macs", STEPS, mode=mode, hard=hard, train_weights=False)
+    search = dmscale.Search(space, "50% macs", STEPS, **options, train_weights=False)
     optimizer = sgd(model.parameters())
     search.attach(optimizer)
     for _ in range(STEPS):
@@ -260,16 +285,17 @@ def test_the_same_seed_gives_the_same_structure():
 
 
 @functools.cache
-def uninterrupted(mode):
-    return searched(mode=mode)
+def uninterrupted(method):
+    return searched(method=method)
 
 
-@pytest.mark.parametrize("mode", ["projected", "penalty"])
-@pytest.mark.parametrize("stop", [1, 19, 36, STEPS])
-def test_a_search_resumes_bit_for_bit(stop, mode, tmp_path):
-    whole = uninterrupted(mode)
+@pytest.mark.parametrize(
+    "stop, method", [*((n, "knapsack") for n in (1, 19, 36, STEPS)), *((19, m) for m in METHODS if m != "knapsack")]
+)
+def test_a_search_resumes_bit_for_bit(stop, method, tmp_path):
+    whole = uninterrupted(method)
     model, inputs, batches = problem()
-    first = dmscale.Search(dmscale.trace(model, inputs), "50% macs", STEPS, mode=mode)
+    first = dmscale.Search(dmscale.trace(model, inputs), "50% macs", STEPS, method=method)
     optimizer = adamw(model.parameters())
     first.attach(optimizer)
     train(first, optimizer, batches[:stop])
@@ -280,7 +306,7 @@ def test_a_search_resumes_bit_for_bit(stop, mode, tmp_path):
     state = torch.load(tmp_path / "state.pt", weights_only=True)
 
     fresh, inputs, batches = problem()
-    again = dmscale.Search(dmscale.trace(fresh, inputs), "50% macs", STEPS, mode=mode)
+    again = dmscale.Search(dmscale.trace(fresh, inputs), "50% macs", STEPS, method=method)
     optimizer = adamw(fresh.parameters())
     again.attach(optimizer)
     fresh.load_state_dict(state["model"])
@@ -304,7 +330,7 @@ def test_a_state_of_another_search_is_refused():
     with pytest.raises(SearchError, match="another search space.*residual width"):
         dmscale.Search(dmscale.trace(other, inputs), "50% macs", STEPS).load_state_dict(state)
     model, inputs, _ = problem()
-    with pytest.raises(SearchError, match=f"{STEPS} steps.*{STEPS + 1}"):
+    with pytest.raises(SearchError, match=f"steps={STEPS}, this one has {STEPS + 1}"):
         dmscale.Search(dmscale.trace(model, inputs), "50% macs", STEPS + 1).load_state_dict(state)
 
 
@@ -317,8 +343,8 @@ def test_a_state_is_a_copy():
     state = search.state_dict()
     copied = copy.deepcopy(state)
     train(search, optimizer, batches)
-    for key in ("pruned", "importance", "direction"):
-        assert torch.equal(state[key], copied[key]), key
+    assert torch.equal(state["importance"], copied["importance"])
+    assert all(torch.equal(state["learnt"][key], copied["learnt"][key]) for key in copied["learnt"])
     assert state["history"] == copied["history"]
 
 
@@ -457,12 +483,110 @@ def test_an_optimizer_of_something_else_is_refused():
 
 
 @pytest.mark.parametrize(
-    "options, says", [(dict(steps=0), "steps=0"), (dict(steps=10, mode="prox"), "'prox' is none of projected, penalty")]
-)
+    "options, says",
+    [(dict(steps=0), "steps=0"), (dict(steps=10, mode="prox"), "mode='prox'.*takes no mode"),
+     (dict(steps=10, method="dms", mode="prox"), "takes mode penalty, two-sided"),
+     (dict(method="random"), "none of knapsack, dms"),
+     (dict(importance="size"), "importance='size' is none of taylor"), (dict(depth_importance="size"), "residual, similarity"),
+     (dict(method="pas", hard=True), "only method 'dms'"), (dict(budgets=["75% macs"]), "and not both")],
+)  # fmt: skip
 def test_wrong_arguments_are_named(options, says):
     model, inputs, _ = problem("mlp")
     with pytest.raises(SearchError, match=says):
         dmscale.Search(dmscale.trace(model, inputs), "50% macs", **options)
+
+
+# -- importance -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("depth", [None, "residual", "similarity"])
+@pytest.mark.parametrize("kind", IMPORTANCES)
+def test_every_importance_finds_a_structure_on_budget(kind, depth):
+    if depth is None or kind == "taylor":
+        search = searched("residual_conv", importance=kind, depth_importance=depth)
+        assert_on_budget(search)
+        assert float(search.importance.max()) > 0
+
+
+def test_an_index_importance_keeps_the_first_elements():
+    search = searched(importance="index")
+    widths = [m for d in search.space.dimensions.values() for m in d.members]
+    assert widths and all(search.structure.kept[m] == tuple(range(len(search.structure.kept[m]))) for m in widths)
+
+
+def test_an_activation_importance_is_the_mean_square_that_is_taken_in():
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))
+    search = dmscale.Search(
+        dmscale.trace(model, torch.randn(2, 8)), "50% macs", 10, importance="activation", momentum=0.0
+    )
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    search.attach(optimizer)
+    x = torch.randn(16, 8)
+    before, after = model[0](x).square().mean(0), model[1](model[0](x)).square().mean(0)
+    search.model(x).sum().backward()
+    optimizer.step()
+    torch.testing.assert_close(search.importance, ((before + after) / 2).detach())
+
+
+def test_the_user_may_say_what_matters():
+    wanted = torch.randperm(32)
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))
+    space = dmscale.trace(model, torch.randn(2, 8))
+    search = dmscale.Search(space, "50% macs", STEPS, importance=lambda search: {"0": wanted})
+    optimizer = sgd(model.parameters())
+    search.attach(optimizer)
+    for _ in range(STEPS):
+        search.model(torch.randn(16, 8)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert set(search.structure.kept["0"]) == {i for i in range(32) if wanted[i] >= 16}
+
+
+# -- a family ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["knapsack", "dms-projected", "dms"])
+def test_one_search_gives_a_family(method):
+    search = searched("residual_stack", budget=None, budgets=["25% macs", "75% macs", "50% macs"], method=method)
+    full = search.space.cost().macs
+    assert [m.budget.targets["macs"] / full for m in search.family] == pytest.approx([0.75, 0.5, 0.25])
+    for member in search.family:
+        used = search.space.cost(member.structure).macs / member.budget.targets["macs"]
+        assert 0.9 < used <= 1
+        assert member.model(search.space.example_inputs) is not None
+    assert search.family[-1].structure == search.structure
+
+
+def test_a_resumed_search_keeps_the_family_that_it_had():
+    budgets = ["80% macs", "40% macs"]
+    whole = searched("residual_stack", budget=None, budgets=budgets)
+    model, inputs, batches = problem("residual_stack")
+    first = dmscale.Search(dmscale.trace(model, inputs), steps=STEPS, budgets=budgets)
+    optimizer = adamw(model.parameters())
+    first.attach(optimizer)
+    train(first, optimizer, batches[:25])
+    assert len(first.family) == 1
+    fresh, inputs, batches = problem("residual_stack")
+    again = dmscale.Search(dmscale.trace(fresh, inputs), steps=STEPS, budgets=budgets)
+    resumed = adamw(fresh.parameters())
+    again.attach(resumed)
+    fresh.load_state_dict(model.state_dict())
+    resumed.load_state_dict(optimizer.state_dict())
+    again.load_state_dict(first.state_dict())
+    train(again, resumed, batches)
+    assert [m.structure for m in again.family] == [m.structure for m in whole.family]
+    for a, b in zip(again.family, whole.family):
+        assert all(torch.equal(p, q) for p, q in zip(a.model.state_dict().values(), b.model.state_dict().values()))
+
+
+@pytest.mark.parametrize(
+    "budgets, says",
+    [(["50% macs", "50% macs"], "the same"), (["50% macs", "40% params"], "same metrics"), ([], "and not both")],
+)
+def test_a_family_that_makes_no_sense_is_refused(budgets, says):
+    model, inputs, _ = problem("mlp")
+    with pytest.raises(SearchError, match=says):
+        dmscale.Search(dmscale.trace(model, inputs), steps=10, budgets=budgets)
 
 
 # -- everything in one call -------------------------------------------------------------------------------------------

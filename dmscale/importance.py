@@ -1,0 +1,156 @@
+"""How much each element matters: what a search gathers while the network trains.
+
+An importance is an estimate of the loss that the removal of an element would cost, up to a factor that all elements share.
+It is averaged over steps and never trained.  The choices:
+
+    taylor      (m dL/dm)^2: DMS eq. 4; a second-order estimate, the curvature being that of the empirical Fisher information
+    fisher      (dL/dm)^2: the same at m = 1; an element that is masked keeps a score, so that it may come back
+    snip        |m dL/dm| (Lee et al., 2019)
+    magnitude   sum of the squared weights at the element
+    activation  mean square of the activation that the element carries where a module takes it in
+    index       falls with the position: the last elements go first
+    a function  of the search, that returns member -> scores
+
+For blocks "residual" and "similarity" are further choices: |f(x)|^2 / |x|^2 and 1 - cos(x, x + f(x)) of a block x + f(x).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import axes, running
+from .errors import SearchError
+from .layout import Layout
+from .space import SearchSpace
+
+GRADIENT: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "taylor": lambda m, g: (m * g).square(),
+    "fisher": lambda m, g: g.square(),
+    "snip": lambda m, g: (m * g).abs(),
+}
+KINDS = (*GRADIENT, "magnitude", "activation", "index")
+DEPTH_KINDS = (*KINDS, "residual", "similarity")
+
+
+def check(kind: Any, depth_kind: Any) -> None:
+    """Refuse a kind that does not exist.
+
+    Raises:
+        SearchError: it is neither a known name nor a function.
+    """
+    if not callable(kind) and kind not in KINDS:
+        raise SearchError(f"importance={kind!r} is none of {', '.join(KINDS)}, nor a function of the search")
+    if depth_kind is not None and depth_kind not in DEPTH_KINDS:
+        raise SearchError(f"depth_importance={depth_kind!r} is none of {', '.join(DEPTH_KINDS)}")
+
+
+class Meter:
+    """One step's importance of every element, (E,), by the kinds asked for.
+
+    Args:
+        space, layout: whose elements.
+        model: the gated model; what measures activations hangs its hooks there.
+        kind: of widths and heads.
+        depth_kind: of blocks; as `kind` by default.
+    """
+
+    def __init__(self, space: SearchSpace, layout: Layout, model: nn.Module, kind: Any, depth_kind: str | None):
+        check(kind, depth_kind)
+        self.space, self.layout, self.kind, self.depth_kind = space, layout, kind, depth_kind or kind
+        self._activations = _watch_inputs(space, model) if "activation" in (self.kind, self.depth_kind) else {}
+        watched = self.depth_kind in ("residual", "similarity")
+        self._blocks = _watch_blocks(space, model, self.depth_kind) if watched else {}
+        self._fixed: dict[str, Tensor] = {}
+
+    def measure(self, search: Any, mask: Tensor, gradient: Tensor) -> Tensor:
+        """Importance of this step, (E,), from the mask and the loss's gradient by it, both (E,)."""
+        widths = self._of(self.kind, search, mask, gradient)
+        if self.depth_kind == self.kind:
+            return widths
+        return torch.where(self.layout.in_depth, self._of(self.depth_kind, search, mask, gradient), widths)
+
+    def _of(self, kind: Any, search: Any, mask: Tensor, gradient: Tensor) -> Tensor:
+        if callable(kind):
+            return self.layout.flat(kind(search), mask.device)
+        if kind in GRADIENT:
+            return GRADIENT[kind](mask, gradient)
+        if kind == "activation":
+            return self.layout.flat({m: w.mean() for m, w in self._activations.items()}, mask.device)
+        if kind in ("residual", "similarity"):
+            means = {n: torch.stack([w.mean() for w in each]) for n, each in self._blocks.items()}
+            return self.layout.flat(means, mask.device)
+        if kind == "magnitude":  # weights move while the network trains
+            return self.layout.flat({m: s.square() for m, s in self.space.magnitudes().items()}, mask.device)
+        if kind not in self._fixed:
+            places = torch.arange(self.layout.elements, device=mask.device) - self.layout.start[self.layout.segment]
+            self._fixed[kind] = 1 - places / self.layout.element_size
+        return self._fixed[kind]
+
+
+@dataclass
+class _Watch:
+    """A running sum of what a hook sees, emptied by `mean`."""
+
+    total: Any = 0.0
+    count: int = 0
+    last: Tensor = field(default_factory=lambda: torch.zeros(()))
+
+    def add(self, value: Tensor) -> None:
+        self.total, self.count = self.total + value.detach().float(), self.count + 1
+
+    def mean(self) -> Tensor:
+        if self.count:
+            self.last = self.total / self.count
+            self.total, self.count = 0.0, 0
+        return self.last
+
+
+def _watch_inputs(space: SearchSpace, model: nn.Module) -> dict[str, _Watch]:
+    """Member -> the mean square of each of its elements, wherever a module takes them in alone."""
+    member = {a: (m, a.size) for d in space.dimensions.values() for m, a in zip(d.members, d.axes)}
+    watches: dict[str, _Watch] = {}
+    for call in space.trace.record.calls:
+        if call.source is None:
+            continue
+        for position, dim in enumerate(call.source.dims):
+            found = axes.atoms(dim)
+            if len(found) == 1 and found[0] in member and call.path:
+                name, size = member[found[0]]
+                watch = watches.setdefault(name, _Watch(last=torch.zeros(size)))
+                _on_input(model.get_submodule(call.path), position, watch)
+    return watches
+
+
+def _on_input(module: nn.Module, position: int, watch: _Watch) -> None:
+    def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        x = running.tensors_in((args, kwargs))[0].detach()
+        watch.add(x.float().square().mean([i for i in range(x.dim()) if i != position]))
+
+    module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _watch_blocks(space: SearchSpace, model: nn.Module, kind: str) -> dict[str, list[_Watch]]:
+    """Stack -> what each of its blocks adds to its input, seen before its gate."""
+    watches: dict[str, list[_Watch]] = {}
+    for name, stack in space.stacks.items():
+        watches[name] = [_Watch() for _ in stack.paths]
+        for path, watch in zip(stack.paths, watches[name]):
+            _on_block(model.get_submodule(path), kind, watch)
+    return watches
+
+
+def _on_block(module: nn.Module, kind: str, watch: _Watch) -> None:
+    def hook(module: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
+        x = running.tensors_in((args, kwargs))[0].detach().float().flatten(1)
+        y = running.tensors_in(out)[0].detach().float().flatten(1)
+        if kind == "residual":
+            watch.add(((y - x).square().sum(1) / x.square().sum(1).clamp(min=1e-12)).mean())
+        else:
+            watch.add((1 - torch.cosine_similarity(x, y, dim=1)).mean())
+
+    module.register_forward_hook(hook, with_kwargs=True, prepend=True)

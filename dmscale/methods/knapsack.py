@@ -1,0 +1,58 @@
+"""The default method: a knapsack over importance and exact cost, solved again at every step while the network trains.
+
+An element's importance, E[(m dL/dm)^2], is an estimate of the loss that its removal costs: half the curvature along its own
+mask, which is one, with the empirical Fisher information for the curvature (OBD, LeCun et al., 1990; Theis et al., 2018).
+Such estimates add up, and a block's is in the same unit as a channel's.  What is kept is therefore what has most importance
+for its exact marginal cost, under one threshold for the whole network, chosen so that the cost follows the schedule.
+
+Masks are hard, and what has gone stays gone: the network trains, from the first step to the last, as the one that will be
+exported.  There is no learning rate, no penalty and no relaxation, hence nothing to tune and nothing to round in the end.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .. import budget as budgets
+from ..structure import Structure
+from .base import Method
+
+if TYPE_CHECKING:
+    from ..search import Search
+
+UPDATES = 400
+"""About how often the knapsack is solved in a search; more often gains nothing and takes time."""
+
+
+class Knapsack(Method):
+    """Keep what has most importance for its cost; see the module's docstring."""
+
+    def __init__(self, search: Search, mode: str | None):
+        super().__init__(search, mode)
+        self.kept = torch.ones(self.layout.elements, device=search.device)
+        self.every = max(1, search.steps // UPDATES)
+
+    def scores(self) -> Tensor:
+        """What has gone has no importance left."""
+        return self.search.importance * self.kept
+
+    def advance(self) -> None:
+        search = self.search
+        if search.warming or search.refining or (search.step % self.every and not search.reaches_target):
+            return
+        scores = self.layout.by_member(self.scores())
+        target = budgets.Budget(search.targets())
+        found = budgets.allocate(search.space, target, scores, start=self._current())
+        if search.reaches_target:  # from here on the weights train in exactly what will be exported
+            found = budgets.fit(search.space, found, target, self.layout.by_member(search.importance), keep=found)
+        self.kept.copy_(self.layout.mask_of(found, search.device))
+
+    def masks(self) -> Tensor:
+        return self.kept
+
+    def _current(self) -> Structure:
+        sizes = {d.name: share * d.size for d, share in zip(self.layout.dimensions, self.shares())}
+        return self.search.space.structure(sizes)
