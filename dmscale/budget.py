@@ -392,7 +392,7 @@ class _Problem:
 
 def _in_steps(gain: np.ndarray, d: Dimension) -> np.ndarray:
     """Importance of each element of a dimension, (N,) descending, made even within every step that is kept or left."""
-    ends = np.concatenate([[0], _allowed(d)])
+    ends = np.union1d([0], _allowed(d))
     lengths = np.diff(ends)
     even = np.repeat(np.add.reduceat(gain, ends[:-1]) / lengths, lengths)
     return np.minimum.accumulate(even)  # links may break the order a little

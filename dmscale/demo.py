@@ -4,9 +4,9 @@ A residual CNN and a vision transformer are trained on the 1797 scans of digits 
 pixels; 60% to train on, 40% to test on, the same split always), then brought to a quarter and to a tenth of
 their MACs:
 
-- **DMS** searches the structure while the weights train on, then fine-tunes what it exported;
+- **dmscale** searches the structure while the weights train on, then fine-tunes what it exported;
 - **uniform** keeps the same share of every width and head count, **uniform+depth** of every stack of blocks
-  too, **random** a random one: the structure is there at once, so they fine-tune for the steps that DMS
+  too, **random** a random one: the structure is there at once, so they fine-tune for the steps that dmscale
   searched as well.  All start from the same dense weights and take the same number of steps.
 
 The networks are ordinary modules, written as a user would write them: nothing in them knows dmscale.
@@ -14,14 +14,19 @@ The networks are ordinary modules, written as a user would write them: nothing i
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import math
+import multiprocessing
+import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from queue import Empty
 from typing import Any
 
 import torch
@@ -35,7 +40,7 @@ from .latency import compare_latency
 from .optional import MissingPackageError, require
 from .report import Row, comparison_markdown, comparison_table, plot_comparison, plot_history
 
-METHODS = ("DMS", "uniform", "uniform+depth", "random")
+METHODS = ("dmscale", "uniform", "uniform+depth", "random")
 LATENCY_BATCH = 64  # images; one alone would time Python, not the network
 
 
@@ -135,7 +140,7 @@ class VisionTransformer(nn.Module):
 class Recipe:
     """How one network is made and trained.
 
-    Steps are batches.  DMS takes `search_steps` and then `finetune_steps`; the other methods fine-tune for
+    Steps are batches.  dmscale takes `search_steps` and then `finetune_steps`; the other methods fine-tune for
     the sum.  AdamW throughout: `learning_rate` for the dense network and `finetune_rate` for fine-tuning rise
     for a tenth of the steps and fall as a cosine, `search_rate` is constant.
     """
@@ -281,8 +286,8 @@ def accuracy(model: nn.Module, data: Digits) -> float:
     return 100 * float((model(images).argmax(1) == labels).float().mean())
 
 
-def search_dms(dense: nn.Module, budget: float, job: Job) -> tuple[nn.Module, Any, list[dict[str, Any]]]:
-    """The network that DMS finds at `budget` (share of MACs), fine-tuned, with structure and history.
+def search_and_tune(dense: nn.Module, budget: float, job: Job) -> tuple[nn.Module, Any, list[dict[str, Any]]]:
+    """The network that the search finds at `budget` (share of MACs), fine-tuned, with structure and history.
 
     This is the loop that a user writes; `dense` is left as it is.
     """
@@ -349,15 +354,18 @@ def run(
     budgets: tuple[float, ...] = (0.25, 0.10),
     console: Console | None = None,
     recipes: Mapping[str, Recipe] = RECIPES,
+    workers: int | None = None,
 ) -> dict[str, Any]:
     """Run the demo, print its table, and write everything to the folder `out`.
 
     `seeds` is how many seeds are run, from `first_seed` on; `models` are names in `recipes`; `budgets` are
-    shares of the dense MACs.  Returns what `table.json` holds: "rows" (see `report.Row`), the recipes, the
-    seconds.  The same seeds give the same table on one machine's CPU, but for the measured times.
+    shares of the dense MACs.  `workers` processes of one thread each train the networks side by side, by default
+    as many as there are cores: networks as small as these gain nothing from a second thread.  Returns what
+    `table.json` holds: "rows" (see `report.Row`), the recipes, the seconds.  The same seeds give the same table
+    on one machine's CPU, but for the measured times.
 
     Written: `table.md`, `table.json`, `comparison.png`, and for every network and seed in `NETWORK/seed-N/`
-    the weights `dense.safetensors`; in its `macs-25/` and so on `dms.safetensors`, `uniform.safetensors`,
+    the weights `dense.safetensors`; in its `macs-25/` and so on `dmscale.safetensors`, `uniform.safetensors`,
     `uniform-depth.safetensors`, `random.safetensors`, the structure of each as JSON, and of the search
     `history.json` and `search.png`.
 
@@ -369,16 +377,21 @@ def run(
     started = time.perf_counter()
     pictures = _can_draw(console)
     data = load_digits()
-    results: dict[str, list[list[_Result]]] = {name: [] for name in models}
+    jobs = [(name, seed) for seed in range(first_seed, first_seed + seeds) for name in models]
+    workers = min(len(jobs), workers or os.cpu_count() or 1)
+    found: dict[tuple[str, int], list[_Result]] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
-    with (
-        torch.random.fork_rng(devices=[]),  # the caller's random numbers stay as they were
-        Progress(*columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal) as progress,
-    ):
-        for seed in range(first_seed, first_seed + seeds):
-            for name in models:
-                job = _job(name, recipes[name], data, seed, len(budgets), progress)
-                results[name].append(_one_seed(job, budgets, out / name / f"seed-{seed}", pictures))
+    with Progress(*columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal) as progress:
+        bars = {job: progress.add_task(job[0], total=_steps_of(recipes[job[0]], len(budgets))) for job in jobs}
+
+        def show(job: tuple[str, int], steps: int, what: str) -> None:
+            progress.update(bars[job], advance=steps, description=f"{job[0]}, seed {job[1]}: {what:<22}")
+
+        tasks = [(recipes[name], name, seed, budgets, out / name / f"seed-{seed}", pictures) for name, seed in jobs]
+        for job, results in zip(jobs, _run_all(tasks, workers, show)):
+            found[job] = results
+    _measure_latency(found, data)
+    results = {name: [found[job] for job in jobs if job[0] == name] for name in models}
 
     rows = [row for name in models for row in _rows(name, results[name])]
     caption = _caption(models, recipes, seeds)
@@ -423,57 +436,104 @@ def _check(
         raise DmscaleError("; ".join(problems))
 
 
-def _job(name: str, recipe: Recipe, data: Digits, seed: int, num_budgets: int, progress: Progress) -> Job:
-    """One network and seed with a bar of its own on `progress`."""
-    scaled = num_budgets * len(METHODS) * (recipe.search_steps + recipe.finetune_steps)
-    bar = progress.add_task(name, total=recipe.train_steps + scaled)
-    return Job(
-        name,
-        recipe,
-        data,
-        seed,
-        tick=lambda: progress.advance(bar),
-        describe=lambda what: progress.update(bar, description=f"{name}, seed {seed}: {what:<20}"),
-    )
+def _steps_of(recipe: Recipe, num_budgets: int) -> int:
+    return recipe.train_steps + num_budgets * len(METHODS) * (recipe.search_steps + recipe.finetune_steps)
 
 
-def _one_seed(job: Job, budgets: tuple[float, ...], folder: Path, pictures: bool) -> list[_Result]:
-    """Train one dense network, scale it in every way, write all to `folder`."""
+Show = Callable[[tuple[str, int], int, str], None]
+
+
+def _run_all(tasks: Sequence[tuple], workers: int, show: Show) -> Iterator[list[_Result]]:
+    """The results of every task, in order; here if one worker is wanted, else in processes of their own."""
+    if workers == 1:
+        for task in tasks:
+            yield _one_seed(*task, show)
+        return
+    context = multiprocessing.get_context("spawn")
+    with context.Manager() as manager, ProcessPoolExecutor(workers, context) as pool:
+        queue = manager.Queue()
+        running = [pool.submit(_one_seed, *task, queue) for task in tasks]
+        for future in running:
+            while not future.done():
+                with contextlib.suppress(Empty):
+                    show(*queue.get(timeout=0.2))
+            yield future.result()
+
+
+def _one_seed(
+    recipe: Recipe, name: str, seed: int, budgets: tuple[float, ...], folder: Path, pictures: bool, show: Any
+) -> list[_Result]:
+    """Train one dense network, scale it in every way, write all to `folder`; on one thread, and `show` is told of it."""
     import dmscale
 
-    recipe, data = job.recipe, job.data
-    job.describe("dense")
-    torch.manual_seed(job.seed)
-    dense = recipe.network()
-    train(dense, job, recipe.train_steps, recipe.learning_rate, stage=0)
-    space = dmscale.trace(dense, data.test[0][:1])
-    kinds = {key: dimension.kind for key, dimension in space.dimensions.items()}
-    folder.mkdir(parents=True, exist_ok=True)
-    dmscale.save(dense, folder / "dense.safetensors")
-    results = [_result("dense", None, dense, space.cost(), data)]
-    for budget in budgets:
-        place = folder / f"macs-{100 * budget:g}"
-        place.mkdir(exist_ok=True)
-        for method in METHODS:
-            file = method.lower().replace("+", "-")
-            job.describe(f"{method} at {budget:.0%}")
-            torch.manual_seed(job.seed)
-            if method == "DMS":
-                small, structure, history = search_dms(dense, budget, job)
-                (place / "history.json").write_text(json.dumps(history) + "\n")
-                title = f"{job.name}, seed {job.seed}: search to {budget:.0%} of the MACs"
-                if pictures:
-                    plot_history(history, place / "search.png", title, kinds)
-            else:
-                small, structure = scale_at_once(dense, method, budget, job)
-            dmscale.save(small, place / f"{file}.safetensors")
-            (place / f"{file}.structure.json").write_text(structure.to_json())
-            results.append(_result(method, budget, small, space.cost(structure), data))
-    times = compare_latency([result.model for result in results], data.test[0][:LATENCY_BATCH])
-    for result, milliseconds in zip(results, times):
-        result.latency = milliseconds
-    job.describe("done")
+    tell = show if callable(show) else lambda *news: show.put(news)
+    done = _Ticker(lambda steps, what: tell((name, seed), steps, what))
+    data = load_digits()
+    job = Job(name, recipe, data, seed, done.tick, done.describe)
+    with _one_thread(), torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they were
+        job.describe("dense")
+        torch.manual_seed(seed)
+        dense = recipe.network()
+        train(dense, job, recipe.train_steps, recipe.learning_rate, stage=0)
+        space = dmscale.trace(dense, data.test[0][:1])
+        kinds = {key: dimension.kind for key, dimension in space.dimensions.items()}
+        folder.mkdir(parents=True, exist_ok=True)
+        dmscale.save(dense, folder / "dense.safetensors")
+        results = [_result("dense", None, dense, space.cost(), data)]
+        for budget in budgets:
+            place = folder / f"macs-{100 * budget:g}"
+            place.mkdir(exist_ok=True)
+            for method in METHODS:
+                file = method.lower().replace("+", "-")
+                job.describe(f"{method} at {budget:.0%}")
+                torch.manual_seed(seed)
+                if method == "dmscale":
+                    small, structure, history = search_and_tune(dense, budget, job)
+                    (place / "history.json").write_text(json.dumps(history) + "\n")
+                    title = f"{name}, seed {seed}: search to {budget:.0%} of the MACs"
+                    if pictures:
+                        plot_history(history, place / "search.png", title, kinds)
+                else:
+                    small, structure = scale_at_once(dense, method, budget, job)
+                dmscale.save(small, place / f"{file}.safetensors")
+                (place / f"{file}.structure.json").write_text(structure.to_json())
+                results.append(_result(method, budget, small, space.cost(structure), data))
+        job.describe("done")
     return results
+
+
+class _Ticker:
+    """Counts steps and tells of them ten at a time, so that no process waits for the one that draws the bars."""
+
+    def __init__(self, tell: Callable[[int, str], None]):
+        self._tell, self._steps, self._what = tell, 0, ""
+
+    def tick(self) -> None:
+        self._steps += 1
+        if self._steps == 10:
+            self.describe(self._what)
+
+    def describe(self, what: str) -> None:
+        self._tell(self._steps, what)
+        self._steps, self._what = 0, what
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _measure_latency(found: Mapping[tuple[str, int], list[_Result]], data: Digits) -> None:
+    """Once nothing else runs."""
+    for results in found.values():
+        times = compare_latency([result.model for result in results], data.test[0][:LATENCY_BATCH])
+        for result, milliseconds in zip(results, times):
+            result.latency = milliseconds
 
 
 def _result(method: str, budget: float | None, model: nn.Module, cost: Any, data: Digits) -> _Result:
@@ -504,7 +564,7 @@ def _caption(models: tuple[str, ...], recipes: Mapping[str, Recipe], seeds: int)
     for name in models:
         r = recipes[name]
         lines.append(
-            f"{name}: dense {r.train_steps} steps of {r.batch_size} scans; then DMS {r.search_steps} of"
+            f"{name}: dense {r.train_steps} steps of {r.batch_size} scans; then dmscale {r.search_steps} of"
             f" search and {r.finetune_steps} of fine-tuning, the others"
             f" {r.search_steps + r.finetune_steps} of fine-tuning."
         )

@@ -28,7 +28,7 @@ def quiet():
 def finished(tmp_path_factory):
     """A run of both networks at one budget, and what it printed."""
     out, console = tmp_path_factory.mktemp("demo"), quiet()
-    report = demo.run(out, budgets=(0.25,), recipes=TINY, console=console)
+    report = demo.run(out, budgets=(0.25,), recipes=TINY, console=console, workers=2)
     return out, report, console.file.getvalue()
 
 
@@ -39,7 +39,7 @@ def test_the_named_files_are_written(finished):
         at = f"{name}/seed-0"
         files.append(f"{at}/dense.safetensors")
         files += [f"{at}/macs-25/{file}" for file in ("history.json", "search.png")]
-        for method in ("dms", "uniform", "uniform-depth", "random"):
+        for method in ("dmscale", "uniform", "uniform-depth", "random"):
             files += [f"{at}/macs-25/{method}.{end}" for end in ("safetensors", "structure.json")]
     assert sorted(files) == sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
 
@@ -67,7 +67,7 @@ def test_every_budget_is_met(finished):
 def test_structure_and_history_are_those_of_the_search(finished):
     out, _, _ = finished
     folder = out / "cnn" / "seed-0" / "macs-25"
-    structure = dmscale.Structure.from_json((folder / "dms.structure.json").read_text())
+    structure = dmscale.Structure.from_json((folder / "dmscale.structure.json").read_text())
     history = json.loads((folder / "history.json").read_text())
     assert set(history[0]["sizes"]) == set(structure.sizes)
     assert [entry["step"] for entry in history] == sorted({entry["step"] for entry in history})
@@ -84,7 +84,7 @@ def test_the_table_is_returned_printed_and_written(finished):
 
 def test_the_same_seed_gives_the_same_table(tmp_path):
     def table(folder, **options):
-        report = demo.run(folder, models=("cnn",), budgets=(0.25,), recipes=TINY, console=quiet(), **options)
+        report = demo.run(folder, models=("cnn",), budgets=(0.25,), recipes=TINY, console=quiet(), workers=1, **options)
         return [{key: row[key] for key in row if key != "latency"} for row in report["rows"]]
 
     first = table(tmp_path / "a", first_seed=3)
@@ -97,7 +97,7 @@ def test_the_same_seed_gives_the_same_table(tmp_path):
 
 def test_two_seeds_are_the_two_single_ones(tmp_path):
     recipes = {"cnn": replace(TINY["cnn"], train_steps=2, search_steps=4, finetune_steps=1)}
-    options = {"models": ("cnn",), "budgets": (0.5,), "recipes": recipes, "console": quiet()}
+    options = {"models": ("cnn",), "budgets": (0.5,), "recipes": recipes, "console": quiet(), "workers": 1}
     both = demo.run(tmp_path / "both", seeds=2, **options)
     each = [demo.run(tmp_path / str(seed), first_seed=seed, **options) for seed in (0, 1)]
     for k, row in enumerate(both["rows"]):
