@@ -91,11 +91,8 @@ class ThinMobileNet(nn.Module):
         layers: list[nn.Module] = []
         inputs = 12
         for expand, outputs, blocks, stride in plan:
-            stage = [
-                InvertedResidual(inputs if i == 0 else outputs, outputs, stride if i == 0 else 1, expand)
-                for i in range(blocks)
-            ]
-            layers.append(nn.Sequential(*stage))
+            rest = (InvertedResidual(outputs, outputs, 1, expand) for _ in range(blocks - 1))
+            layers.append(nn.Sequential(InvertedResidual(inputs, outputs, stride, expand), *rest))
             inputs = outputs
         self.stem = nn.Sequential(nn.Conv2d(1, 12, 3, 1, 1, bias=False), nn.BatchNorm2d(12), nn.ReLU6())
         self.stages = nn.Sequential(*layers)

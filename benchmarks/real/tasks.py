@@ -258,7 +258,9 @@ def _language(
         name, model, {"input_ids": torch.zeros(1, train.length, dtype=torch.long, device=on)}, lambda seed: train,
         perplexity(test.plain), metric="perplexity", higher_is_better=False, budgets=("80% params", "50% params", "25% params"),
         recipe={"search_steps": steps, "recovery_steps": steps, "lr": lr, "search_lr": lr / 2, "optimizer": adamw},
-        settings=setup.settings(tokens=len(train.tokens), length=train.length, batch=train.batch, optimizer="adamw, wd 0.05", **settings),
+        settings=setup.settings(
+            tokens=len(train.tokens), length=train.length, batch=train.batch, optimizer="adamw, wd 0.05", **settings
+        ),
     )  # fmt: skip
 
 
@@ -311,6 +313,7 @@ def stories(setup: Setup) -> list[Problem]:
 
 
 TASKS: dict[str, Callable[[Setup], list[Problem]]] = {
-    "cifar10": cifar10, "fashion": fashion, "shakespeare": shakespeare, "stories": stories, "nuclei": nuclei, "wikitext": wikitext,
+    "cifar10": cifar10, "fashion": fashion, "shakespeare": shakespeare, "stories": stories, "nuclei": nuclei,
+    "wikitext": wikitext,
 }  # fmt: skip
 """Name -> its problems.  The small table leaves `wikitext` out: it asks what `shakespeare` asks, on more text."""
