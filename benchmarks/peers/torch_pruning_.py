@@ -69,7 +69,9 @@ def _bisected(task: Task, model: nn.Module, pruner: Any, importance: Any) -> nn.
 
 def _pruned(task: Task, model: nn.Module, pruner: Any, importance: Any, ratio: float) -> nn.Module:
     small = copy.deepcopy(model).eval()
-    for ours, theirs in zip(model.parameters(), small.parameters()):  # a copy has no gradients, and Taylor ranks by them
+    for ours, theirs in zip(
+        model.parameters(), small.parameters()
+    ):  # a copy has no gradients, and Taylor ranks by them
         theirs.grad = None if ours.grad is None else ours.grad.clone()
     args, kwargs = running.arguments(task.space.example_inputs)
     pruner(

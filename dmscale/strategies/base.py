@@ -58,7 +58,7 @@ class Task:
     def fit(self, sizes: Mapping[str, float], scores: Mapping[str, Any]) -> Structure:
         """The last step of every one-shot strategy: `sizes` with the elements of highest score, exactly on budget."""
         start = self.space.structure(sizes, scores)
-        return self.space.fit(start, self.budget, scores)
+        return budgets.fit(self.space, start, self.budget, scores, keep=None)
 
     def fits(self, sizes: Mapping[str, float]) -> bool:
         """Whether dimension -> size, all others full, is within the budget."""

@@ -13,12 +13,12 @@ DEPTH_POWER = math.log(1.2) / math.log(1.1)
 
 @strategy("uniform", "the same share of every width and of the heads, strongest L2 norms stay")
 def uniform(task: Task) -> Found:
-    return Found(by_share(task, task.space.magnitudes()))
+    return Found(task.space.uniform_at(task.budget))
 
 
 @strategy("uniform-depth", "the same share of every width, of the heads and of every stack of blocks")
 def uniform_depth(task: Task) -> Found:
-    return Found(by_share(task, task.space.magnitudes(), 1.0))
+    return Found(task.space.uniform_at(task.budget, depth=True))
 
 
 @strategy("compound", "depth share = width share ^ 1.91 (the rule of EfficientNet, 2019)")
