@@ -8,7 +8,8 @@ it cannot know, for example, that a shortcut pads channels to a fixed number.  D
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -47,16 +48,12 @@ def _bisected(task: Task, model: nn.Module, pruner: Any, importance: Any) -> nn.
     Raises:
         DmscaleError: even at the highest ratio the network is over the budget, or what is pruned does not run.
     """
+    ignored = _workable(task, model, pruner, importance)
     kept, low, high, problem = None, 0.0, 0.99, ""
     for _ in range(_HALVINGS):
         ratio = (low + high) / 2
-        try:
-            small = _pruned(task, model, pruner, importance, ratio)
-            cost = dmscale.trace(small, task.space.example_inputs, verify=False).cost()
-        except Exception as error:  # whatever another library raises on a network that it cannot handle
-            raise dmscale.DmscaleError(
-                f"torch-pruning cannot prune this network: {type(error).__name__}: {error}"
-            ) from error
+        small = _pruned(task, model, pruner, importance, ratio, ignored)
+        cost = dmscale.trace(small, task.space.example_inputs, verify=False).cost()
         if budget.satisfied(cost, task.budget):
             kept, high = small, ratio
         else:
@@ -67,34 +64,61 @@ def _bisected(task: Task, model: nn.Module, pruner: Any, importance: Any) -> nn.
     return kept
 
 
-def _pruned(task: Task, model: nn.Module, pruner: Any, importance: Any, ratio: float) -> nn.Module:
+def _workable(task: Task, model: nn.Module, pruner: Any, importance: Any) -> set[str]:
+    """The shortest list of layers to ignore with which a pruned network runs: the frozen ones, then all that is composed.
+
+    Raises:
+        DmscaleError: there is none.
+    """
+    problem: Exception | None = None
+    for composed in (False, True):
+        ignored = set(_ignored(task, composed))
+        try:
+            _pruned(task, model, pruner, importance, 0.5, ignored)
+        except Exception as error:  # whatever another library raises on a network that it cannot handle
+            problem = error
+        else:
+            return ignored
+    assert problem is not None
+    raise dmscale.DmscaleError(
+        f"torch-pruning cannot prune this network: {type(problem).__name__}: {problem}"
+    ) from problem
+
+
+def _pruned(task: Task, model: nn.Module, pruner: Any, importance: Any, ratio: float, ignored: set[str]) -> nn.Module:
     small = copy.deepcopy(model).eval()
     for ours, theirs in zip(
         model.parameters(), small.parameters()
     ):  # a copy has no gradients, and Taylor ranks by them
         theirs.grad = None if ours.grad is None else ours.grad.clone()
     args, kwargs = running.arguments(task.space.example_inputs)
-    pruner(
-        small, kwargs or args, importance=importance, global_pruning=True, pruning_ratio=ratio,
-        max_pruning_ratio=_MOST, ignored_layers=list(_ignored(task, small)),
-    ).step()  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of every parameter that it prunes by a default
+        pruner(
+            small, kwargs or args, importance=importance, global_pruning=True, pruning_ratio=ratio,
+            max_pruning_ratio=_MOST, ignored_layers=[small.get_submodule(p) for p in ignored],
+        ).step()  # fmt: skip
     with torch.no_grad():
         call(small, task.space.example_inputs)
     return small
 
 
-def _ignored(task: Task, model: nn.Module) -> Iterable[nn.Module]:
-    """Layers whose outputs the trace has frozen, and those whose outputs are heads times something."""
+def _ignored(task: Task, composed: bool) -> Iterator[str]:
+    """Layers whose outputs are frozen; with `composed` also those whose outputs are anywhere a part of something.
+
+    Heads times their size, or channels beside padded ones, are such parts: torch-pruning does not follow these through a
+    reshape or a pad.
+    """
+    slots, model = task.space.trace.slots, task.space.model
     free = {a for d in task.space.dimensions.values() for a in d.axes}
-    for name, dims in task.space.trace.slots.items():
+    parts = {a for dims in slots.values() for d in dims for a in axes.atoms(d) if len(list(axes.atoms(d))) > 1}
+    for name, dims in slots.items():
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
-        if leaf != "weight" or not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)):
-            continue
-        atoms = list(axes.atoms(dims[0]))
-        grouped = getattr(module, "groups", 1) > 1
-        if not set(atoms) <= free or (len(atoms) > 1 and not grouped):
-            yield module
+        if leaf == "weight" and isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)):
+            own = set(axes.atoms(dims[0]))
+            if not own & free or not own <= free or (composed and own & parts):
+                yield path
 
 
 STRATEGIES = [

@@ -25,7 +25,7 @@ def folder() -> Path:
     Raises:
         NoData: there is no such folder.
     """
-    place = Path(os.environ.get("DMSCALE_DATA", "../shared/data"))
+    place = Path(os.environ.get("DMSCALE_DATA") or Path(__file__).resolve().parents[3] / "shared" / "data")
     if not place.is_dir():
         raise NoData(f"no data at {place}; set DMSCALE_DATA to the folder that holds it")
     return place
