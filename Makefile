@@ -7,10 +7,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: help demo test lint types format check clean
+.PHONY: help demo bench-small test lint types format check clean
 
 help:
 	@echo "make demo    set up, then search a small network on embedded data (a minute or two)"
+	@echo "make bench-small  the small table of strategies on real data (hours; resumes); ARGS='--task cifar10' chooses"
 	@echo "make test    set up, then run the test suite; ARGS='tests/test_cli.py -x' chooses"
 	@echo "make lint    ruff check and ruff format --check"
 	@echo "make types   mypy on dmscale"
@@ -33,6 +34,10 @@ $(VENV)/.dev-installed: $(VENV)/.installed
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m dmscale demo $(ARGS)
+
+# Real data in $DMSCALE_DATA, or in ../shared/data.  A run that is finished is not repeated.
+bench-small: $(VENV)/.dev-installed
+	$(BIN)/python -m benchmarks.real --size small --seeds 3 --out runs/real $(ARGS)
 
 test: $(VENV)/.dev-installed
 	$(PYTEST) -q $(ARGS)

@@ -7,6 +7,8 @@ small = search.export()                      # a plain, smaller model of the sam
 """
 
 from .budget import Budget
+from .compare import compare
+from .comparison import Comparison
 from .cost import Cost
 from .errors import BudgetError, DmscaleError, ExportError, SearchError, TraceError
 from .scale import Scaled, scale
@@ -16,7 +18,7 @@ from .storage import load, save
 from .structure import Structure
 
 __all__ = [
-    "Budget", "BudgetError", "Cost", "Dimension", "DmscaleError", "ExportError", "Scaled", "Search", "SearchError", "SearchSpace",
-    "Structure", "TraceError", "load", "save", "scale", "trace",
+    "Budget", "BudgetError", "Comparison", "Cost", "Dimension", "DmscaleError", "ExportError", "Scaled", "Search", "SearchError",
+    "SearchSpace", "Structure", "TraceError", "compare", "load", "save", "scale", "trace",
 ]  # fmt: skip
 __version__ = "0.1.0"

@@ -1,4 +1,5 @@
-"""The command line: `dmscale demo`, `dmscale trace MODEL`, `dmscale scale MODEL --data D --budget B`.
+"""The command line: `dmscale demo`, `dmscale trace MODEL`, `dmscale scale MODEL --data D --budget B`,
+`dmscale compare MODEL --data D --budget B`.
 
 Every error of dmscale is one red message and exit code 2; `dmscale --debug ...` shows its traceback.
 """
@@ -178,6 +179,67 @@ def scale(
     report |= {"torch": torch.__version__, "dmscale": dmscale.__version__}
     (out / "report.json").write_text(json.dumps({**report, **rows}, indent=2) + "\n")
     _print_rows(rows, out)
+
+
+@app.command()
+def compare(
+    model: ModelSpec,
+    data: Annotated[str, typer.Option(help="digits, a folder of images, or file.py:loader.")],
+    budget: Annotated[str, typer.Option(help='What to reach, as "50% macs" or "6M params".')],
+    out: Annotated[Path, typer.Option(help="Folder for the runs and the table; what is there is not repeated.")],
+    strategies: Annotated[str, typer.Option(help="all, or names with commas; a wrong one lists them.")] = "all",
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds.")] = 3,
+    search_steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of a search.")] = 200,
+    recovery_steps: Annotated[int, typer.Option(min=0, help="Optimizer steps after it, for all.")] = 200,
+    lr: Annotated[float, typer.Option(min=0, help="Learning rate of the recovery; a search takes half of it.")] = 1e-3,
+    batch_size: Annotated[int, typer.Option(min=2)] = 64,
+    redo: Annotated[str, typer.Option(help="Strategies whose finished runs are thrown away first.")] = "",
+    input: InputShape = None,
+    classes: Classes = None,
+    weights: Weights = None,
+    freeze: Freeze = None,
+    only: Only = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; by default cuda where there is one.")] = None,
+) -> None:
+    """Compare strategies on MODEL: the same space, budget, data, steps and recovery for all, with random ones beside."""
+    place = _device(device)
+    torch.manual_seed(0)  # of a model without weights
+    source = load_model(model, shape=parse_shape(input) if input else None, classes=classes, weights=weights)
+    network, inputs = source.model.to(place), to_device(source.inputs, place)
+    batches = load_data(data, source, batch_size=batch_size)
+    val = OnDevice(batches.val, place)
+    try:
+        check_fit(network, val, batches.num_classes)
+    except DmscaleError as error:
+        raise SourceError(f"{model} on {data}: {error}") from error
+    if weights is None and model.startswith(("timm:", "torchvision:")):
+        print(
+            "The dense model has random weights, so this compares structures to train; --weights brings trained ones."
+        )
+    console = Console()
+    result = dmscale.compare(
+        network,
+        inputs,
+        lambda seed: load_data(data, source, batch_size=batch_size, seed=seed).train,
+        classification_loss,
+        lambda net: 100 * accuracy(net, val),
+        budget=budget,
+        out=out,
+        strategies=strategies,
+        seeds=seeds,
+        search_steps=search_steps,
+        recovery_steps=recovery_steps,
+        lr=lr,
+        metric="accuracy %",
+        redo=[name for name in redo.split(",") if name],
+        settings={"source": model, "data": data, "weights": weights and str(weights), "batch_size": batch_size},
+        freeze=freeze or (),
+        only=only or (),
+        report=lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True),
+    )
+    console.print(result)
+    written = "table.md, table.json, comparison.png, and a folder for each run"
+    console.print(f"Written to {escape(str(out))}: {written}", soft_wrap=True)
 
 
 def _device(name: str | None) -> torch.device:

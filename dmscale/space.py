@@ -210,31 +210,42 @@ class SearchSpace:
 
     def magnitudes(self) -> dict[str, Tensor]:
         """Member -> the L2 norm of all weights at each of its elements: a score without data."""
-        tensors = dict(self.model.named_parameters())
+        squares = {n: p.detach().float().square() for n, p in self.model.named_parameters() if not p.is_meta}
+        return {m: s.sqrt() for m, s in self.project(squares).items()}
+
+    def project(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Member -> the sum of `values` at each of its elements, (elements,) of float32 on the CPU.
+
+        Args:
+            values: parameter name -> a tensor of its shape; parameters not named count as zero.
+        Returns:
+            an entry for every member that any named parameter has, and for every stack of blocks.
+        """
         scores: dict[str, Tensor] = {}
         index = {a: (m, a.size) for d in self.dimensions.values() for m, a in zip(d.members, d.axes)}
         for name, dims in self.trace.slots.items():
-            t = tensors.get(name)
+            t = values.get(name)
             if t is None or t.is_meta:
                 continue
-            square = t.detach().float().square()
             for position, dim in enumerate(dims):
                 inside = [a for a in axes.atoms(dim) if a in index]
                 if not inside:
                     continue
-                along = square.sum([i for i in range(t.dim()) if i != position]).cpu() if t.dim() > 1 else square.cpu()
+                along = t.sum([i for i in range(t.dim()) if i != position]).cpu() if t.dim() > 1 else t.cpu()
                 for a in inside:
                     member, size = index[a]
                     at = axes.kept(dim, {a: torch.arange(1, size + 1)})  # which element each position belongs to
                     total = torch.zeros(size).index_add_(0, (at - 1).clamp(min=0), along * (at > 0))
                     scores[member] = scores.get(member, torch.zeros(size)) + total
         for stack in self.stacks.values():
-            scores[stack.name] = torch.tensor(
-                [sum(float(p.detach().float().square().sum()) for p in self.model.get_submodule(path).parameters())
-                 if not any(p.is_meta for p in self.model.get_submodule(path).parameters()) else 0.0
-                 for path in stack.paths]
-            )  # fmt: skip
-        return {m: s.sqrt() for m, s in scores.items()}
+            scores[stack.name] = torch.tensor([self._inside(path, values) for path in stack.paths])
+        return scores
+
+    def _inside(self, path: str, values: Mapping[str, Tensor]) -> float:
+        """The sum of `values` over the parameters inside a module."""
+        held = {id(p) for p in self.model.get_submodule(path).parameters()}
+        names = [n for n, p in self.model.named_parameters() if id(p) in held]
+        return sum(float(values[n].sum()) for n in names if n in values)
 
     # -- cost ---------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,1 @@
+"""Thin adapters of other libraries, so that they stand in the same table."""

@@ -1,0 +1,1 @@
+"""Strategies compared on real data: `python -m benchmarks.real --help`."""

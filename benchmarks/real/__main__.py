@@ -1,0 +1,117 @@
+"""python -m benchmarks.real --task cifar10 --size small --budget "25% macs" --strategies dms,knapsack --seeds 3 --out runs/
+
+One folder for each problem, size and budget below `--out`; what is there is not repeated, so the command resumes.
+`--tables` prints what is there as markdown, for docs/benchmarks.md, and trains nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import dmscale
+from dmscale.strategies import REGISTRY
+from dmscale.strategies.base import Strategy
+
+from .data import NoData
+from .tasks import SIZES, TASKS, Problem, Setup
+
+SMALL = ("cifar10", "fashion", "shakespeare", "stories", "nuclei")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.real", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--task", default="all", help=f"{', '.join(TASKS)}; several with commas; all is {', '.join(SMALL)}"
+    )
+    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--budget", action="append", help='as "25%% macs"; repeatable; by default those of the task')
+    parser.add_argument("--strategies", default="all", help=f"{', '.join(REGISTRY)}, and peers where installed")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path("runs/real"))
+    parser.add_argument("--only", default="", help="networks of the task whose name contains this")
+    parser.add_argument(
+        "--validation", action="store_true", help="evaluate on held-out training data, to choose settings"
+    )
+    parser.add_argument("--redo", default="", help="strategies whose finished runs are thrown away first")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, help="of PyTorch; by default its own choice")
+    parser.add_argument(
+        "--search-steps", type=int, help="instead of the task's; keep such runs in an --out of their own"
+    )
+    parser.add_argument("--recovery-steps", type=int)
+    parser.add_argument("--tables", action="store_true", help="print the tables that are there and stop")
+    args = parser.parse_args()
+    if args.tables:
+        print_tables(args.out)
+        return 0
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    setup = Setup(args.size, torch.device(args.device), args.validation, args.out / "dense")
+    failed = 0
+    for name in SMALL if args.task == "all" else args.task.split(","):
+        if name not in TASKS:
+            parser.error(f"unknown task {name!r}; tasks are {', '.join(TASKS)}")
+        try:
+            problems = TASKS[name](setup)
+        except NoData as missing:
+            print(f"{name}: skipped, {missing}", flush=True)
+            continue
+        for problem in problems:
+            if args.only in problem.name:
+                for budget in args.budget or problem.budgets:
+                    failed += run(problem, setup, budget, args)
+    return 1 if failed else 0
+
+
+def run(problem: Problem, setup: Setup, budget: str, args: argparse.Namespace) -> int:
+    """One table; the number of strategies without a result."""
+    tag = budget.replace("%", "").replace(" ", "-").replace(",", "_")
+    split = "-validation" if setup.validation else ""
+    folder = args.out / f"{problem.name}-{setup.size}{split}" / tag
+    print(f"== {problem.name}, {setup.size}, {budget} -> {folder}", flush=True)
+    recipe = dict(problem.recipe)
+    for option in ("search_steps", "recovery_steps"):
+        if getattr(args, option) is not None:
+            recipe[option] = getattr(args, option)
+
+    def report(line: str) -> None:
+        print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
+
+    result = dmscale.compare(
+        problem.model, problem.example, problem.train, problem.criterion, problem.evaluate, budget=budget, out=folder,
+        strategies=args.strategies, seeds=args.seeds, metric=problem.metric, higher_is_better=problem.higher_is_better,
+        extra=peers(), redo=[n for n in args.redo.split(",") if n], settings=problem.settings, report=report, **recipe,
+    )  # fmt: skip
+    print(result.markdown(), flush=True)
+    return sum(not r.values for r in result.rows)
+
+
+def peers() -> list[Strategy]:
+    """Strategies of other libraries that are installed."""
+    try:
+        from benchmarks.peers import torch_pruning_
+    except ImportError:
+        return []
+    return torch_pruning_.STRATEGIES
+
+
+def print_tables(out: Path) -> None:
+    """Every table below `out`, with what it was made on."""
+    for path in sorted(out.glob("**/table.md")):
+        configs = [json.loads(p.read_text()) for p in sorted(path.parent.glob("*/seed-*/config.json"))]
+        print(f"### {path.parent.parent.name}, {path.parent.name.replace('-', ' ')}\n\n{path.read_text()}")
+        for device, threads, torch_, ours in sorted(
+            {(c["device"], c["threads"], c["torch"], c["dmscale"]) for c in configs}
+        ):
+            dates = sorted(c["date"][:10] for c in configs)
+            print(f"{dates[0]} to {dates[-1]}; {device}, {threads} threads; torch {torch_}, dmscale {ours}.\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

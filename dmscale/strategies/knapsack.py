@@ -1,0 +1,114 @@
+"""Knapsack pruning: importance against exact cost (Aflalo et al., 2020; reference 1.128).
+
+Importance is |sum w dL/dw| of an element with all that is linked to it.  What an element costs depends on what else is
+kept, so costs are taken where the search is, from the exact cost polynomial, and not once at the start as in the paper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ..budget import _Problem
+from ..optional import require
+from ..structure import Structure
+from .base import Found, Task, strategy
+from .taylor import taylor_scores
+
+_ROUNDS = 6  # of the exact form: solve, linearise the cost there, solve again
+_REACH = 1.5  # how far a size may move in one round, as a factor: the linear cost is right only nearby
+
+
+@strategy(
+    "knapsack", "least |sum w dL/dw| per saved cost goes, one element at a time, widths and heads", needs_data=True
+)
+def knapsack(task: Task) -> Found:
+    return Found(greedy(task, taylor_scores(task), depth=False))
+
+
+@strategy("knapsack-depth", "the same with blocks among the elements", needs_data=True)
+def knapsack_depth(task: Task) -> Found:
+    return Found(greedy(task, taylor_scores(task), depth=True))
+
+
+@strategy(
+    "knapsack-exact", "the most |sum w dL/dw| within the budget, by integer programming (needs scipy)", needs_data=True
+)
+def knapsack_exact(task: Task) -> Found:
+    return Found(exact(task, taylor_scores(task)))
+
+
+def greedy(task: Task, scores: Mapping[str, Any], depth: bool) -> Structure:
+    """From the full network, drop what is worth least for the cost that it saves until the budget holds."""
+    problem = _Problem(task.space, task.budget, scores, None)
+    sizes = problem.full.copy()
+    load = float(problem.load(sizes[None])[0])
+    while load > 1:
+        moves = [m for m in problem.moves(sizes, up=False) if depth or problem.dimensions[m[0]].kind != "depth"]
+        if not moves:
+            break  # widths are spent: the fit takes blocks
+        after = problem.load(np.stack([problem._moved(sizes, i, k) for i, k in moves]))
+        price = [problem._importance(i, int(sizes[i]), k) for i, k in moves] / np.maximum(load - after, 1e-12)
+        best = int(np.argmin(np.where(after < load, price, np.inf)))
+        if after[best] >= load:
+            best = int(np.argmin(price))  # several constraints: none falls by one step alone
+        sizes, load = problem._moved(sizes, *moves[best]), float(after[best])
+    return task.fit(_named(task, sizes), scores)
+
+
+def exact(task: Task, scores: Mapping[str, Any]) -> Structure:
+    """The integer program over the size of every width: most importance within the cost, linearised at the last solution.
+
+    Raises:
+        MissingPackageError: scipy is not installed.
+    """
+    problem = _Problem(task.space, task.budget, scores, None)
+    start = greedy(task, scores, depth=False)
+    sizes = np.array([start.sizes[n] for n in task.space.dimensions], dtype=np.int64)
+    best = sizes
+    for _ in range(_ROUNDS):
+        sizes = _solve(problem, sizes)
+        structure = task.fit(_named(task, sizes), scores)
+        fitted = np.array([structure.sizes[n] for n in task.space.dimensions], dtype=np.int64)
+        if problem._worth(fitted) <= problem._worth(best):
+            break
+        sizes = best = fitted
+    return task.fit(_named(task, best), scores)
+
+
+def _solve(problem: _Problem, reference: np.ndarray) -> np.ndarray:
+    """The best sizes near `reference` by the cost linearised there: choose one size a dimension."""
+    optimize = require("scipy.optimize", "strategies", "the exact knapsack")
+    sparse = require("scipy.sparse", "strategies", "the exact knapsack")
+    choices: list[tuple[int, int]] = []
+    for i, d in enumerate(problem.dimensions):
+        near = problem.allowed[i]
+        if d.kind == "depth":
+            near = reference[i : i + 1]
+        near = near[(near >= reference[i] / _REACH - 1) & (near <= reference[i] * _REACH + 1)]
+        choices += [(i, int(k)) for k in near]
+    rows = np.stack([problem._moved(reference, i, k) for i, k in choices])
+    at, found = problem.costs(reference[None]), problem.costs(rows)
+    worth = np.array([problem.gain[i][:k].sum() for i, k in choices])
+    one = sparse.csr_matrix((np.ones(len(choices)), ([i for i, _ in choices], np.arange(len(choices)))))
+    constraints = [optimize.LinearConstraint(one, 1, 1)]
+    for m, target in problem.targets.items():
+        change = (found[m] - at[m]) / target
+        constraints.append(optimize.LinearConstraint(change[None], -np.inf, 1 - at[m][0] / target))
+    result = optimize.milp(
+        -worth / max(float(worth.max()), 1e-30), integrality=np.ones(len(choices)), bounds=optimize.Bounds(0, 1),
+        constraints=constraints, options={"time_limit": 20.0},
+    )  # fmt: skip
+    if result.x is None:
+        return reference
+    out = reference.copy()
+    for (i, k), x in zip(choices, result.x):
+        if x > 0.5:
+            out[i] = k
+    return out
+
+
+def _named(task: Task, sizes: np.ndarray) -> dict[str, float]:
+    return {n: int(k) for n, k in zip(task.space.dimensions, sizes)}
