@@ -49,8 +49,8 @@ def test_two_runs_with_one_seed_give_the_same_table_and_the_model_is_left_alone(
     torch.manual_seed(123)  # what the caller's generator holds does not matter
     second = run(tmp_path / "b", model=model)
     assert first.markdown(timing=False) == second.markdown(timing=False)
-    assert {r.strategy for r in first.rows} == {"dms", "knapsack", "uniform", "random"}
-    place = tmp_path / "a" / "dms" / "seed-1"
+    assert {r.strategy for r in first.rows} == {"dmscale", "knapsack", "uniform", "random"}
+    place = tmp_path / "a" / "dmscale" / "seed-1"
     expected = {"config.json", "structure.json", "curves.csv", "weights.safetensors", "result.json", "history.json"}
     assert {p.name for p in place.iterdir()} == expected
     structure = dmscale.Structure.from_json((place / "structure.json").read_text())
@@ -82,7 +82,7 @@ def test_all_take_the_same_steps_over_the_same_batches(tmp_path):
                 torch.rand(3)  # augmentation
                 yield x[index], y[index]
 
-    result = run(tmp_path, train=Spy, seeds=[5], strategies="dms")
+    result = run(tmp_path, train=Spy, seeds=[5], strategies="dmscale")
     streams = [s for s in seen[5] if len(s) == 7]  # 4 of search and 3 of recovery
     assert len(streams) == len(result.rows) == 3
     assert all(s == streams[0] for s in streams)
@@ -90,7 +90,7 @@ def test_all_take_the_same_steps_over_the_same_batches(tmp_path):
         r.strategy: json.loads((tmp_path / r.strategy / "seed-5" / "result.json").read_text()) for r in result.rows
     }
     assert {n: (s["search_steps"], s["recovery_steps"]) for n, s in steps.items()} == {
-        "dms": (4, 3), "uniform": (0, 7), "random": (0, 7),
+        "dmscale": (4, 3), "uniform": (0, 7), "random": (0, 7),
     }  # fmt: skip
 
 

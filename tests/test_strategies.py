@@ -220,7 +220,7 @@ def test_parts_cut_batches_and_means_weigh_them_alike():
 
 def test_selection_by_name():
     mine = Strategy("mine", "", lambda task: Found())
-    assert [s.name for s in select("uniform, dms,uniform")] == ["uniform", "dms"]
+    assert [s.name for s in select("uniform, dmscale,uniform")] == ["uniform", "dmscale"]
     assert select("all", [mine])[-1] is mine and len(select("all")) == len(REGISTRY)
     for names in ("nonsense", "", []):
         with pytest.raises(dmscale.DmscaleError, match="knapsack-exact"):

@@ -1,4 +1,4 @@
-"""python -m benchmarks.real --task cifar10 --size small --budget "25% macs" --strategies dms,knapsack --seeds 3 --out runs/
+"""python -m benchmarks.real --task cifar10 --size small --budget "25% macs" --strategies dmscale,knapsack --seeds 3 --out runs/
 
 One folder for each problem, size and budget below `--out`; what is there is not repeated, so the command resumes.
 `--tables` prints what is there as markdown, for docs/benchmarks.md, and trains nothing.

@@ -1,24 +1,18 @@
-"""The gradient search of this library, and the paper's form of it (DMS, ICML 2024)."""
+"""The searches of this library: its default, the paper's (DMS, ICML 2024), and the comparators behind `Search(method=)`."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from ..evaluate import call
+from ..methods import METHODS
 from ..search import Search
 from .base import Found, Task, strategy
 
 
-@strategy("dms", "gradient search, the library's default engine", trains=True, needs_data=True)
-def dms(task: Task) -> Found:
+@strategy("dmscale", "the search of this library, its default method", trains=True, needs_data=True)
+def default(task: Task) -> Found:
     return search(task)
-
-
-@strategy(
-    "dms-paper", "gradient search as published: soft masks, log penalty above the target", trains=True, needs_data=True
-)
-def dms_paper(task: Task) -> Found:
-    return search(task, mode="penalty", hard=False)
 
 
 def search(task: Task, **options: Any) -> Found:
@@ -38,3 +32,16 @@ def search(task: Task, **options: Any) -> Found:
         optimizer.zero_grad()
         task.tick(loss)
     return Found(found.structure, steps=task.steps, history=found.history)
+
+
+def _register(method: str, about: str) -> None:
+    name = method if method.startswith("dms") else f"search-{method}"
+
+    @strategy(name, about, trains=True, needs_data=True)
+    def find(task: Task) -> Found:
+        return search(task, method=method)
+
+
+for _method, _about in METHODS.items():
+    if _method != "knapsack":  # which is the default
+        _register(_method, _about)
