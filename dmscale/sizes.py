@@ -342,14 +342,31 @@ def _proportional(difference: Poly) -> tuple[Axis, Axis] | None:
     return (x, y) if abs(c) * x.size == abs(d) * y.size else None
 
 
+def _innermost(mentioned: set[Axis], eq: Equation) -> Axis | None:
+    """The last of the factors of a product in `eq`: of its dimension, else of an extent in its expression.
+
+    None where no product has two of them, or where the product is one of sums.
+    """
+    for dim in (eq.dim, *_extents(eq.expression)):
+        product = [a for a in axes.factors(dim) if a in mentioned]
+        if len(product) > 1 and product[-1].is_atom:
+            return product[-1]
+    found = axes.factors(eq.dim)
+    return found[0] if len(found) == 1 and _is_quotient(eq.expression) and found[0] in mentioned else None
+
+
+def _is_quotient(e: Expression) -> bool:
+    return isinstance(e, Operation) and e.symbol == "//"
+
+
 def _freeze_equation(eq: Equation, known: dict[Attribute, Quotient], reason: str) -> None:
     mentioned = _free_atoms(eq)
     for attribute in attributes_of(eq.expression):
         if attribute in known:
             mentioned |= {a for a in known[attribute].variables if isinstance(a, Axis)}
-    # heads * head_dim = width: fixing head_dim, the innermost, leaves a link between the other two
-    product = axes.factors(eq.dim)
-    if len(mentioned) > 2 and len(product) > 1 and product[-1].is_atom and product[-1] in mentioned:
-        mentioned = {product[-1]}
+    # heads * head_dim = width, width // heads = head_dim: fixing head_dim, the innermost, leaves a link of the others
+    inner = _innermost(mentioned, eq) if len(mentioned) > 2 else None
+    if inner is not None:
+        mentioned = {inner}
     for a in mentioned:
         axes.freeze((a,), reason)

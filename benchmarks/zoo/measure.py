@@ -193,8 +193,15 @@ def non_trivial(model: nn.Module) -> nn.Module:
 
 def counted_macs(model: nn.Module, inputs: Any) -> int:
     """MACs of one forward by PyTorch's counter, which counts two FLOPs for each."""
-    with countable(), FlopCounterMode(display=False) as counter:
-        running.outputs(model, inputs)
+    learning = [p for p in model.parameters() if p.requires_grad]
+    for p in learning:  # the counter follows backward passes too, and fails on a parameter that a module takes as input
+        p.requires_grad_(False)
+    try:
+        with countable(), FlopCounterMode(display=False) as counter:
+            running.outputs(model, inputs)
+    finally:
+        for p in learning:
+            p.requires_grad_(True)
     return counter.get_total_flops() // 2
 
 

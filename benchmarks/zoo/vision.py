@@ -25,8 +25,12 @@ Built = tuple[nn.Module, Any]
 
 # -- timm -------------------------------------------------------------------------------------------------------------
 
+SMALL: dict[str, Any] = {"embed_dim": 192, "depth": 3, "num_heads": 3}
+"""A transformer whose smallest published size is large, built small."""
+
 TIMM: dict[str, tuple[str, int, dict[str, Any]]] = {
-    "beit": ("beit_base_patch16_224", 64, {"img_size": 64, "embed_dim": 192, "depth": 3, "num_heads": 3}),
+    "beit": ("beit_base_patch16_224", 64, {"img_size": 64, **SMALL}),
+    "byoanet": ("halonet_h1", 256, {"img_size": 256}),
     "byobnet": ("mobileone_s1", 64, {"img_size": 64}),
     "cait": ("cait_xxs24_224", 64, {"img_size": 64}),
     "coat": ("coat_tiny", 64, {"img_size": 64}),
@@ -39,7 +43,7 @@ TIMM: dict[str, tuple[str, int, dict[str, Any]]] = {
     "cspnet": ("cs3darknet_focus_s", 64, {}),
     "cspnext": ("cspnext_tiny", 64, {}),
     "davit": ("davit_tiny", 64, {}),
-    "deepseek_vit": ("deepseek_vit_412m", 84, {"img_size": 84, "embed_dim": 192, "depth": 3, "num_heads": 3}),
+    "deepseek_vit": ("deepseek_vit_412m", 84, {"img_size": 84, **SMALL}),
     "deit": ("deit_tiny_patch16_224", 64, {"img_size": 64}),
     "densenet": ("densenet121", 64, {}),
     "dla": ("dla46x_c", 64, {}),
@@ -56,7 +60,7 @@ TIMM: dict[str, tuple[str, int, dict[str, Any]]] = {
     "fastvit": ("fastvit_t8", 64, {}),
     "focalnet": ("focalnet_tiny_srf", 64, {}),
     "gcvit": ("gcvit_xxtiny", 64, {"img_size": 64}),
-    "gemma4_vit": ("gemma4_vit_167m", 64, {"img_size": 64, "embed_dim": 192, "depth": 3, "num_heads": 3}),
+    "gemma4_vit": ("gemma4_vit_167m", 64, {"img_size": 64, **SMALL}),
     "ghostnet": ("ghostnet_050", 64, {}),
     "hardcorenas": ("hardcorenas_b", 64, {}),
     "hgnet": ("hgnetv2_b0", 64, {}),
@@ -73,12 +77,13 @@ TIMM: dict[str, tuple[str, int, dict[str, Any]]] = {
     "lowformer": ("lowformer_b0", 64, {}),
     "mambaout": ("mambaout_femto", 64, {}),
     "maxxvit": ("maxvit_pico_rw_256", 64, {"img_size": 64}),
+    "metaformer": ("poolformerv2_s12", 64, {}),
     "mlp_mixer": ("gmlp_ti16_224", 64, {"img_size": 64}),
     "mobilenetv3": ("mobilenetv3_small_050", 64, {}),
     "mobilenetv5": ("mobilenetv5_300m", 64, {"channel_multiplier": 0.25}),
     "mobilevit": ("mobilevit_xxs", 64, {"img_size": 64}),
     "mvitv2": ("mvitv2_tiny", 64, {"img_size": 64}),
-    "naflexvit": ("naflexvit_so150m2_patch16_reg1_gap", 64, {"img_size": 64, "embed_dim": 192, "depth": 3, "num_heads": 3}),
+    "naflexvit": ("naflexvit_so150m2_patch16_reg1_gap", 64, {"img_size": 64, **SMALL}),
     "nasnet": ("nasnetalarge", 64, {}),
     "nest": ("nest_tiny", 64, {"img_size": 64}),
     "nextvit": ("nextvit_small", 64, {}),
@@ -86,7 +91,7 @@ TIMM: dict[str, tuple[str, int, dict[str, Any]]] = {
     "pit": ("pit_ti_224", 64, {"img_size": 64}),
     "pnasnet": ("pnasnet5large", 64, {}),
     "pvt_v2": ("pvt_v2_b0", 64, {}),
-    "qwen3_vit": ("qwen3_vit_88m", 64, {"img_size": 64, "embed_dim": 192, "depth": 3, "num_heads": 3}),
+    "qwen3_vit": ("qwen3_vit_88m", 64, {"img_size": 64, **SMALL}),
     "rdnet": ("rdnet_tiny", 64, {}),
     "regnet": ("regnetx_002", 64, {}),
     "repghost": ("repghostnet_050", 64, {}),
@@ -115,7 +120,7 @@ TIMM: dict[str, tuple[str, int, dict[str, Any]]] = {
     "vision_transformer": ("vit_tiny_patch16_224", 64, {"img_size": 64}),
     "vision_transformer_hybrid": ("vit_tiny_r_s16_p8_224", 64, {"img_size": 64}),
     "vision_transformer_relpos": ("vit_srelpos_small_patch16_224", 64, {"img_size": 64}),
-    "vision_transformer_sam": ("samvit_base_patch16_224", 64, {"img_size": 64, "embed_dim": 192, "depth": 3, "num_heads": 3, "global_attn_indexes": (2,)}),
+    "vision_transformer_sam": ("samvit_base_patch16_224", 64, {"img_size": 64, **SMALL, "global_attn_indexes": (2,)}),
     "vitamin": ("vitamin_small_224", 64, {"img_size": 64}),
     "volo": ("volo_d1_224", 64, {"img_size": 64}),
     "vovnet": ("ese_vovnet19b_slim_dw", 64, {}),
