@@ -7,12 +7,13 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: help demo bench-small test lint types format check clean
+.PHONY: help demo bench-small zoo test lint types format check clean
 
 help:
 	@echo "make demo    set up, then search a small network on embedded data (a minute or two)"
 	@echo "make bench-small  the small table of strategies on real data (hours; resumes); ARGS='--task cifar10' chooses"
 	@echo "make test    set up, then run the test suite; ARGS='tests/test_cli.py -x' chooses"
+	@echo "make zoo     set up, then try every model of benchmarks/zoo and write docs/zoo.md; ARGS='--filter timm:*vit*' chooses"
 	@echo "make lint    ruff check and ruff format --check"
 	@echo "make types   mypy on dmscale"
 	@echo "make format  let ruff rewrite the files"
@@ -32,6 +33,11 @@ $(VENV)/.dev-installed: $(VENV)/.installed
 	$(PIP) install -q -c constraints.txt -e ".[dev]"
 	touch $@
 
+# The zoo's: other model libraries, and torch-pruning to compare with.
+$(VENV)/.zoo-installed: $(VENV)/.dev-installed
+	$(PIP) install -q -c constraints.txt -e ".[dev,zoo]"
+	touch $@
+
 demo: $(VENV)/.installed
 	$(BIN)/python -m dmscale demo $(ARGS)
 
@@ -41,6 +47,9 @@ bench-small: $(VENV)/.dev-installed
 
 test: $(VENV)/.dev-installed
 	$(PYTEST) -q $(ARGS)
+
+zoo: $(VENV)/.zoo-installed
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m benchmarks.zoo --jobs $(WORKERS) $(ARGS)
 
 lint: $(VENV)/.dev-installed
 	$(BIN)/ruff check .

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from . import axes
 from .axes import Dim
-from .sizes import SizedInt
+from .sizes import Extent, SizedInt
 from .tracer import Tracer, _constant, shape_of
 
 Tensor = torch.Tensor
@@ -40,6 +40,8 @@ class Arrivals(TorchFunctionMode):
             shape = shape_of(self.tracer, args[0])
             position = args[1] if len(args) > 1 else kwargs.get("dim")
             return shape if position is None else shape[position]
+        if func is torch.Tensor.numel or func is torch.Tensor.nelement:
+            return _numel(self.tracer, args[0])
         if func is F.scaled_dot_product_attention:
             return _attention(self.tracer, *args, **kwargs)
         name = getattr(func, "__name__", "")
@@ -56,6 +58,11 @@ class Arrivals(TorchFunctionMode):
             self.tracer.making_sized = False
         handler(self.tracer, out, *args, **kwargs)
         return out
+
+
+def _numel(tracer: Tracer, x: Tensor) -> int:
+    dims = tuple(a for dim in tracer.dims(x) for a in dim)
+    return SizedInt(x.numel(), Extent(dims)) if axes.is_free(dims) else x.numel()
 
 
 def _sized(args: Any, kwargs: Any) -> Iterator[SizedInt]:
@@ -199,15 +206,9 @@ def _chunk(tracer: Tracer, out: Sequence[Tensor], x: Tensor, chunks: int, dim: i
     first, *others = [tracer.dims(o)[dim] for o in out]
     for piece in others:  # equal pieces stay equal pieces
         if axes.size(piece) == axes.size(first):
-            tracer.equate(SizedInt(axes.size(first), _extent(first)), piece)
+            tracer.equate(SizedInt(axes.size(first), Extent(first)), piece)
         else:
             tracer.freeze_dims([first, piece], "cut into unequal chunks")
-
-
-def _extent(dim: Dim) -> Any:
-    from .sizes import Extent
-
-    return Extent(dim)
 
 
 @_on("narrow")

@@ -306,19 +306,32 @@ def _solve_once(equations: list[Equation]) -> Solution:
                 known[found[0]] = found[1]
                 progress = True
     links: list[set[Axis]] = []
+    differences: list[tuple[Equation, Poly]] = []
+    equal: dict[Axis, Axis] = {}  # of linked axes of one size, which keep equal counts, the one that stands for all
     for eq in reversed(todo):
         try:
             difference = (_evaluate(eq.expression, known) - Quotient(extent(eq.dim))).numerator
         except (Inexact, _Unknown):
-            _freeze_equation(eq, known, f"a size computed in {eq.where} cannot follow it")
+            _freeze(_mentioned(eq, known), f"a size computed in {eq.where} cannot follow it")
             continue
-        if not difference.terms:
-            continue
+        if difference.terms:
+            differences.append((eq, difference))
+            pair = _proportional(difference)
+            if pair is not None and pair[0].size == pair[1].size:
+                a, b = (_representative(x, equal) for x in pair)
+                if a is not b:
+                    equal[a] = b
+    for eq, difference in differences:
         if any(v.reasons for v in difference.variables):  # type: ignore[attr-defined]
             continue  # frozen in this very pass: the next one sees a constant
         pair = _proportional(difference)
         if pair is None:
-            _freeze_equation(eq, known, f"its size is fixed in {eq.where}")
+            difference = _renamed(difference, equal)
+            pair = _proportional(difference)
+        if not difference.terms:
+            continue
+        if pair is None:
+            _freeze(_least_to_fix(difference, eq, known), f"its size is fixed in {eq.where}")
         else:
             joined = set(pair)
             for group in [g for g in links if g & joined]:
@@ -342,14 +355,62 @@ def _proportional(difference: Poly) -> tuple[Axis, Axis] | None:
     return (x, y) if abs(c) * x.size == abs(d) * y.size else None
 
 
-def _freeze_equation(eq: Equation, known: dict[Attribute, Quotient], reason: str) -> None:
-    mentioned = _free_atoms(eq)
+def _representative(a: Axis, equal: dict[Axis, Axis]) -> Axis:
+    while a in equal:
+        a = equal[a]
+    return a
+
+
+def _renamed(difference: Poly, equal: dict[Axis, Axis]) -> Poly:
+    """`difference` in the representatives of axes that keep equal counts."""
+    if not equal or not any(v in equal for v in difference.variables):
+        return difference
+    terms: dict[tuple, int] = {}
+    for m, c in difference.terms.items():
+        key = tuple(sorted((_representative(v, equal) for v in m), key=id))  # type: ignore[arg-type]
+        terms[key] = terms.get(key, 0) + c
+    return Poly(terms)
+
+
+def _mentioned(eq: Equation, known: dict[Attribute, Quotient]) -> set[Axis]:
+    """The free axes in an equation, and in what is known of its attributes."""
+    found = _free_atoms(eq)
     for attribute in attributes_of(eq.expression):
         if attribute in known:
-            mentioned |= {a for a in known[attribute].variables if isinstance(a, Axis)}
-    # heads * head_dim = width: fixing head_dim, the innermost, leaves a link between the other two
-    product = axes.factors(eq.dim)
-    if len(mentioned) > 2 and len(product) > 1 and product[-1].is_atom and product[-1] in mentioned:
-        mentioned = {product[-1]}
-    for a in mentioned:
+            found |= {a for a in known[attribute].variables if isinstance(a, Axis)}
+    return found
+
+
+def _least_to_fix(difference: Poly, eq: Equation, known: dict[Attribute, Quotient]) -> set[Axis]:
+    """Axes whose fixing brings `difference = 0` nearer to a link between the others, or all of them.
+
+    heads * head_dim = width, and width // heads = head_dim: with head_dim, the innermost, fixed, the others are linked.
+    What both sides have as a factor need not be fixed: heads * a = heads * b is a = b.
+    """
+    if len(difference.terms) == 2:
+        m, n = difference.terms
+        common = [v for v in m if v in n]
+        sides = [[v for v in side if v not in common] for side in (m, n)]
+        if any(len(side) > 1 for side in sides):
+            inner = _innermost(set(max(sides, key=len)), eq)  # type: ignore[arg-type]
+            if inner is not None:
+                return {inner}
+        elif common:
+            return {v for side in sides for v in side}  # type: ignore[misc]
+    return _mentioned(eq, known)
+
+
+def _innermost(factors: set[Axis], eq: Equation) -> Axis | None:
+    """Which of the factors of a product is its last: `eq` shows the product, or it is what a quotient leaves."""
+    for dim in (eq.dim, *_extents(eq.expression)):
+        found = [a for a in axes.factors(dim) if a in factors]
+        if len(found) > 1:
+            return found[-1]
+    quotient = isinstance(eq.expression, Operation) and eq.expression.symbol == "//"
+    found = [a for a in axes.factors(eq.dim) if a in factors]
+    return found[0] if len(found) == 1 and quotient else None
+
+
+def _freeze(found: set[Axis], reason: str) -> None:
+    for a in found:
         axes.freeze((a,), reason)

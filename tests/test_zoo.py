@@ -1,0 +1,218 @@
+"""The zoo: its runner, its list, and a few of its models, measured in full."""
+
+import dataclasses
+import json
+import os
+import signal
+import time
+
+import pytest
+import torch
+from torch import nn
+
+import benchmarks.zoo.__main__ as zoo
+from benchmarks.zoo import Entry, entries, pages, runner, vision
+from benchmarks.zoo.measure import Row, causes, measure
+from dmscale import trace
+
+
+def row(name, status="exact", **more):
+    return Row(name, "family", status, **more).to_dict()
+
+
+class Doubles(nn.Module):
+    """A plain network with an operator that no rule knows."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(4, 8), nn.Linear(8, 6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        y = self.first(x)
+        return self.last(self.second(torch.linalg.solve_triangular(torch.eye(len(y)), y, upper=True)))
+
+
+def entry(name, build=None, requires=""):
+    return Entry(
+        name,
+        "family",
+        build or (lambda: (nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2)), torch.randn(2, 3))),
+        requires,
+    )
+
+
+FAST = [
+    "own:graph network", "own:Conv3d video network", "own:Conv1d temporal network",
+    "own:GRU classifier", "own:LSTM classifier, bidirectional", "timm:starnet_s050", "timm:test_vit4", "torchvision:shufflenet_v2_x0_5",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_a_fast_part_of_the_zoo_is_exact(name):
+    (chosen,) = runner.chosen(entries(), name)
+    if chosen.requires:
+        pytest.importorskip(chosen.requires)
+    got = measure(chosen)
+    assert (got.status, got.problem) == ("exact", "")
+    assert got.dimensions and got.half_macs < 0.9
+
+
+def test_every_file_of_timm_has_an_entry():
+    import timm
+
+    assert set(timm.list_modules()) == set(vision.TIMM)
+
+
+def test_names_are_unique_and_the_list_is_sorted(monkeypatch):
+    names = [(e.family, e.name) for e in entries()]
+    assert names == sorted(names) and len(names) > 140
+    monkeypatch.setattr(vision, "ENTRIES", [entry("a"), entry("a")])
+    with pytest.raises(ValueError, match="'a'"):
+        entries()
+
+
+def test_the_baseline_names_models_of_the_list():
+    names = {e.name for e in entries()}
+    known = [name for name in zoo.read_baseline() if name.partition(":")[0] != "hf"]
+    assert len(known) > 140 and set(known) <= names
+
+
+# -- measuring -------------------------------------------------------------------------------------------------
+
+
+def test_a_row_says_what_is_free_and_what_an_unknown_operator_froze():
+    got = measure(entry("unknown", lambda: (Doubles(), torch.randn(3, 4))))
+    assert got.status == "exact" and got.dimensions == {"width": 1} and got.frozen == 2
+    (operator,) = got.unknown
+    assert got.frozen_by_unknown == {operator: ["first"]}
+    # 4 -> 8 and its bias are held, the weight of 8 -> 6 too: (40 + 48) of 40 + 54 + 14 parameters
+    assert got.causes == {f"no rule for the operator ({operator})": 88 / 108}
+    # `second` can go down to one: 5/6 of its weight and bias and of the columns of the last
+    assert got.free_params == pytest.approx((54 + 12) * 5 / 6 / 108)
+
+
+def test_a_wrong_count_is_inexact(monkeypatch):
+    monkeypatch.setattr("benchmarks.zoo.measure.counted_macs", lambda model, inputs: 1)
+    got = measure(entry("plain"))
+    assert got.status == "inexact" and "counted 1" in got.problem and not got.macs_equal
+
+
+def test_what_is_raised_becomes_a_row():
+    class Broken(nn.Module):
+        def forward(self, x):
+            raise KeyError("gone")
+
+    refused = measure(entry("broken", lambda: (Broken(), torch.randn(2))))
+    assert refused.status == "refused" and "Broken.forward failed" in refused.problem
+    crashed = measure(entry("unbuilt", lambda: 1 / 0))
+    assert crashed.status == "crashed" and "division by zero" in crashed.problem
+
+
+def test_causes_name_no_place_and_no_natural_reason():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 3))
+    assert causes(trace(model, torch.randn(1, 3, 8, 8))) == {}
+    softmaxed = nn.Sequential(nn.Linear(3, 4), nn.Softmax(-1), nn.Linear(4, 2))
+    assert list(causes(trace(softmaxed, torch.randn(1, 3)))) == ["softmax over it (_softmax)"]
+
+
+# -- running ---------------------------------------------------------------------------------------------------
+
+
+def quick(e):
+    if e.name == "slow":
+        time.sleep(60)
+    if e.name == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return row(e.name)
+
+
+def test_each_entry_runs_in_a_process_of_its_own_under_a_limit():
+    given = [entry(n) for n in ("a", "slow", "killed", "b")] + [entry("absent", requires="no_such_package_here")]
+    got = {r["name"]: r for r in runner.run(given, quick, limit=3, jobs=2)}
+    assert {n: r["status"] for n, r in got.items()} == {
+        "a": "exact", "b": "exact", "slow": "timeout", "killed": "crashed", "absent": "skipped",
+    }  # fmt: skip
+    assert "exit code -9" in got["killed"]["problem"] and "no_such_package_here" in got["absent"]["problem"]
+
+
+def test_rows_of_the_same_code_are_kept_and_others_are_not(tmp_path):
+    path = tmp_path / "runs" / "zoo.jsonl"
+    first = runner.Results(path, "code 1")
+    first.add(row("a", "inexact"))
+    first.add(row("a"))
+    first.add(row("b"))
+    with path.open("a") as file:
+        file.write('{"name": "c", "sta')  # a run that was killed while it wrote
+    assert {n: r["status"] for n, r in runner.Results(path, "code 1").rows.items()} == {"a": "exact", "b": "exact"}
+    assert runner.Results(path, "code 2").rows == {}
+
+
+def test_a_stopped_run_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
+    given, measured = [entry("a"), entry("b"), entry("c")], []
+
+    def counting(todo, *rest):
+        measured.append([e.name for e in todo])
+        for e in todo:
+            yield row(e.name)
+
+    monkeypatch.setattr(zoo, "entries", lambda: given)
+    monkeypatch.setattr(zoo, "read_baseline", dict)
+    monkeypatch.setattr(runner, "run", counting)
+    options = ["--results", str(tmp_path / "zoo.jsonl"), "--out", str(tmp_path)]
+    assert zoo.main([*options, "--filter", "b"]) == 0
+    assert not (tmp_path / "zoo.md").exists()  # a part of the zoo is no page
+    assert zoo.main(options) == 0 and zoo.main(options) == 0
+    assert measured == [["b"], ["a", "c"], []]
+    assert "**3 of 3 models exact (100.0%).**" in (tmp_path / "zoo.md").read_text()
+    assert "every operator that the zoo ran has a rule" in (tmp_path / "unsupported.md").read_text()
+    assert zoo.main([*options, "--filter", "nothing"]) == 1
+    assert "families: family" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "status, problem, code",
+    [("exact", "", 0), ("inexact", "differ by 1", 1), ("refused", "no", 1), ("crashed", "oh", 1), ("skipped", "", 0)],
+)
+def test_a_model_that_worked_before_and_does_not_now_fails_the_run(
+    tmp_path, monkeypatch, capsys, status, problem, code
+):
+    monkeypatch.setattr(zoo, "entries", lambda: [entry("a"), entry("b")])
+    monkeypatch.setattr(zoo, "BASELINE", tmp_path / "baseline.json")
+    zoo.BASELINE.write_text(json.dumps({"a": "exact", "b": "refused", "gone": "exact"}))
+    found = {"a": row("a", status, problem=problem), "b": row("b", "refused")}
+    monkeypatch.setattr(runner, "run", lambda todo, *rest: iter([found[e.name] for e in todo]))
+    arguments = ["--results", str(tmp_path / "zoo.jsonl"), "--out", str(tmp_path)]
+    assert zoo.main(arguments) == code
+    assert ("no longer exact: a" in capsys.readouterr().out) == bool(code)
+    assert zoo.main([*arguments, "--accept"]) == code  # accepting says what was; the next run starts from there
+    kept = "exact" if status == "skipped" else status
+    assert zoo.read_baseline() == {"a": kept, "b": "refused", "gone": "exact"}
+
+
+def test_pages_show_every_row():
+    rows = [
+        row(
+            "m1",
+            dimensions={"width": 3, "heads": 2},
+            params=25_600_000,
+            free_params=0.5,
+            causes={"softmax over it": 0.6},
+        ),
+        row("m2", "inexact", error=0.1, problem="exported and gated differ by 1e-01"),
+        row("m3", "timeout", problem="took more than 60 s"),
+        row("m4", unknown={"foo": ["a"]}, frozen_by_unknown={"foo": ["a", "b"]}, free_params=1.0),
+    ]
+    page = pages.zoo_page(rows, 3)
+    assert "**2 of 4 models exact (50.0%).**" in page
+    line = next(x for x in page.splitlines() if x.startswith("| m1 "))
+    assert "| 25.6M |" in line and "| 3 / 2 / 0 |" in line and "softmax over it: 60%" in line
+    assert "**timeout**" in page and "exported and gated differ" in page
+    table = [x for x in page.splitlines() if x.startswith("| m")]
+    assert len({x.count("|") for x in table if not x.startswith("| median")}) == 1
+    unsupported = pages.unsupported_page(rows)
+    assert "| `foo` | m4 | 2: a of m4 ... |" in unsupported
+
+
+def test_a_row_is_plain_data():
+    assert json.loads(json.dumps(row("a"))) == row("a")
+    assert {f.name for f in dataclasses.fields(Row)} == set(row("a"))
