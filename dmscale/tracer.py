@@ -114,6 +114,7 @@ class Record:
     unknown: dict[str, dict[str, None]] = field(default_factory=dict)  # operator without a rule -> module paths
     conflicts: list[str] = field(default_factory=list)
     operators: dict[str, int] = field(default_factory=dict)
+    multiples: list[tuple[Dim, int]] = field(default_factory=list)  # dim, what its size must be a multiple of
     by_products: dict[str, tuple[Dim, ...]] = field(default_factory=dict)  # outputs whose axes may shrink
     read: set[str] = field(default_factory=set)  # parameters that some operator took
 
@@ -265,6 +266,11 @@ class Tracer(TorchDispatchMode):
         self.record.normalisations.append(
             Normalisation(self.op, self.path, self._operator, kind, tuple(dims), self.value(x), w, b, group)
         )
+
+    def multiple_of(self, dim: Dim, step: int) -> None:
+        """Note that a kernel takes `dim` only where its size is a multiple of `step`."""
+        if step > 1 and axes.is_free(dim):
+            self.record.multiples.append((dim, step))
 
     def is_square(self, x: Tensor) -> bool:
         """Whether `x` is the elementwise square of another tensor."""

@@ -6,12 +6,14 @@ one; every stack has two or three layers, and every grouped attention more query
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from dmscale.sources import allow_missing_torchvision_operators
 
@@ -61,7 +63,27 @@ def _build(model: str, config: str, options: dict[str, Any], inputs: Callable[[]
     allow_missing_torchvision_operators()
     import transformers
 
-    return getattr(transformers, model)(getattr(transformers, config)(**options)), inputs()
+    return lively(getattr(transformers, model)(getattr(transformers, config)(**options))), inputs()
+
+
+@torch.no_grad()
+def lively(model: nn.Module) -> nn.Module:
+    """Weights of about the size that training gives them: with an initial 0.02 a wrong slice changes the output by 1e-6."""
+    for module in model.modules():
+        for p in module.parameters(recurse=False):
+            if p.dim() >= 2 and p.is_floating_point() and bool(p.any()):
+                fan_in = math.prod(p.shape[1:]) if isinstance(module, nn.modules.conv._ConvNd) else p.shape[-1]
+                p.div_(p.square().mean().sqrt() * math.sqrt(fan_in))
+    return model
+
+
+def _grouped_mm_flops(a: Sequence[int], b: Sequence[int], *args: Any, **kwargs: Any) -> int:
+    """2 T K M of rows (T, K), each with one of the matrices (G, K, M)."""
+    return 2 * a[0] * a[1] * b[-1]
+
+
+if torch.ops.aten._grouped_mm not in flop_registry:  # PyTorch's counter lacks it; mixtures of experts need it
+    register_flop_formula(torch.ops.aten._grouped_mm)(_grouped_mm_flops)
 
 
 def _entry(
@@ -291,9 +313,9 @@ VISION = [
     }, partial(image, 64)),
     _entry("yolos", "vision", "YolosForObjectDetection", "YolosConfig",
            VIT_LIKE | {"image_size": [32, 32], "num_detection_tokens": 4, "num_labels": 4}, image),
-    _entry("dpt", "vision", "DPTForDepthEstimation", "DPTConfig", VIT_LIKE | {
+    _entry("dpt", "vision", "DPTForSemanticSegmentation", "DPTConfig", VIT_LIKE | {
         "num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3], "neck_hidden_sizes": [8, 16, 24, 32],
-        "fusion_hidden_size": 40, "is_hybrid": False}, image),
+        "fusion_hidden_size": 40, "is_hybrid": False, "num_labels": 4}, image),
     _entry("resnet", "vision", "ResNetForImageClassification", "ResNetConfig", {
         "embedding_size": 16, "hidden_sizes": [16, 24, 32, 40], "depths": [1, 1, 2, 1], "layer_type": "basic",
         "num_labels": 5}, image),
