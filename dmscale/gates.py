@@ -101,6 +101,11 @@ def plan(trace: Trace, blocks: Sequence[Blocks]) -> Sites:
     masked = {
         c.result.origin: norms[c.path].dim for c in trace.record.calls if c.path in norms and c.result is not None
     }
+    removable = {path for stack in blocks for path in stack.paths}
+    for call in sorted((c for c in trace.record.calls if c.path in removable), key=lambda c: c.start):
+        # a block that is gone hands on its input, which must be zero there too
+        if call.result is not None and call.source is not None and call.source.origin not in masked:
+            masked.pop(call.result.origin, None)
     for contraction in trace.record.contractions:
         if axes.is_free(contraction.dim) and not _is_masked(contraction, masked):
             _plan_contraction(trace, contraction, weights, inputs)
