@@ -36,8 +36,9 @@ def certify(space: SearchSpace) -> None:
     while names and _trial(space, model, inputs, names) is not None:
         _check_runs(model, inputs)
         bad = dict(_at_fault(space, model, inputs, names))
-        if not bad:  # only together: without a single culprit all of them stay as they are
-            bad = {n: "exported and gated model differ when several dimensions shrink together" for n in names}
+        if not bad:
+            name, others, failure = _at_fault_together(space, model, inputs, names)
+            bad = {name: f"together with {others}, {failure}"}
         for name, reason in bad.items():
             if name in space.dimensions:
                 space.freeze([name], f"failed its trial: {reason}")
@@ -62,6 +63,17 @@ def _at_fault(space: SearchSpace, model: nn.Module, inputs: Any, names: Sequence
         if _trial(space, model, inputs, half) is not None:
             found += _at_fault(space, model, inputs, half)
     return found
+
+
+def _at_fault_together(space: SearchSpace, model: nn.Module, inputs: Any, names: Sequence[str]) -> tuple[str, str, str]:
+    """The last of the shortest run of `names` that fails, those before it in words, and what happened."""
+    names = sorted(names, key=lambda n: space.dimensions[n].kind == "depth")  # blocks go before widths
+    low, high = 0, len(names)  # names[:low] passes, names[:high] fails
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if _trial(space, model, inputs, names[:middle]) is not None else (middle, high)
+    failure = _trial(space, model, inputs, names[:high]) or "exported and gated model differ"
+    return names[high - 1], names[0] if high == 2 else "others", failure
 
 
 def _trial(space: SearchSpace, model: nn.Module, inputs: Any, names: Sequence[str]) -> str | None:

@@ -54,7 +54,10 @@ class InputSite:
 
 @dataclass(frozen=True, eq=False)
 class NormSite:
-    """Give module `module` its kept-count form over `dim` at `position` of its input; `weight` is scaled, or the output."""
+    """Give module `module` its kept-count form over `dim` at `position` of its input.
+
+    `weight` is scaled where it is a parameter and there is a bias; else the output, without the `bias` that it holds.
+    """
 
     module: str
     position: int
@@ -63,6 +66,7 @@ class NormSite:
     centred: bool
     over_space: bool
     weight: str | None
+    bias: str | None
 
 
 @dataclass(frozen=True)
@@ -96,11 +100,17 @@ def plan(trace: Trace, blocks: Sequence[Blocks]) -> Sites:
                     axes.freeze(dim, site)
             else:
                 norms[norm.path] = site
-                if norm.bias is not None and norm.bias in trace.slots:  # so that what is removed leaves as zero
-                    _mask(trace, norm.path, norm.bias, _holding(trace, norm.bias, norm.dims[0]), weights)
+                bias = _bias_of(trace, norm)
+                if bias is not None and bias in trace.slots:  # so that what is removed leaves as zero
+                    _mask(trace, norm.path, bias, _holding(trace, bias, norm.dims[0]), weights)
     masked = {
         c.result.origin: norms[c.path].dim for c in trace.record.calls if c.path in norms and c.result is not None
     }
+    removable = {path for stack in blocks for path in stack.paths}
+    for call in sorted((c for c in trace.record.calls if c.path in removable), key=lambda c: c.start):
+        # a block that is gone hands on its input, which must be zero there too
+        if call.result is not None and call.source is not None and call.source.origin not in masked:
+            masked.pop(call.result.origin, None)
     for contraction in trace.record.contractions:
         if axes.is_free(contraction.dim) and not _is_masked(contraction, masked):
             _plan_contraction(trace, contraction, weights, inputs)
@@ -126,23 +136,36 @@ def _is_masked(c: Contraction, masked: Mapping[int, Dim]) -> bool:
 def _norm_site(trace: Trace, norm: Normalisation) -> NormSite | str:
     """The kept-count form of the module that runs `norm`, or why there is none."""
     where = f"{norm.path or 'the model'} ({norm.operator})"
-    if norm.kind not in KEPT_COUNT:
-        return f"{norm.kind} over it in {where}" if norm.kind != "softmax" else f"softmax over it in {where}"
     calls = [c for c in trace.record.calls if c.path == norm.path]
-    if not calls or len(norm.dims) != 1:
+    call = next((c for c in calls if c.start < norm.op <= c.end), calls[0] if calls else None)
+    near = [] if call is None else [
+        n for n in trace.record.normalisations if n is not norm and n.path == norm.path and call.start < n.op <= call.end
+        and any(axes.is_free(d) for d in n.dims)
+    ]  # fmt: skip
+    # a normalisation written out: the mean of the input, and the mean square of what is left of it
+    parts = [n for n in near if {n.kind, norm.kind} == {"mean", "mean square"} and axes.same(n.dims[0], norm.dims[0])]
+    if norm.kind not in KEPT_COUNT and not parts:
+        return f"{norm.kind} over it in {where}" if norm.kind != "softmax" else f"softmax over it in {where}"
+    if call is None or len(norm.dims) != 1:
         return f"normalised over several axes, or outside a module of its own, in {where}"
-    call = next((c for c in calls if c.start < norm.op <= c.end), calls[0])
     inside = any(c.start < term.op <= c.end for c in calls for term in trace.record.terms)
-    others = [n for n in trace.record.normalisations if n is not norm and n.path == norm.path and call.start < n.op <= call.end
-              and any(axes.is_free(d) for d in n.dims)]  # fmt: skip
     position = _position(call, norm.group + norm.dims[0])
-    if inside or others or position is None:
+    if inside or len(near) > len(parts) or position is None:
         return f"normalised inside a module that does more than that, in {where}"
     weight = norm.weight.rpartition(".")[2] if norm.weight and norm.bias else None
+    bias = _bias_of(trace, norm)
     return NormSite(
-        norm.path, position, norm.dims[0], norm.group, KEPT_COUNT[norm.kind],
-        norm.operator == "native_group_norm", weight,
+        norm.path, position, norm.dims[0], norm.group, bool(parts) or KEPT_COUNT[norm.kind],
+        norm.operator == "native_group_norm", weight, bias.rpartition(".")[2] if bias and not weight else None,
     )  # fmt: skip
+
+
+def _bias_of(trace: Trace, norm: Normalisation) -> str | None:
+    """The parameter that the module of `norm` adds to the result, by its operator or in an addition of its own."""
+    if norm.bias is not None:
+        return norm.bias
+    added = [n for op, n in trace.record.biases if n.rpartition(".")[0] == norm.path and _holding(trace, n, norm.dims[0])]
+    return added[0] if added else None
 
 
 def _position(call: Call, dim: Dim) -> int | None:
@@ -307,7 +330,7 @@ def attach(
         norm = gated.get_submodule(site.module)
         norm.register_forward_pre_hook(KeptCount(masks, site), with_kwargs=True)
         if site.weight is None:
-            norm.register_forward_hook(Rescale(scales[site.module]))
+            norm.register_forward_hook(Rescale(scales[site.module], site.bias))
     for stack in sites.blocks:
         for i, path in enumerate(stack.paths):
             gated.get_submodule(path).register_forward_hook(BlockGate(masks, stack.name, i), with_kwargs=True)
@@ -417,11 +440,15 @@ class _KeptCount(torch.autograd.Function):
 
 @dataclass
 class Rescale:
-    """After a normalisation without a bias: times sqrt(k / N)."""
+    """After a normalisation: times sqrt(k / N), all but the bias that was added."""
 
     scale: NormScale
+    bias: str | None = None
 
     def __call__(self, module: nn.Module, args: tuple, out: Any) -> Any:
+        if self.bias is not None:
+            b = getattr(module, self.bias)
+            return _replace_first(out, lambda y: torch.lerp(b.to(y.dtype), y, self.scale().to(y.dtype)))
         return _replace_first(out, lambda y: _Scaled.apply(y, self.scale()))
 
 

@@ -475,12 +475,15 @@ def _dimensions(
     names = naming.name_axes(trace)
     heads = {a for dim in trace.record.batched for a in axes.atoms(dim)}
     groups = _groups([a for a in names if not a.reasons], resolved.solution.links)
+    steps = _steps(trace.record.multiples)
     dimensions: dict[str, Dimension] = {}
     for group in groups:
         group = sorted(group, key=lambda a: (names[a].count("."), a.size))  # the widest scope names the dimension
         name, size = names[group[0]], group[0].size
         kind = "heads" if group[0] in heads else "width"
         step = size // math.gcd(*(a.size for a in group))  # so that every linked axis keeps whole elements
+        for a in group:  # an axis of a.size keeps n * a.size / size elements of n: that must be a multiple of its own step
+            step = math.lcm(step, steps.get(a, 1) * size // math.gcd(steps.get(a, 1) * size, a.size))
         wanted = _bound(options.multiple, name, 1) if kind == "width" else 1
         dimensions[name] = Dimension(
             name, kind, size, _bound(options.minimum, name, 1), math.lcm(step, wanted),
@@ -490,6 +493,29 @@ def _dimensions(
         dimensions[stack.name] = Dimension(stack.name, "depth", len(stack.paths), stack.minimum)
     frozen = {names[a]: "; ".join(list(a.reasons)[:2]) for a in names if a.reasons} | options.no_depth
     return dimensions, frozen
+
+
+def _steps(multiples: Iterable[tuple[axes.Dim, int]]) -> dict[Axis, int]:
+    """Axis -> what its size must be a multiple of, so that every dimension is a multiple of what its kernel takes."""
+    steps: dict[Axis, int] = {}
+
+    def require(dim: axes.Dim, step: int) -> None:
+        found = axes.factors(dim)
+        fixed = math.prod(a.size for a in found if not axes.is_free((a,)))
+        step //= math.gcd(step, fixed)
+        free = [a for a in found if axes.is_free((a,))]
+        if step == 1 or not free:
+            return
+        last = free[-1]
+        if last.sum is None:
+            steps[last] = math.lcm(steps.get(last, 1), step)
+        else:
+            for part in last.sum:
+                require(part, step)
+
+    for dim, step in multiples:
+        require(dim, step)
+    return steps
 
 
 def _bound(bounds: Mapping[str, int], name: str, default: int) -> int:

@@ -110,10 +110,12 @@ class Record:
     equations: list[Equation] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
     additions: list[tuple[int, frozenset[int]]] = field(default_factory=list)
+    biases: list[tuple[int, str]] = field(default_factory=list)  # op, the parameter that it adds as it is
     activations: list[tuple[int, int, tuple[Dim, ...]]] = field(default_factory=list)  # op, bytes an element, dims
     unknown: dict[str, dict[str, None]] = field(default_factory=dict)  # operator without a rule -> module paths
     conflicts: list[str] = field(default_factory=list)
     operators: dict[str, int] = field(default_factory=dict)
+    multiples: list[tuple[Dim, int]] = field(default_factory=list)  # dim, what its size must be a multiple of
     by_products: dict[str, tuple[Dim, ...]] = field(default_factory=dict)  # outputs whose axes may shrink
     read: set[str] = field(default_factory=set)  # parameters that some operator took
 
@@ -262,9 +264,16 @@ class Tracer(TorchDispatchMode):
     ) -> None:  # fmt: skip
         """Note that the result depends on how many elements `dims` have."""
         w, b = (next(iter(self.value(p).params), None) if p is not None else None for p in (weight, bias))
+        if weight is not None and w is not None and self._names[w] is not self.value(weight):
+            w = None  # made from a parameter (1 + w): scaling the parameter would not scale the result
         self.record.normalisations.append(
             Normalisation(self.op, self.path, self._operator, kind, tuple(dims), self.value(x), w, b, group)
         )
+
+    def multiple_of(self, dim: Dim, step: int) -> None:
+        """Note that a kernel takes `dim` only where its size is a multiple of `step`."""
+        if step > 1 and axes.is_free(dim):
+            self.record.multiples.append((dim, step))
 
     def is_square(self, x: Tensor) -> bool:
         """Whether `x` is the elementwise square of another tensor."""
@@ -366,6 +375,7 @@ class Tracer(TorchDispatchMode):
             square = values[0].square
         if func in (aten.add.Tensor, aten.add_.Tensor) and len(values) == 2:
             record.additions.append((self.op, frozenset(v.origin for v in values)))
+            record.biases += [(self.op, n) for v in values if not v.data for n in v.params if len(v.params) == 1]
         is_view = func in _VIEWS
         for o, dims in zip(outs, found):
             self._store(o, Value(tuple(dims), params, data, origin or self._new_origin(), square))

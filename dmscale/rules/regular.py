@@ -54,4 +54,7 @@ def grouped_mm(trace: Tracer, out: torch.Tensor, a: torch.Tensor, b: torch.Tenso
     trace.freeze_dims([*trace.dims(a)[:-1], *trace.dims(b)[:-2]], "rows and experts are matched by the routing")
     trace.contracted(k, [(a, trace.dims(a)[-1]), (b, k)])
     trace.count_macs([*trace.dims(a)[:-1], k, m])
+    trace.produced(m)
+    for dim in (k, m):  # its kernels load 16 bytes at a time
+        trace.multiple_of(dim, 16 // a.element_size())
     return [*trace.dims(a)[:-1], m]
