@@ -18,6 +18,7 @@ import dmscale
 from dmscale.strategies import REGISTRY
 from dmscale.strategies.base import Strategy
 
+from . import variants
 from .data import NoData
 from .tasks import SIZES, TASKS, Problem, Setup
 
@@ -86,19 +87,20 @@ def run(problem: Problem, setup: Setup, budget: str, args: argparse.Namespace) -
     result = dmscale.compare(
         problem.model, problem.example, problem.train, problem.criterion, problem.evaluate, budget=budget, out=folder,
         strategies=args.strategies, seeds=args.seeds, metric=problem.metric, higher_is_better=problem.higher_is_better,
-        extra=peers(), redo=[n for n in args.redo.split(",") if n], settings=problem.settings, report=report, **recipe,
+        extra=beyond_the_package(args.strategies), redo=[n for n in args.redo.split(",") if n], settings=problem.settings, report=report, **recipe,
     )  # fmt: skip
     print(result.markdown(), flush=True)
     return sum(not r.values for r in result.rows)
 
 
-def peers() -> list[Strategy]:
-    """Strategies of other libraries that are installed."""
+def beyond_the_package(names: str) -> list[Strategy]:
+    """Strategies of other libraries that are installed, and, where one is named, the variants of the ablations."""
+    found = list(variants.STRATEGIES) if ":" in names else []
     try:
         from benchmarks.peers import torch_pruning_
     except ImportError:
-        return []
-    return torch_pruning_.STRATEGIES
+        return found
+    return found + torch_pruning_.STRATEGIES
 
 
 def print_tables(out: Path) -> None:
