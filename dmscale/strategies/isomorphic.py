@@ -45,7 +45,8 @@ def ranked(space: SearchSpace, values: dict[str, np.ndarray]) -> dict[str, np.nd
 
 
 def signature(space: SearchSpace, d: Dimension) -> tuple:
-    """What makes dimensions isomorphic: their kind and, of each parameter that holds them, its module's class and place.
+    """What makes dimensions isomorphic: their kind and, of each parameter that holds them, its module's class, the place, and
+    how many axes share that place (a head's channels lie beside the heads, hidden channels are alone).
 
     A residual stream is held by as many parameters as there are blocks; only which kinds they are counts.
     """
@@ -54,6 +55,7 @@ def signature(space: SearchSpace, d: Dimension) -> tuple:
     for name, dims in space.trace.slots.items():
         path, _, leaf = name.rpartition(".")
         for position, dim in enumerate(dims):
-            if own & set(axes.atoms(dim)):
-                held.add((type(space.model.get_submodule(path)).__name__, leaf, position))
+            atoms = list(axes.atoms(dim))
+            if own & set(atoms):
+                held.add((type(space.model.get_submodule(path)).__name__, leaf, position, len(atoms)))
     return (d.kind, *sorted(held))

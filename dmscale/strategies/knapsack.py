@@ -15,6 +15,7 @@ from ..budget import _Problem
 from ..optional import require
 from ..structure import Structure
 from .base import Found, Task, strategy
+from .ranking import by_share
 from .taylor import taylor_scores
 
 _ROUNDS = 6  # of the exact form: solve, linearise the cost there, solve again
@@ -65,17 +66,23 @@ def exact(task: Task, scores: Mapping[str, Any]) -> Structure:
         MissingPackageError: scipy is not installed.
     """
     problem = _Problem(task.space, task.budget, scores, None)
-    start = greedy(task, scores, depth=False)
-    sizes = np.array([start.sizes[n] for n in task.space.dimensions], dtype=np.int64)
-    best = sizes
-    for _ in range(_ROUNDS):
-        sizes = _solve(problem, sizes)
-        structure = task.fit(_named(task, sizes), scores)
-        fitted = np.array([structure.sizes[n] for n in task.space.dimensions], dtype=np.int64)
-        if problem._worth(fitted) <= problem._worth(best):
-            break
-        sizes = best = fitted
-    return task.fit(_named(task, best), scores)
+    best: Structure | None = None
+    for start in (greedy(task, scores, depth=False), by_share(task, scores)):  # the linear cost finds a local optimum
+        for _ in range(_ROUNDS):
+            if best is not None and _worth(problem, start) <= _worth(problem, best):
+                break
+            best = start
+            start = task.fit(_named(task, _solve(problem, _vector(best))), scores)
+    assert best is not None
+    return best
+
+
+def _vector(structure: Structure) -> np.ndarray:
+    return np.array(list(structure.sizes.values()), dtype=np.int64)
+
+
+def _worth(problem: _Problem, structure: Structure) -> float:
+    return problem._worth(_vector(structure))
 
 
 def _solve(problem: _Problem, reference: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Layer skipping: blocks go first, by a rule; widths give the rest where blocks alone do not reach the budget.
+"""Layer skipping: blocks go, by a rule, until one more would undercut the budget; widths give what is left to save.
 
 Three rules say which blocks stay (reference 3.22): spread evenly (Unified Layer Skipping, 2024), those whose output is least
 like their input (ShortGPT and others, 2024), those whose residual is largest beside what it is added to.
@@ -39,17 +39,17 @@ def skip_contribution(task: Task) -> Found:
 
 
 def _skipped(task: Task, worth: dict[str, Tensor]) -> Any:
-    """Take out the block that is worth least, over all stacks, until the budget holds; then fit exactly."""
+    """Take out the blocks that are worth least, over all stacks, while the budget is not undercut; then fit exactly."""
     if not worth:
         raise DmscaleError("layer skipping needs removable residual blocks; this space has no depth dimension")
     space = task.space
     sizes: dict[str, float] = {n: space.dimensions[n].size for n in worth}
     order = sorted((float(v), n, i) for n, w in worth.items() for i, v in enumerate(w))
     for _, name, _ in order:
-        if task.fits(sizes):
+        fewer = sizes | {name: max(sizes[name] - 1, space.dimensions[name].lowest)}
+        if task.fits(fewer):
             break
-        if sizes[name] > space.dimensions[name].lowest:
-            sizes[name] -= 1
+        sizes = fewer
     return task.fit(sizes, space.magnitudes() | worth)
 
 
