@@ -87,7 +87,8 @@ def run(problem: Problem, setup: Setup, budget: str, args: argparse.Namespace) -
     result = dmscale.compare(
         problem.model, problem.example, problem.train, problem.criterion, problem.evaluate, budget=budget, out=folder,
         strategies=args.strategies, seeds=args.seeds, metric=problem.metric, higher_is_better=problem.higher_is_better,
-        extra=beyond_the_package(args.strategies), redo=[n for n in args.redo.split(",") if n], settings=problem.settings, report=report, **recipe,
+        extra=beyond_the_package(args.strategies),
+        redo=[n for n in args.redo.split(",") if n], settings=problem.settings, report=report, **recipe,
     )  # fmt: skip
     print(result.markdown(), flush=True)
     return sum(not r.values for r in result.rows)
