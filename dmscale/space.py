@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from . import axes, blocks, budget, certify, export, gates, naming, tracing
 from .axes import Axis
-from .cost import METRICS, Cost, CostModel, product
+from .cost import METRICS, Cost, CostModel, CostTerm, product
 from .errors import DmscaleError, ExportError
 from .polynomial import Poly
 from .sizes import Solution, extent, solve
@@ -115,6 +115,9 @@ class SearchSpace:
     def costs(self) -> CostModel:
         """The cost polynomials over `variables`."""
         return _cost_model(self)
+
+    def _latency_metric(self) -> Any:
+        raise NotImplementedError
 
     @property
     def variables(self) -> list[Hashable]:
@@ -497,36 +500,50 @@ def _groups(free: list[Axis], links: list[set[Axis]]) -> list[list[Axis]]:
 
 def _cost_model(space: SearchSpace) -> CostModel:
     record = space.trace.record
-    inside = _block_finder(space)
+    inside = block_finder(space)
     free = {a for d in space.dimensions.values() for a in d.axes}
-    totals: dict[str, dict[Any, int]] = {m: {} for m in METRICS}
+    terms: dict[str, list[CostTerm]] = {m: [] for m in METRICS}
 
-    def add(metric: str, dims: Sequence[axes.Dim], gate: tuple[Hashable, ...], weight: int) -> None:
-        poly = product([_extent(dim, free) for dim in dims] + [Poly.variable(g) for g in gate])
-        terms = totals[metric]
-        for monomial, coefficient in poly.terms.items():
-            terms[monomial] = terms.get(monomial, 0) + coefficient * weight
+    def add(
+        metric: str, dims: Sequence[axes.Dim], gate: tuple[Hashable, ...], weight: int, paths: Sequence[str]
+    ) -> None:
+        poly = product([extent_in(dim, free) for dim in dims] + [Poly.variable(g) for g in gate])
+        terms[metric].append(CostTerm(poly * weight if weight != 1 else poly, tuple(paths)))
 
     for term in record.terms:
-        add("macs", term.dims, inside(term.op), 1)
-    for op, element, dims in record.activations:
-        add("activations", dims, inside(op), element)
+        add("macs", term.dims, inside(term.op), 1, [term.path])
+    for op, element, dims, path in record.activations:
+        add("activations", dims, inside(op), element, [path])
+    for kept in record.cached:
+        add("kv_cache", _once(kept.dims, kept.repeated), inside(kept.op), kept.element, [kept.path])
     parameters = dict(space.model.named_parameters(remove_duplicate=False))
     for name, dims in space.trace.slots.items():
         if name in parameters:
             owners = [name, *(n for n, first in space.trace.aliases.items() if first == name)]
             gate = _block_of_parameters(space, owners)
-            add("params", dims, gate, 1)
-            add("bytes", dims, gate, parameters[name].element_size())
+            paths = [n.rpartition(".")[0] for n in owners]
+            add("params", dims, gate, 1, paths)
+            add("bytes", dims, gate, parameters[name].element_size(), paths)
     uncounted = [f"{op} in {path or 'the model'}" for op, paths in record.unknown.items() for path in paths]
-    return CostModel(space.variables, {m: Poly(t) for m, t in totals.items()}, uncounted)
+    return CostModel(space.variables, terms, uncounted, {"latency": space._latency_metric})
 
 
-def _extent(dim: axes.Dim, free: set[Axis]) -> Poly:
+def _once(dims: Sequence[axes.Dim], repeated: Sequence[axes.Dim]) -> list[axes.Dim]:
+    """`dims` as they were before the repetitions."""
+    left = [a for dim in dims for a in axes.factors(dim)]
+    for a in axes.factors([a for dim in repeated for a in dim]):
+        if a in left:
+            left.remove(a)
+    return [(a,) for a in left]
+
+
+def extent_in(dim: axes.Dim, free: set[Axis]) -> Poly:
+    """The size of `dim` as a polynomial in the axes of `free`; the others are constants."""
     return extent(dim) if any(a in free for a in axes.atoms(dim)) else Poly.of(axes.size(dim))
 
 
-def _block_finder(space: SearchSpace) -> Callable[[int], tuple[Hashable, ...]]:
+def block_finder(space: SearchSpace) -> Callable[[int], tuple[Hashable, ...]]:
+    """What tells of an operator's number the removable block that it runs in, as a variable: one or none."""
     gates_at: dict[int, tuple[Hashable, ...]] = {}
     for stack in space.stacks.values():
         for i, (start, end) in enumerate(stack.ranges):
