@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,12 @@ _MOST_EXCHANGES = 2048
 
 _MOST_STEPS = 256
 """A dimension goes at most this many steps at once."""
+
+_MOST_ROUNDS = 4
+"""So many times exchanges start again from what came closest."""
+
+_FEW_DIMENSIONS = 32
+"""With more, a round of exchanges that comes no nearer is the last one: there are other ways enough."""
 
 _PREFIX = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
 _BYTES = {f"{p}B": n for p, n in _PREFIX.items() if p not in ("", "B")} | {
@@ -423,11 +430,12 @@ class _Problem:
         """
         best, most = sizes, float(self.load(sizes[None])[0])
         for widths_only in (True, False):
-            front = best[None]
-            for _ in range(4):
+            front, seen = best[None], {round(most, 9)}
+            for _ in range(_MOST_ROUNDS):
                 if most >= 1 - SLACK:
                     return best
-                found = np.unique(np.concatenate([self._exchanged(s, widths_only) for s in front]), axis=0)
+                most_rows = _MOST_EXCHANGES if len(front) == 1 else _MOST_EXCHANGES // 4
+                found = np.concatenate([self._exchanged(s, widths_only, most_rows) for s in front])
                 load = self.load(found)
                 found, load = found[load <= 1], load[load <= 1]
                 if not len(load):
@@ -435,40 +443,74 @@ class _Problem:
                 close = found[load >= 1 - SLACK]
                 if len(close):
                     return close[int(np.argmax(self._worth(close)))]
-                front = found[np.argsort(-load, kind="stable")[:8]]
+                if load.max() <= most and len(sizes) > _FEW_DIMENSIONS:
+                    break
                 if load.max() > most:
-                    best, most = front[0], float(load.max())
+                    best, most = found[int(np.argmax(load))], float(load.max())
+                # equal blocks give many structures of one cost: as a start each of them is as good as another
+                distinct, first = np.unique(-load.round(9), return_index=True)
+                new = [int(i) for cost, i in zip(-distinct, first) if float(cost) not in seen][:8]
+                front, seen = found[new], seen | {float(load[i].round(9)) for i in new}
+                if not len(front):
+                    break
         return best
 
-    def _exchanged(self, sizes: np.ndarray, widths_only: bool) -> np.ndarray:
-        """For every dimension a few steps up or down, and every other one: the largest size of that which fits, (S, D)."""
-        chosen = [i for i, d in enumerate(self.dimensions) if not (widths_only and d.kind == "depth")]
+    def _exchanged(self, sizes: np.ndarray, widths_only: bool, most: int) -> np.ndarray:
+        """For every dimension a few steps up or down, and every other one: the largest size of that which fits, (S, D).
+
+        Of more than `most` such pairs some, spread evenly.
+        """
+        chosen = self._that_matter(sizes, widths_only)
         reach = max(1, _MOST_EXCHANGES // (2 * max(len(chosen), 1) ** 2))
-        starts: list[np.ndarray] = []
-        fills: list[np.ndarray] = []
-        others = np.array(chosen)
+        starts: list[np.ndarray] = [sizes[None]]
+        fills: list[np.ndarray] = [chosen[:1]]
         for i in chosen:
             allowed = self.allowed[i]
             at = int(np.searchsorted(allowed, sizes[i]))
             near = [k for k in range(max(at - reach, 0), min(at + reach + 1, len(allowed))) if k != at]
             rows = self._moved(sizes, [(i, int(allowed[k])) for k in near])
-            fill = others[others != i]
+            fill = chosen[chosen != i]
             starts.append(np.repeat(rows, len(fill), 0))
             fills.append(np.tile(fill, len(near)))
-        if not sum(map(len, starts)):
-            return sizes[None]
         found, other = np.concatenate(starts), np.concatenate(fills)
+        if len(found) == 1:
+            return sizes[None]
+        every = -(-len(found) // (most if reach == 1 else _MOST_EXCHANGES))
+        return self._filled(found[::every], other[::every])
+
+    def _that_matter(self, sizes: np.ndarray, widths_only: bool) -> np.ndarray:
+        """Dimensions whose size changes a cost of the budget: not those of blocks that are out."""
+        ends = np.stack([np.array([a[0] for a in self.allowed]), self.full])
+        loads = np.stack([self.loads(np.where(np.eye(len(sizes), dtype=bool), end, sizes)) for end in ends])
+        matters = (loads[0] != loads[1]).any(1) & ~(self.is_depth & widths_only)
+        return np.flatnonzero(matters)
+
+    def _filled(self, found: np.ndarray, other: np.ndarray) -> np.ndarray:
+        """Rows of sizes (S, D), in each of them dimension `other` (S,) at the largest size that fits; those where none does
+        are left out."""
         each = np.arange(len(found))
-        longest = max(len(a) for a in self.allowed)
-        table = np.stack([np.pad(a, (0, longest - len(a)), mode="edge") for a in self.allowed])
+        table = self._table
         low, high = np.zeros(len(found), dtype=np.int64), np.array([len(a) - 1 for a in self.allowed])[other]
-        while (low < high).any():  # bisection, in all rows at once
-            middle = (low + high + 1) // 2
-            found[each, other] = table[other, middle]
-            fits = self.load(found) <= 1
-            low, high = np.where(fits, middle, low), np.where(fits, high, middle - 1)
+        found[each, other] = table[other, low]
+        possible = self.load(found) <= 1
+        found, other, low, high = found[possible], other[possible], low[possible], high[possible]
+        each = np.arange(len(found))
+        found[each, other] = table[other, high]
+        low = np.where(self.load(found) <= 1, high, low) if len(found) else low
+        while len(open_ := np.flatnonzero(low < high)):  # bisection, in all rows at once
+            middle = (low[open_] + high[open_] + 1) // 2
+            rows = found[open_]
+            rows[np.arange(len(open_)), other[open_]] = table[other[open_], middle]
+            fits = self.load(rows) <= 1
+            low[open_], high[open_] = np.where(fits, middle, low[open_]), np.where(fits, high[open_], middle - 1)
         found[each, other] = table[other, low]
         return found
+
+    @functools.cached_property
+    def _table(self) -> np.ndarray:
+        """Allowed sizes, one row a dimension, the last one repeated where there are fewer."""
+        longest = max(len(a) for a in self.allowed)
+        return np.stack([np.pad(a, (0, longest - len(a)), mode="edge") for a in self.allowed])
 
     def _worth(self, sizes: np.ndarray) -> np.ndarray:
         """Importance that is kept at each row of sizes (S, D), (S,)."""
@@ -493,7 +535,9 @@ class _Steps:
 
 
 def _allowed(d: Dimension) -> np.ndarray:
-    return np.unique([d.lowest, *range(-(-d.lowest // d.multiple) * d.multiple, d.size, d.multiple), d.size])
+    """The sizes that a dimension may have, ascending."""
+    # `lowest` is a multiple itself, or the size
+    return np.append(np.arange(d.lowest, d.size, d.multiple), d.size)
 
 
 def _preferring(scores: np.ndarray, keep: Structure | None, member: str) -> np.ndarray:
@@ -501,5 +545,5 @@ def _preferring(scores: np.ndarray, keep: Structure | None, member: str) -> np.n
     if keep is None or member not in keep.kept:
         return scores
     raised = scores.copy()
-    raised[list(keep.kept[member])] += scores.max() - scores.min() + 1
+    raised[np.array(keep.kept[member], dtype=np.int64)] += scores.max() - scores.min() + 1
     return raised

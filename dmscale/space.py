@@ -194,13 +194,18 @@ class SearchSpace:
 
     def uniform_at(self, target: Any, depth: bool = False) -> Structure:
         """Uniform scaling to a budget, exactly met: the field's plainest baseline."""
-        wanted = budget.parse(target, self)
+        wanted, scores = budget.parse(target, self), self.magnitudes()
         low, high = 0.0, 1.0
+
+        def uniform(share: float) -> Structure:
+            sizes = {n: share * d.size for n, d in self.dimensions.items() if depth or d.kind != "depth"}
+            return self.structure(sizes, scores)
+
         for _ in range(30):
             middle = (low + high) / 2
-            fits = budget.satisfied(self.cost(self.uniform(max(middle, 1e-9), depth)), wanted)
+            fits = budget.satisfied(self.cost(uniform(middle)), wanted)
             low, high = (middle, high) if fits else (low, middle)
-        return budget.fit(self, self.uniform(max(low, 1e-9), depth), wanted, self.magnitudes(), keep=None)
+        return budget.fit(self, uniform(low), wanted, scores, keep=None)
 
     def sample_at(self, target: Any, seed: int = 0) -> Structure:
         """A random structure brought to a budget: sizes drawn around the uniform one, then exactly fitted."""
@@ -567,7 +572,7 @@ def _best(total: int, wanted: int, score: Any) -> tuple[int, ...]:
     if score is None:
         return tuple(range(wanted))
     order = np.argsort(-np.asarray(score, dtype=np.float64), kind="stable")
-    return tuple(sorted(int(i) for i in order[:wanted]))
+    return tuple(np.sort(order[:wanted]).tolist())
 
 
 def _indicator(size: int, kept: Sequence[int], device: torch.device) -> Tensor:
