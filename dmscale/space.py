@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import functools
 import math
+import os
 import random
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import axes, blocks, budget, certify, export, gates, naming, tracing
+from . import axes, blocks, budget, certify, export, gates, latency, naming, tracing
 from .axes import Axis
 from .cost import METRICS, Cost, CostModel, CostTerm, product
 from .errors import DmscaleError, ExportError
 from .polynomial import Poly
-from .sizes import Solution, extent, solve
+from .sizes import Solution, extent_in, solve
 from .structure import Structure
 
 TOLERANCE = 1e-4
@@ -88,6 +89,7 @@ class SearchSpace:
         self.example_inputs = example_inputs
         self.trace = trace
         self.options = options
+        self.latency: latency.Latency | None = None
         self._rebuild()
 
     # -- building -----------------------------------------------------------------------------------------------------
@@ -116,8 +118,14 @@ class SearchSpace:
         """The cost polynomials over `variables`."""
         return _cost_model(self)
 
-    def _latency_metric(self) -> Any:
-        raise NotImplementedError
+    def block_of_operator(self) -> Callable[[int], tuple[Hashable, ...]]:
+        """What tells of an operator's number the removable block that it runs in, as a cost variable: one or none."""
+        return _block_finder(self)
+
+    @property
+    def free_axes(self) -> set[Axis]:
+        """The axes that can still change their size."""
+        return {a for d in self.dimensions.values() for a in d.axes}
 
     @property
     def variables(self) -> list[Hashable]:
@@ -263,6 +271,46 @@ class SearchSpace:
     def cost_of_many(self, structures: Sequence[Structure], metric: str = "macs") -> np.ndarray:
         """One metric of many structures, (S,) of int64."""
         return self.costs.many(np.stack([self.vector(s) for s in structures]), metric)
+
+    def measure_latency(
+        self,
+        *,
+        runtime: str = "torch",
+        threads: int | None = None,
+        calibration: int = 8,
+        repeats: int = 7,
+        cache: str | os.PathLike[str] | bool | None = None,
+        progress: bool = True,
+        meter: latency.Meter | None = None,
+    ) -> latency.Latency:
+        """Learn what any structure takes on the model's device, for `cost()["latency"]` and budgets such as "3 ms latency".
+
+        The model is measured as it is deployed: its device and dtype, the batch of the example inputs, evaluation mode.  A
+        budget that names latency calls this with the defaults; call it first for other options, or again to measure anew.
+
+            space.measure_latency(threads=1)
+            search = dmscale.Search(space, "60% latency", steps=2000)
+
+        Args:
+            runtime: what runs whole models: "torch", or "onnx" for ONNX Runtime on the CPU.
+            threads: of PyTorch while measuring, and of ONNX Runtime; as they are now by default.
+            calibration: number of structures that are exported and measured whole.
+            repeats: measurements of which a median is taken.
+            cache: file that keeps measurements (see `latency.Cache`), or False for none.
+            progress: whether to show a bar, if the output is a terminal.
+            meter: takes the measurements, in place of `runtime` and `repeats`.
+        Raises:
+            DmscaleError: the model has no weights (it is on the meta device), or the runtime cannot run it.
+        """
+        self.latency = latency.learn(
+            self, runtime=runtime, threads=threads, calibration=calibration, repeats=repeats, cache=cache,
+            progress=progress, meter=meter,
+        )  # fmt: skip
+        self.__dict__.pop("costs", None)
+        return self.latency
+
+    def _latency_metric(self) -> latency.LatencyMetric:
+        return latency.LatencyMetric(self.latency or self.measure_latency(), self)
 
     @functools.cached_property
     def shares(self) -> dict[str, dict[str, float]]:
@@ -505,8 +553,7 @@ def _groups(free: list[Axis], links: list[set[Axis]]) -> list[list[Axis]]:
 
 def _cost_model(space: SearchSpace) -> CostModel:
     record = space.trace.record
-    inside = block_finder(space)
-    free = {a for d in space.dimensions.values() for a in d.axes}
+    inside, free = _block_finder(space), space.free_axes
     terms: dict[str, list[CostTerm]] = {m: [] for m in METRICS}
 
     def add(
@@ -542,13 +589,7 @@ def _once(dims: Sequence[axes.Dim], repeated: Sequence[axes.Dim]) -> list[axes.D
     return [(a,) for a in left]
 
 
-def extent_in(dim: axes.Dim, free: set[Axis]) -> Poly:
-    """The size of `dim` as a polynomial in the axes of `free`; the others are constants."""
-    return extent(dim) if any(a in free for a in axes.atoms(dim)) else Poly.of(axes.size(dim))
-
-
-def block_finder(space: SearchSpace) -> Callable[[int], tuple[Hashable, ...]]:
-    """What tells of an operator's number the removable block that it runs in, as a variable: one or none."""
+def _block_finder(space: SearchSpace) -> Callable[[int], tuple[Hashable, ...]]:
     gates_at: dict[int, tuple[Hashable, ...]] = {}
     for stack in space.stacks.values():
         for i, (start, end) in enumerate(stack.ranges):
