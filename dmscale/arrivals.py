@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from . import axes
 from .axes import Dim
 from .sizes import Extent, SizedInt
-from .tracer import Tracer, _constant, shape_of
+from .tracer import Tracer, _constant, operands_of, shape_of
 
 Tensor = torch.Tensor
 _SHAPE = torch.Tensor.shape  # the getset descriptor behind `x.shape`
@@ -103,6 +103,9 @@ def _attention(
 
     Fused kernels hide both products; this is PyTorch's documented reference, so that one set of rules serves.
     """
+    start = tracer.op
+    given = (query, key, value, attn_mask, dropout_p, is_causal)
+    as_called = operands_of(tracer, given), {"scale": scale, "enable_gqa": enable_gqa}
     if scale is None:
         # sliced to fewer head dims the kernel would scale by the new size, masked by the old one
         tracer._operator = "scaled_dot_product_attention"
@@ -120,7 +123,9 @@ def _attention(
     if attn_mask is not None:
         mask_bool = attn_mask.dtype == torch.bool
         scores = torch.where(attn_mask, scores, float("-inf")) if mask_bool else scores + attn_mask
-    return torch.softmax(scores, dim=-1).to(value.dtype) @ value
+    out = torch.softmax(scores, dim=-1).to(value.dtype) @ value
+    tracer.fuse(start, F.scaled_dot_product_attention, *as_called, out)
+    return out
 
 
 # -- handlers: tracer, out, then the function's own arguments ---------------------------------------------------------

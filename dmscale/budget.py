@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .cost import METRICS, UNITS, Cost
+from . import axes, naming
+from .cost import METRICS, UNITS, Cost, metric_name, split_name, within
 from .errors import BudgetError
 from .structure import Structure
 from .tables import number
@@ -23,24 +25,50 @@ SLACK = 0.005
 _MOST_EXCHANGES = 2048
 """About as many pairs of moves are tried at once in the last step of a fit."""
 
+_MOST_STEPS = 256
+"""A dimension goes at most this many steps at once."""
+
+_MOST_ROUNDS = 4
+"""So many times exchanges start again from what came closest."""
+
+_FEW_DIMENSIONS = 32
+"""With more, a round of exchanges that comes no nearer is the last one: there are other ways enough."""
+
 _PREFIX = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
-_TERM = re.compile(r"\s*((?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*(%|[kKMGBT]?)\s*([A-Za-z_]+)\s*")
+_BYTES = {f"{p}B": n for p, n in _PREFIX.items() if p not in ("", "B")} | {
+    f"{p}iB": 2 ** (10 * i) for i, p in enumerate("KMGT", 1)
+}
+_TIME = {"us": 1e-3, "ms": 1.0, "s": 1e3}
+_TERM = re.compile(
+    r"\s*((?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*(%|[kKMGT]i?B|[kKMGBT]|[mu]?s(?=\s)|)\s*([A-Za-z_]+)(?:\s+in\s+(\S+))?\s*"
+)
+_METRICS = (*METRICS, "latency")
+_IN_BYTES = ("bytes", "activations", "kv_cache")
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Upper bounds: metric -> absolute number (MACs, parameters, bytes).  See `parse` for how users write one."""
+    """Upper bounds: metric -> absolute number (MACs, parameters, bytes, ms).  See `parse` for how users write one.
+
+    A metric may carry a scope: "macs in backbone.*".
+    """
 
     targets: Mapping[str, float]
 
     def __str__(self) -> str:
-        return ", ".join(f"{number(t)} {UNITS[m]}" for m, t in self.targets.items())
+        parts = []
+        for key, target in self.targets.items():
+            metric, scope = split_name(key)
+            parts.append(f"{number(target)} {UNITS[metric]}" + (f" in {scope}" if scope else ""))
+        return ", ".join(parts)
 
 
 def parse(target: Any, space: SearchSpace) -> Budget:
-    """A budget from "50% macs", "6M params, 50% macs", dict(macs=0.5, params=6e6) or a `Budget`.
+    """A budget from "50% macs", "6M params, 3 ms latency", dict(macs=0.5, params=6e6) or a `Budget`.
 
-    A number up to one in a dict is a share of the full model's cost, a larger one absolute.
+    A number up to one in a dict is a share of the full model's cost, a larger one absolute.  "50% macs in backbone.*"
+    bounds what runs in modules that match the glob, or below them; a share is of what the full model costs there.  One
+    that names latency measures it, once for a space.
 
     Raises:
         BudgetError: misspelt, more than the full model, below what is reachable, or contradictory.
@@ -48,17 +76,22 @@ def parse(target: Any, space: SearchSpace) -> Budget:
     shares = dict(_entries(target))
     if not shares:
         raise BudgetError("the budget is empty; write for example '50% macs' or dict(macs=0.5, params=6e6)")
+    for key in shares:
+        _check_scope(key, space)
     full, targets, problems = space.cost(), {}, []
-    for metric, (value, relative) in shares.items():
-        wanted = value * full[metric] if relative else value
+    for key, (value, relative) in shares.items():
+        if not full[key] and value == value and value > 0:
+            problems.append(f"{key} is 0 in this model: there is nothing to bound")
+            continue
+        wanted = value * full[key] if relative else value
         if not 0 < wanted < float("inf"):
-            problems.append(f"{metric}: {value} is not a positive number")
-        elif wanted > full[metric] * (1 + 1e-9):
+            problems.append(f"{key}: {value} is not a positive number")
+        elif wanted > full[key] * (1 + 1e-9):
             problems.append(
-                f"{metric}: {number(wanted)} is {wanted / max(full[metric], 1):.3g} times the full model's "
-                f"{number(full[metric])}; a budget cannot exceed 100%"
+                f"{key}: {number(wanted)} is {wanted / full[key]:.3g} times the full model's "
+                f"{number(full[key])}; a budget cannot exceed 100%"
             )
-        targets[metric] = wanted
+        targets[key] = wanted
     if problems:
         raise BudgetError("; ".join(problems))
     found = Budget(targets)
@@ -67,67 +100,128 @@ def parse(target: Any, space: SearchSpace) -> Budget:
 
 
 def _entries(target: Any) -> Iterator[tuple[str, tuple[float, bool]]]:
+    """(metric with its scope, (number, whether it is a share)) of each constraint."""
     if isinstance(target, Budget):
-        for metric, value in target.targets.items():
-            _check_metric(metric)
+        for key, value in target.targets.items():
+            key = _checked(key)
             if not isinstance(value, (int, float)) or isinstance(value, bool):
-                raise BudgetError(f"budget {metric}={value!r} is no number")
-            yield metric, (float(value), False)
+                raise BudgetError(f"budget {key}={value!r} is no number")
+            yield key, (float(value), False)
     elif isinstance(target, Mapping):
-        for metric, value in target.items():
-            _check_metric(metric)
+        for key, value in target.items():
+            key = _checked(key)
             if isinstance(value, str):
-                yield from _entries(f"{value} {metric}")
+                yield from _entries(f"{value} {key}")
             elif isinstance(value, (int, float)) and not isinstance(value, bool):
-                yield metric, (float(value), value <= 1)
+                yield key, (float(value), value <= 1)
             else:
-                raise BudgetError(f"budget {metric}={value!r} is no number")
+                raise BudgetError(f"budget {key}={value!r} is no number")
     elif isinstance(target, str):
         seen: set[str] = set()
         for part in target.split(","):
-            match = _TERM.fullmatch(part)
-            if not match:
-                raise BudgetError(
-                    f"cannot read the budget {part.strip()!r}; write for example '50% macs' or '6M params'"
-                )
-            value, unit, metric = float(match[1]), match[2], match[3].lower()
-            _check_metric(metric)
-            if metric in seen:
-                raise BudgetError(f"the budget {target!r} names {metric} twice")
-            seen.add(metric)
-            yield metric, (value / 100, True) if unit == "%" else (value * _PREFIX[unit], unit == "" and value <= 1)
+            key, value, relative = _term(part)
+            if key in seen:
+                raise BudgetError(f"the budget {target!r} names {key} twice")
+            seen.add(key)
+            yield key, (value, relative)
     else:
         raise BudgetError(f"a budget is a string, a dict or a Budget, not {target!r}")
 
 
-def _check_metric(metric: str) -> None:
-    if metric not in METRICS:
+def _term(text: str) -> tuple[str, float, bool]:
+    """(metric with its scope, number, whether it is a share) of "50% macs in backbone.*"."""
+    match = _TERM.fullmatch(text)
+    if not match:
+        raise BudgetError(f"cannot read the budget {text.strip()!r}; write for example '50% macs' or '6M params'")
+    value, unit, metric, scope = float(match[1]), match[2], match[3].lower(), match[4]
+    if (unit + metric).lower() in _METRICS:  # the k of "5 kv_cache"
+        unit, metric = "", (unit + metric).lower()
+    key = _checked(metric_name(metric, scope))
+    if unit == "%":
+        return key, value / 100, True
+    known = _PREFIX if metric != "latency" else {"": 1}
+    known = known | _BYTES if metric in _IN_BYTES else known | _TIME if metric == "latency" else known
+    if unit not in known:
+        raise BudgetError(f"cannot read the budget {text.strip()!r}: {unit} is no unit of {metric}")
+    return key, value * known[unit], unit == "" and value <= 1
+
+
+def _checked(key: Any) -> str:
+    """`key` in the form of `metric_name`, its metric known."""
+    metric, scope = split_name(str(key))
+    if metric not in _METRICS:
         import difflib
 
-        close = difflib.get_close_matches(metric, METRICS, 1, 0.4)
+        close = difflib.get_close_matches(metric, _METRICS, 1, 0.4)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise BudgetError(f"unknown metric {metric!r} in the budget{hint}; metrics are {', '.join(METRICS)}")
+        raise BudgetError(f"unknown metric {metric!r} in the budget{hint}; metrics are {', '.join(_METRICS)}")
+    if scope and metric == "latency":
+        raise BudgetError(f"budget {key!r}: latency is of the whole model; bound macs or activations of a part of it")
+    return metric_name(metric, scope)
+
+
+def _check_scope(key: str, space: SearchSpace) -> None:
+    scope = split_name(key)[1]
+    names = [n for n, _ in space.model.named_modules() if n]
+    if scope is None or any(within(n, scope) for n in names):
+        return
+    import difflib
+
+    close = difflib.get_close_matches(scope.rstrip(".*"), names, 3, 0.4) or names[:3]
+    raise BudgetError(
+        f"{key!r}: no module of the model matches {scope!r}; did you mean {', '.join(map(repr, close))}? "
+        "A scope is a glob over the names of modules, what lies below them included."
+    )
 
 
 def _check_reachable(space: SearchSpace, wanted: Budget, full: Cost) -> None:
     if not space.dimensions:
         reasons = "; ".join(f"{n}: {r}" for n, r in list(space.frozen.items())[:5])
         raise BudgetError(f"nothing in this model can shrink. Frozen: {reasons or 'no axis of any weight was found'}")
-    least = space.cost(smallest(space))
-    problems = [
-        f"{m}: {number(t)} ({t / max(full[m], 1):.1%}) is below what is reachable, {number(least[m])} to {number(full[m])} "
-        f"({least[m] / max(full[m], 1):.1%} to 100%)"
-        for m, t in wanted.targets.items()
-        if least[m] > t
-    ]
+    least = space.cost(smallest(space, wanted))
+    problems, scopes = [], []
+    for key, t in wanted.targets.items():
+        if least[key] > t:
+            scopes.append(split_name(key)[1])
+            problems.append(
+                f"{key}: {number(t)} ({t / full[key]:.1%}) is below what is reachable, {number(least[key])} to "
+                f"{number(full[key])} ({least[key] / full[key]:.1%} to 100%)"
+            )
     if problems:
-        blocking = ", ".join(list(space.frozen)[:6]) or "none: the minimum sizes hold it up"
-        raise BudgetError("; ".join(problems) + f". Frozen dimensions that would have to thaw: {blocking}")
+        frozen = list(dict.fromkeys(n for scope in scopes for n in _frozen_within(space, scope)))
+        where = "" if None in scopes else f" in {' and '.join(dict.fromkeys(map(str, scopes)))}"
+        blocking = ", ".join(frozen[:6]) or "none: the minimum sizes hold it up"
+        raise BudgetError("; ".join(problems) + f". Frozen dimensions{where} that would have to thaw: {blocking}")
 
 
-def smallest(space: SearchSpace) -> Structure:
-    """The structure with every dimension at its minimum."""
-    return space.structure({n: d.lowest for n, d in space.dimensions.items()})
+def _frozen_within(space: SearchSpace, scope: str | None) -> list[str]:
+    """Names of the frozen axes, of those of parameters in `scope` if one is given."""
+    if scope is None:
+        return list(space.frozen)
+    names = naming.name_axes(space.trace)
+    inside = [dims for n, dims in space.trace.slots.items() if within(n.rpartition(".")[0], scope)]
+    found = {names[a] for dims in inside for dim in dims for a in axes.atoms(dim) if a.reasons and a in names}
+    return [n for n in space.frozen if n in found]
+
+
+def smallest(space: SearchSpace, wanted: Budget | None = None) -> Structure:
+    """The structure with every dimension at its minimum; of blocks those stay that load the budget least, else the first."""
+    sizes = {n: d.lowest for n, d in space.dimensions.items()}
+    found = space.structure(sizes)
+    if wanted is None or not space.stacks:
+        return found
+    scores: dict[str, np.ndarray] = {}
+    column = len(space.variables) - sum(len(s.paths) for s in space.stacks.values())
+    base = space.vector(found)
+    base[column:] = 0
+    for stack in space.stacks.values():
+        n = len(stack.paths)
+        rows = np.repeat(base[None], n + 1, 0)
+        rows[np.arange(n), column + np.arange(n)] = 1
+        loads = [space.costs.many(rows, m) / t for m, t in wanted.targets.items()]
+        scores[stack.name] = -np.sum([np.maximum(load[:n] - load[n], 0) for load in loads], axis=0)
+        column += n
+    return space.structure(sizes, scores)
 
 
 def satisfied(cost: Cost, wanted: Budget) -> bool:
@@ -143,16 +237,25 @@ def fit(
 ) -> Structure:
     """Move from `start` to a structure within `SLACK` below the budget.
 
-    Far from the target all dimensions are scaled alike; the rest is done one step at a time, least importance per cost
+    Far from the target all dimensions are scaled alike; the rest is done a few steps at a time, least importance per cost
     first, and where no single step fits, by exchanging one step for another.
 
     Args:
         scores: member -> score an element; the lowest go first, the highest come back first.
         keep: a structure whose elements come before all others, whatever their scores.
+    Raises:
+        BudgetError: nothing meets the budget, which `parse` would have refused.
     """
     problem = _Problem(space, wanted, scores, keep)
     sizes = np.array([start.sizes[n] for n in space.dimensions], dtype=np.int64)
-    sizes = problem.add(problem.exchange(problem.add(problem.remove(problem.scale(sizes)))))
+    sizes = problem.remove(problem.scale(sizes))
+    if not problem.fits(sizes):  # with all at their minimum: the blocks of the highest scores are too dear
+        least = smallest(space, wanted)
+        if not satisfied(space.cost(least), wanted):
+            raise BudgetError(f"no structure meets the budget of {wanted}; dmscale.budget.parse says what is in the way")
+        blocks = {n: _indicator(least.kept[n], len(s.paths)) for n, s in space.stacks.items()}
+        problem = _Problem(space, wanted, {**scores, **blocks}, None)
+    sizes = problem.add(problem.exchange(problem.add(sizes)))
     chosen = {n: int(k) for n, k in zip(space.dimensions, sizes)}
     return space.structure(chosen, problem.scores)
 
@@ -176,6 +279,12 @@ def allocate(
     return space.structure({n: int(k) for n, k in zip(space.dimensions, sizes)}, problem.scores)
 
 
+def _indicator(kept: Sequence[int], size: int) -> np.ndarray:
+    out = np.zeros(size)
+    out[list(kept)] = 1
+    return out
+
+
 class _Problem:
     """Sizes of all dimensions as a vector (D,), their costs, and the moves between them."""
 
@@ -183,30 +292,26 @@ class _Problem:
         self.space, self.wanted = space, wanted
         self.dimensions: list[Dimension] = list(space.dimensions.values())
         self.scores = {m: _preferring(np.asarray(s, dtype=np.float64), keep, m) for m, s in scores.items()}
-        self.columns: list[tuple[int, Any]] = []  # dimension -> its columns in the vector of variables
-        self.gain: list[np.ndarray] = []  # dimension -> importance of its first, second, ... step, best first
-        column = 0
-        for d in self.dimensions:
-            if d.kind == "depth":
-                continue
-            totals = np.array([a.size for a in d.axes], dtype=np.int64)
-            self.columns.append((column, totals))
-            column += len(totals)
-        widths = iter(list(self.columns))
-        self.columns = []
-        for d in self.dimensions:
-            if d.kind == "depth":
-                place = np.argsort(np.argsort(-self._score(d.name, d.size), kind="stable"))  # of each block, best first
-                self.columns.append((column, place))
-                column += d.size
-            else:
-                self.columns.append(next(widths))
-            self.gain.append(self._gains(d))
-        self.width = column
-        self.lowest = np.array([d.lowest for d in self.dimensions])
+        self.is_depth = np.array([d.kind == "depth" for d in self.dimensions])
         self.full = np.array([d.size for d in self.dimensions])
-        self.targets = {m: t for m, t in wanted.targets.items()}
+        self.targets = dict(wanted.targets)
         self.allowed = [_allowed(d) for d in self.dimensions]  # sizes of each dimension, ascending
+        # importance of the first k elements of a dimension, best first; all dimensions behind one another
+        self.kept = [np.concatenate([[0.0], np.cumsum(self._gains(d))]) for d in self.dimensions]
+        self._kept_start = np.concatenate([[0], np.cumsum(self.full + 1)[:-1]])
+        self._kept = np.concatenate(self.kept)
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        """Of each variable of the cost: its dimension, and the full size of its axis or the block's place in the ranking."""
+        widths = [(i, a.size) for i, d in enumerate(self.dimensions) for a in d.axes]
+        index = {d.name: i for i, d in enumerate(self.dimensions)}
+        blocks: list[tuple[int, int]] = []
+        for name, stack in self.space.stacks.items():
+            score = self._score(name, len(stack.paths))
+            blocks += [(index[name], int(p)) for p in np.argsort(np.argsort(-score, kind="stable"))]
+        both = np.array([*widths, *blocks], dtype=np.int64).reshape(-1, 2)
+        self._dimension_of, self._layout, self._widths = both[:, 0], both[:, 1], len(widths)
 
     def _score(self, member: str, size: int) -> np.ndarray:
         found = self.scores.get(member)
@@ -217,25 +322,28 @@ class _Problem:
         total = np.zeros(d.size)
         for member, count in self.space._members(d):
             upto = np.concatenate([[0.0], np.cumsum(np.sort(self._score(member, count))[::-1])])
-            ends = np.array([d.count(count, k) for k in range(d.size + 1)])
+            ends = count * np.arange(d.size + 1) // d.size
             total += np.diff(upto[ends])
         return total
 
     def costs(self, sizes: np.ndarray) -> dict[str, np.ndarray]:
         """Metric -> cost at each row of sizes (S, D), for the metrics of the budget."""
-        variables = np.zeros((len(sizes), self.width), dtype=np.int64)
-        for i, (d, (column, layout)) in enumerate(zip(self.dimensions, self.columns)):
-            k = sizes[:, i : i + 1]
-            variables[:, column + np.arange(len(layout))] = k > layout if d.kind == "depth" else k * layout // d.size
+        k, n = sizes[:, self._dimension_of], self._widths
+        widths = k[:, :n] * self._layout[:n] // self.full[self._dimension_of[:n]]
+        variables = np.concatenate([widths, k[:, n:] > self._layout[n:]], 1)
         return {m: self.space.costs.many(variables, m) for m in self.targets}
+
+    def loads(self, sizes: np.ndarray) -> np.ndarray:
+        """Cost as a share of its target at each row of sizes (S, D), (S, metrics)."""
+        found = self.costs(sizes)
+        return np.stack([found[m] / t for m, t in self.targets.items()], 1)
 
     def fits(self, sizes: np.ndarray) -> bool:
         return bool(self.load(sizes[None])[0] <= 1)
 
     def load(self, sizes: np.ndarray) -> np.ndarray:
         """The largest ratio of cost to target at each row of sizes (S, D), (S,): at most one means feasible."""
-        found = self.costs(sizes)
-        return np.max([found[m] / t for m, t in self.targets.items()], axis=0)
+        return self.loads(sizes).max(1)
 
     def _scaled(self, sizes: np.ndarray, factor: float) -> np.ndarray:
         return np.array(
@@ -248,7 +356,7 @@ class _Problem:
         if 0.9 <= load <= 1.1:
             return sizes
         low, high = (0.0, 1.0) if load > 1 else (1.0, float(max(self.full / np.maximum(sizes, 1))))
-        for _ in range(40):
+        for _ in range(20):
             middle = (low + high) / 2
             low, high = (middle, high) if self.fits(self._scaled(sizes, middle)) else (low, middle)
         return self._scaled(sizes, low)
@@ -256,14 +364,15 @@ class _Problem:
     def threshold(self, sizes: np.ndarray, rounds: int = 2) -> np.ndarray:
         """The largest sizes (D,) at which every kept step has more importance per cost than one global threshold."""
         owner = np.repeat(np.arange(len(self.dimensions)), self.full)
-        gain = np.concatenate([_in_steps(g, d) for g, d in zip(self.gain, self.dimensions)])
+        gain = np.concatenate([_in_steps(np.diff(k), a) for k, a in zip(self.kept, self.allowed)])
+        lowest = np.array([a[0] for a in self.allowed])
         for _ in range(rounds):
             density = gain / self._prices(sizes)[owner]
             candidates = np.unique(density)
 
             def above(threshold: float, density: np.ndarray = density) -> np.ndarray:
                 kept = np.bincount(owner[density > threshold], minlength=len(self.dimensions))
-                return np.maximum(kept, self.lowest)
+                return np.maximum(kept, lowest)
 
             low, high = 0, len(candidates) - 1  # at the highest candidate nothing but the minimum is kept
             if self.fits(self.full):
@@ -276,64 +385,94 @@ class _Problem:
 
     def _prices(self, sizes: np.ndarray) -> np.ndarray:
         """What one element of each dimension costs at these sizes, as a share of the target that binds most, (D,)."""
-        steps = [(self._step(d, int(k), up=False), int(k)) for d, k in zip(self.dimensions, sizes)]
-        steps = [(a, b) if a < b else (b, self._step(d, b, up=True)) for (a, b), d in zip(steps, self.dimensions)]
-        rows = np.stack([self._moved(sizes, i, k) for step in zip(*steps) for i, k in enumerate(step)])
-        base = self.costs(sizes[None])
-        binding = max(self.targets, key=lambda m: base[m][0] / self.targets[m])
-        cost = self.costs(rows)[binding] / self.targets[binding]
-        least, most = cost[: len(sizes)], cost[len(sizes) :]
-        return np.maximum((most - least) / np.maximum([b - a for a, b in steps], 1), 1e-12)
+        at = [int(np.searchsorted(a, k)) for a, k in zip(self.allowed, sizes)]
+        below = [(i, int(a[max(n - 1, 0)])) for i, (a, n) in enumerate(zip(self.allowed, at))]
+        above = [(i, int(a[min(max(n, 1), len(a) - 1)])) for i, (a, n) in enumerate(zip(self.allowed, at))]
+        loads = self.loads(np.concatenate([sizes[None], self._moved(sizes, below), self._moved(sizes, above)]))
+        cost = loads[1:, int(np.argmax(loads[0]))].reshape(2, -1)
+        elements = np.array([b - a for (_, a), (_, b) in zip(below, above)])
+        return np.maximum((cost[1] - cost[0]) / np.maximum(elements, 1), 1e-12)
 
-    def _step(self, d: Dimension, k: int, up: bool) -> int:
-        """The next allowed size above or below `k`; `k` itself at the end."""
+    def _steps(self, sizes: np.ndarray, i: int, up: bool) -> np.ndarray:
+        """The next sizes of a dimension, `sizes[i]` first; of blocks, which differ in cost, only the next one."""
+        allowed = self.allowed[i]
+        most = 2 if self.is_depth[i] else _MOST_STEPS + 1
         if up:
-            return min((k // d.multiple + 1) * d.multiple, d.size)
-        return max((k - 1) // d.multiple * d.multiple, d.lowest)
+            at = int(np.searchsorted(allowed, sizes[i], side="right"))
+            return np.concatenate([sizes[i : i + 1], allowed[at : at + most - 1]])
+        at = int(np.searchsorted(allowed, sizes[i]))
+        return np.concatenate([sizes[i : i + 1], allowed[max(at - most + 1, 0) : at][::-1]])
 
-    def moves(self, sizes: np.ndarray, up: bool) -> list[tuple[int, int]]:
-        """(dimension, new size) one step away."""
-        steps = [(i, self._step(d, int(sizes[i]), up)) for i, d in enumerate(self.dimensions)]
-        return [(i, k) for i, k in steps if k != sizes[i]]
-
-    def _moved(self, sizes: np.ndarray, i: int, k: int) -> np.ndarray:
-        out = sizes.copy()
-        out[i] = k
+    def _moved(self, sizes: np.ndarray, moves: Sequence[tuple[int, int]]) -> np.ndarray:
+        """One row for each move (dimension, new size), (moves, D)."""
+        out = np.repeat(sizes[None], len(moves), 0)
+        out[np.arange(len(moves)), [i for i, _ in moves]] = [k for _, k in moves]
         return out
 
-    def _importance(self, i: int, a: int, b: int) -> float:
-        low, high = sorted((a, b))
-        return float(self.gain[i][low:high].sum())
-
     def remove(self, sizes: np.ndarray) -> np.ndarray:
-        """Steps off, least importance per saved cost first, until the budget holds; blocks only when widths are spent."""
+        """Steps off, least importance per saved cost first, until the budget holds; blocks only when widths are spent.
+
+        As many at once as save half of what is too much; with all at their minimum the budget may still not hold.
+        """
         while True:
-            base = self.costs(sizes[None])
-            over = [m for m, t in self.targets.items() if base[m][0] > t]
-            if not over:
+            base = self.loads(sizes[None])[0]
+            over = base > 1
+            if not over.any():
                 return sizes
-            moves = self.moves(sizes, up=False)
-            moves = [m for m in moves if self.dimensions[m[0]].kind != "depth"] or moves
-            found = self.costs(np.stack([self._moved(sizes, i, k) for i, k in moves]))
-            saved = sum((base[m][0] - found[m]) / self.targets[m] for m in over)
-            price = [self._importance(i, int(sizes[i]), k) for i, k in moves] / np.maximum(saved, 1e-12)
-            i, k = moves[int(np.argmin(np.where(saved > 0, price, np.inf)))]
-            sizes = self._moved(sizes, i, k)
+            paths = {i: self._steps(sizes, i, up=False) for i in range(len(sizes))}
+            paths = {i: p for i, p in paths.items() if len(p) > 1}
+            paths = {i: p for i, p in paths.items() if not self.is_depth[i]} or paths
+            if not paths:
+                return sizes
+            rows = self._moved(sizes, [(i, int(p[1])) for i, p in paths.items()])
+            saved = np.maximum(base - self.loads(rows), 0)[:, over]
+            steps = self._in_order(paths, saved.sum(1), np.maximum.accumulate, ascending=True)
+            excess = base[over] - 1
+            enough = (np.cumsum(saved[steps.row] * steps.share[:, None], 0) > excess / 2).all(1)
+            sizes = steps.take(sizes, max(int(np.argmax(enough)) if enough.any() else len(enough), 1))
 
     def add(self, sizes: np.ndarray) -> np.ndarray:
-        """Steps back on, most importance per cost first, as long as one fits."""
+        """Steps back on, most importance per cost first, as long as one fits; at once as many as fill half of what is left."""
         while True:
-            moves = self.moves(sizes, up=True)
-            if not moves:
+            paths = {i: self._steps(sizes, i, up=True) for i in range(len(sizes))}
+            paths = {i: p for i, p in paths.items() if len(p) > 1}
+            if not paths:
                 return sizes
-            base = self.load(sizes[None])[0]
-            load = self.load(np.stack([self._moved(sizes, i, k) for i, k in moves]))
-            worth = [self._importance(i, int(sizes[i]), k) for i, k in moves] / np.maximum(load - base, 1e-12)
-            worth = np.where(load <= 1, worth, -np.inf)
-            best = int(np.argmax(worth))
-            if worth[best] == -np.inf or (load[best] <= base and worth[best] <= 0):
+            base = self.loads(sizes[None])[0]
+            loads = self.loads(self._moved(sizes, [(i, int(p[1])) for i, p in paths.items()]))
+            fits = loads.max(1) <= 1
+            more, paths = loads[fits] - base, {i: p for (i, p), f in zip(paths.items(), fits) if f}
+            if not paths:
                 return sizes
-            sizes = self._moved(sizes, *moves[best])
+            steps = self._in_order(paths, loads[fits].max(1) - base.max(), np.minimum.accumulate, ascending=False)
+            filled = np.cumsum(more[steps.row] * steps.share[:, None], 0)
+            few = int(np.argmax(np.append((filled > (1 - base) / 2).any(1), True)))
+            while few > 1 and not self.fits(steps.take(sizes, few)):
+                few //= 2
+            sizes = steps.take(sizes, max(few, 1))
+
+    def _in_order(self, paths: Mapping[int, np.ndarray], cost: np.ndarray, running: Any, ascending: bool) -> _Steps:
+        """Every step of `paths`, by importance per cost; those of one dimension stay in their order.
+
+        Args:
+            paths: dimension -> its sizes, from the one that it has.
+            cost: of the first step of each path, (paths,); the following ones are taken to cost as much an element.
+            running: the ufunc that keeps the order within a path.
+        """
+        price, row, size, share = [], [], [], []
+        for r, (i, path) in enumerate(paths.items()):
+            elements = np.abs(np.diff(path))
+            by_first = elements / elements[0]
+            importance = np.abs(np.diff(self.kept[i][path]))
+            price.append(running(importance / np.maximum(cost[r] * by_first, 1e-12)))
+            if ascending and cost[r] <= 0:
+                price[-1][:] = np.inf  # it saves nothing
+            row.append(np.full(len(elements), r))
+            size.append(path[1:])
+            share.append(by_first)
+        order = np.argsort(np.concatenate(price) * (1 if ascending else -1), kind="stable")
+        rows = np.concatenate(row)[order]
+        return _Steps(rows, np.array(list(paths))[rows], np.concatenate(size)[order], np.concatenate(share)[order])
 
     def exchange(self, sizes: np.ndarray) -> np.ndarray:
         """Where more than `SLACK` is left unused: move one dimension, and give another all that then fits.
@@ -342,64 +481,122 @@ class _Problem:
         """
         best, most = sizes, float(self.load(sizes[None])[0])
         for widths_only in (True, False):
-            front = best[None]
-            for _ in range(4):
+            front, seen = best[None], {round(most, 9)}
+            for _ in range(_MOST_ROUNDS):
                 if most >= 1 - SLACK:
                     return best
-                found = np.unique(np.concatenate([self._exchanged(s, widths_only) for s in front]), axis=0)
+                most_rows = _MOST_EXCHANGES if len(front) == 1 else _MOST_EXCHANGES // 4
+                found = np.concatenate([self._exchanged(s, widths_only, most_rows) for s in front])
                 load = self.load(found)
                 found, load = found[load <= 1], load[load <= 1]
                 if not len(load):
                     break
                 close = found[load >= 1 - SLACK]
                 if len(close):
-                    return close[int(np.argmax([self._worth(p) for p in close]))]
-                front = found[np.argsort(-load, kind="stable")[:8]]
+                    return close[int(np.argmax(self._worth(close)))]
+                if load.max() <= most and len(sizes) > _FEW_DIMENSIONS:
+                    break
                 if load.max() > most:
-                    best, most = front[0], float(load.max())
+                    best, most = found[int(np.argmax(load))], float(load.max())
+                # equal blocks give many structures of one cost: as a start each of them is as good as another
+                distinct, first = np.unique(-load.round(9), return_index=True)
+                new = [int(i) for cost, i in zip(-distinct, first) if float(cost) not in seen][:8]
+                front, seen = found[new], seen | {float(load[i].round(9)) for i in new}
+                if not len(front):
+                    break
         return best
 
-    def _exchanged(self, sizes: np.ndarray, widths_only: bool) -> np.ndarray:
-        """For every dimension a few steps up or down, and every other one: the largest size of that which fits, (S, D)."""
-        chosen = [i for i, d in enumerate(self.dimensions) if not (widths_only and d.kind == "depth")]
+    def _exchanged(self, sizes: np.ndarray, widths_only: bool, most: int) -> np.ndarray:
+        """For every dimension a few steps up or down, and every other one: the largest size of that which fits, (S, D).
+
+        Of more than `most` such pairs some, spread evenly.
+        """
+        chosen = self._that_matter(sizes, widths_only)
         reach = max(1, _MOST_EXCHANGES // (2 * max(len(chosen), 1) ** 2))
-        starts, fills = [], []
+        starts: list[np.ndarray] = [sizes[None]]
+        fills: list[np.ndarray] = [chosen[:1]]
         for i in chosen:
             allowed = self.allowed[i]
             at = int(np.searchsorted(allowed, sizes[i]))
             near = [k for k in range(max(at - reach, 0), min(at + reach + 1, len(allowed))) if k != at]
-            for j in chosen:
-                if j != i:
-                    starts += [self._moved(sizes, i, int(allowed[k])) for k in near]
-                    fills += [j] * len(near)
-        if not starts:
+            rows = self._moved(sizes, [(i, int(allowed[k])) for k in near])
+            fill = chosen[chosen != i]
+            starts.append(np.repeat(rows, len(fill), 0))
+            fills.append(np.tile(fill, len(near)))
+        found, other = np.concatenate(starts), np.concatenate(fills)
+        if len(found) == 1:
             return sizes[None]
-        found, other, each = np.stack(starts), np.array(fills), np.arange(len(starts))
-        longest = max(len(a) for a in self.allowed)
-        table = np.stack([np.pad(a, (0, longest - len(a)), mode="edge") for a in self.allowed])
-        low, high = np.zeros(len(found), dtype=np.int64), np.array([len(self.allowed[j]) - 1 for j in fills])
-        while (low < high).any():  # bisection, in all rows at once
-            middle = (low + high + 1) // 2
-            found[each, other] = table[other, middle]
-            fits = self.load(found) <= 1
-            low, high = np.where(fits, middle, low), np.where(fits, high, middle - 1)
+        every = -(-len(found) // (most if reach == 1 else _MOST_EXCHANGES))
+        return self._filled(found[::every], other[::every])
+
+    def _that_matter(self, sizes: np.ndarray, widths_only: bool) -> np.ndarray:
+        """Dimensions whose size changes a cost of the budget: not those of blocks that are out."""
+        ends = np.stack([np.array([a[0] for a in self.allowed]), self.full])
+        loads = np.stack([self.loads(np.where(np.eye(len(sizes), dtype=bool), end, sizes)) for end in ends])
+        matters = (loads[0] != loads[1]).any(1) & ~(self.is_depth & widths_only)
+        return np.flatnonzero(matters)
+
+    def _filled(self, found: np.ndarray, other: np.ndarray) -> np.ndarray:
+        """Rows of sizes (S, D), in each of them dimension `other` (S,) at the largest size that fits; those where none does
+        are left out."""
+        each = np.arange(len(found))
+        table = self._table
+        low, high = np.zeros(len(found), dtype=np.int64), np.array([len(a) - 1 for a in self.allowed])[other]
+        found[each, other] = table[other, low]
+        possible = self.load(found) <= 1
+        found, other, low, high = found[possible], other[possible], low[possible], high[possible]
+        each = np.arange(len(found))
+        found[each, other] = table[other, high]
+        low = np.where(self.load(found) <= 1, high, low) if len(found) else low
+        while len(open_ := np.flatnonzero(low < high)):  # bisection, in all rows at once
+            middle = (low[open_] + high[open_] + 1) // 2
+            rows = found[open_]
+            rows[np.arange(len(open_)), other[open_]] = table[other[open_], middle]
+            fits = self.load(rows) <= 1
+            low[open_], high[open_] = np.where(fits, middle, low[open_]), np.where(fits, high[open_], middle - 1)
         found[each, other] = table[other, low]
         return found
 
-    def _worth(self, sizes: np.ndarray) -> float:
-        return float(sum(g[:k].sum() for g, k in zip(self.gain, sizes)))
+    @functools.cached_property
+    def _table(self) -> np.ndarray:
+        """Allowed sizes, one row a dimension, the last one repeated where there are fewer."""
+        longest = max(len(a) for a in self.allowed)
+        return np.stack([np.pad(a, (0, longest - len(a)), mode="edge") for a in self.allowed])
+
+    def _worth(self, sizes: np.ndarray) -> np.ndarray:
+        """Importance that is kept at each row of sizes (S, D), (S,)."""
+        return self._kept[self._kept_start + sizes].sum(1)
 
 
-def _in_steps(gain: np.ndarray, d: Dimension) -> np.ndarray:
+@dataclass(frozen=True)
+class _Steps:
+    """Steps in the order in which they are to be taken, (N,) each: row of the path, dimension, size that it leads to, and
+    number of elements as a multiple of the path's first step."""
+
+    row: np.ndarray
+    dimension: np.ndarray
+    size: np.ndarray
+    share: np.ndarray
+
+    def take(self, sizes: np.ndarray, few: int) -> np.ndarray:
+        """Sizes (D,) after the first `few` steps."""
+        out = sizes.copy()
+        out[self.dimension[:few]] = self.size[:few]  # of several steps of one dimension the last one counts
+        return out
+
+
+def _in_steps(gain: np.ndarray, allowed: np.ndarray) -> np.ndarray:
     """Importance of each element of a dimension, (N,) descending, made even within every step that is kept or left."""
-    ends = np.union1d([0], _allowed(d))
+    ends = np.union1d([0], allowed)
     lengths = np.diff(ends)
     even = np.repeat(np.add.reduceat(gain, ends[:-1]) / lengths, lengths)
     return np.minimum.accumulate(even)  # links may break the order a little
 
 
 def _allowed(d: Dimension) -> np.ndarray:
-    return np.unique([d.lowest, *range(-(-d.lowest // d.multiple) * d.multiple, d.size, d.multiple), d.size])
+    """The sizes that a dimension may have, ascending."""
+    # `lowest` is a multiple itself, or the size
+    return np.append(np.arange(d.lowest, d.size, d.multiple), d.size)
 
 
 def _preferring(scores: np.ndarray, keep: Structure | None, member: str) -> np.ndarray:
@@ -407,5 +604,5 @@ def _preferring(scores: np.ndarray, keep: Structure | None, member: str) -> np.n
     if keep is None or member not in keep.kept:
         return scores
     raised = scores.copy()
-    raised[list(keep.kept[member])] += scores.max() - scores.min() + 1
+    raised[np.array(keep.kept[member], dtype=np.int64)] += scores.max() - scores.min() + 1
     return raised

@@ -6,39 +6,104 @@ formula serves a single structure, ten thousand of them, and differentiable soft
 
 A MAC is one multiply-accumulate of a contraction: convolutions, matrix products, both products of attention.
 Normalisations, activations and additions are not counted, as in `torch.utils.flop_counter` (which counts two FLOPs a MAC).
+
+A metric may be restricted to a part of the model: `macs in backbone.*` counts what runs in modules that the glob matches,
+and below them.  Latency is measured, not counted, and has no polynomial (`latency.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+import fnmatch
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 
 from .polynomial import Poly
 
+METRICS = ("macs", "params", "bytes", "activations", "kv_cache")
+"""What is counted.  A budget may name "latency" too, which is measured."""
+
+UNITS = {
+    "macs": "MACs", "params": "parameters", "bytes": "bytes", "activations": "bytes of activations",
+    "kv_cache": "bytes of keys and values", "latency": "ms",
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Cost:
-    """macs: multiply-accumulates of one forward on the example inputs.  params: number of parameters.
-    bytes: of the parameters in their own dtype.  activations: bytes that one forward writes, views excluded.
+    """What one structure costs, on the example inputs.
+
+    macs: multiply-accumulates of one forward.
+    params: number of parameters; tied ones count once.
+    bytes: of the parameters in their own dtype.
+    activations: bytes that one forward in evaluation mode writes: the results of all operators that depend on the input,
+        views excluded, in-place results included.  It is the total over the forward, not the most that is held at one
+        time; attention counts as its two products and the softmax between them, which fused kernels do not write out.
+    kv_cache: bytes of the keys and the values of every attention, for all tokens and sequences of the example: what a
+        decoder keeps of them while it generates.  Attention is two products of activations with a softmax between; keys
+        and values are counted as they were before a repetition for grouped queries.  0 for a model without attention.
     uncounted: operators whose MACs are not known, as 'operator in module'.
+
+    `cost["macs"]` is `cost.macs`; `cost["macs in backbone.*"]` and `cost["latency"]` (ms) are computed when asked for.
     """
 
     macs: int
     params: int
     bytes: int
     activations: int
+    kv_cache: int = 0
     uncounted: tuple[str, ...] = ()
+    more: Callable[[str], float] | None = field(default=None, repr=False, compare=False)
 
-    def __getitem__(self, metric: str) -> int:
-        return getattr(self, metric)
+    def __getitem__(self, metric: str) -> float:
+        if metric in METRICS:
+            return getattr(self, metric)
+        if self.more is None:
+            raise KeyError(f"{metric!r}: this cost holds only {', '.join(METRICS)}")
+        return self.more(metric)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Cost, (*(getattr(self, m) for m in METRICS), self.uncounted)
 
 
-METRICS = ("macs", "params", "bytes", "activations")
-UNITS = {"macs": "MACs", "params": "parameters", "bytes": "bytes", "activations": "bytes of activations"}
+class Metric(Protocol):
+    """One cost of a search space, at vectors of its variables with a one behind the last: (S, V + 1) or (V + 1,)."""
+
+    def count(self, values: np.ndarray) -> np.ndarray:
+        """The value at S vectors of whole sizes, (S,): int64, or float64 for a measured metric."""
+
+    def real(self, values: np.ndarray) -> np.ndarray:
+        """The values at S vectors of real sizes, (S,) of float64."""
+
+    def soft(self, values: torch.Tensor) -> torch.Tensor:
+        """The value at one vector of real sizes: a differentiable scalar."""
+
+
+def metric_name(metric: str, scope: str | None = None) -> str:
+    """The key of a metric, restricted to a scope if one is given: "macs", "macs in backbone.*"."""
+    return metric if scope is None else f"{metric} in {scope}"
+
+
+def split_name(key: str) -> tuple[str, str | None]:
+    """(metric, scope) of a key of `metric_name`."""
+    metric, found, scope = key.partition(" in ")
+    return metric.strip(), scope.strip() if found else None
+
+
+def within(path: str, scope: str) -> bool:
+    """Whether the module at `path` matches the glob `scope`, or lies below one that does."""
+    parts = path.split(".")
+    return any(fnmatch.fnmatchcase(".".join(parts[: i + 1]), scope) for i in range(len(parts)))
+
+
+class CostTerm(NamedTuple):
+    """One addend of a cost: what it is, and the modules that it belongs to (several for a tied parameter)."""
+
+    poly: Poly
+    paths: tuple[str, ...]
 
 
 class Monomials:
@@ -82,30 +147,72 @@ class Monomials:
         out = coefficients.to(values.dtype)
         for k in range(index.shape[1]):
             out = out * values[index[:, k]]
-        return out.sum()
+        return out.sum() if index.shape[1] else out.sum() + 0 * values.sum()  # a constant has a gradient too, zero
+
+
+class _Metrics(Mapping[str, Metric]):
+    """Metric by name, laid out when first asked for: those of METRICS, any of them in a scope, and measured ones."""
+
+    def __init__(self, model: CostModel):
+        self._model = model
+        self._made: dict[str, Metric] = {}
+
+    def __getitem__(self, key: str) -> Metric:
+        if key not in self._made:
+            self._made[key] = self._model._lay_out(key)
+        return self._made[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(METRICS)
+
+    def __len__(self) -> int:
+        return len(METRICS)
+
+    def __contains__(self, key: object) -> bool:
+        return isinstance(key, str) and (key in self._made or split_name(key)[0] in METRICS)
 
 
 class CostModel:
-    """The four costs of a search space over one vector of variables: the sizes of free axes, the gates of blocks.
+    """The costs of a search space over one vector of variables: the sizes of free axes, the gates of blocks.
 
     Args:
         variables: axis atoms and blocks, in the order of the vector.
-        polynomials: metric -> polynomial in them.
+        terms: metric -> its addends.
         uncounted: operators whose MACs are not known.
+        measured: metric -> what makes it; called when it is first asked for.
     """
 
-    def __init__(self, variables: Sequence[Hashable], polynomials: Mapping[str, Poly], uncounted: Sequence[str] = ()):
+    metrics: Mapping[str, Metric]
+
+    def __init__(
+        self,
+        variables: Sequence[Hashable],
+        terms: Mapping[str, Sequence[CostTerm]],
+        uncounted: Sequence[str] = (),
+        measured: Mapping[str, Callable[[], Metric]] | None = None,
+    ):
         self.variables = {v: i for i, v in enumerate(variables)}
-        self.metrics = {metric: Monomials(poly, self.variables) for metric, poly in polynomials.items()}
+        self.metrics = _Metrics(self)
         self.uncounted = tuple(uncounted)
+        self._terms, self._measured = terms, dict(measured or {})
+
+    def _lay_out(self, key: str) -> Metric:
+        metric, scope = split_name(key)
+        if scope is None and metric in self._measured:
+            return self._measured[metric]()
+        if metric not in self._terms:
+            raise KeyError(f"{key!r} is none of {', '.join((*self._terms, *self._measured))}")
+        chosen = [t.poly for t in self._terms[metric] if scope is None or any(within(p, scope) for p in t.paths)]
+        return Monomials(total(chosen), self.variables)
 
     def exact(self, values: Sequence[int] | np.ndarray) -> Cost:
         """The cost at one vector of sizes."""
         row = np.append(np.asarray(values, dtype=np.int64), 1)[None]
-        return Cost(**{m: int(p.count(row)[0]) for m, p in self.metrics.items()}, uncounted=self.uncounted)
+        counted = {m: int(self.metrics[m].count(row)[0]) for m in METRICS}
+        return Cost(**counted, uncounted=self.uncounted, more=lambda metric: self.metrics[metric].count(row)[0].item())
 
     def many(self, values: np.ndarray, metric: str, chunk: int = 4096) -> np.ndarray:
-        """One metric at many vectors (S, V): (S,) of int64."""
+        """One metric at many vectors (S, V): (S,) of int64, of float64 for latency."""
         one = np.ones((len(values), 1), dtype=np.int64)
         values = np.concatenate([values.astype(np.int64), one], 1)
         parts = [self.metrics[metric].count(values[i : i + chunk]) for i in range(0, len(values), chunk)]
@@ -114,6 +221,15 @@ class CostModel:
     def soft(self, values: torch.Tensor, metric: str) -> torch.Tensor:
         """One metric at a vector of soft sizes (V,): a differentiable scalar."""
         return self.metrics[metric].soft(torch.cat([values, values.new_ones(1)]))
+
+
+def total(polynomials: Sequence[Poly]) -> Poly:
+    """The sum of polynomials."""
+    terms: dict[tuple[Hashable, ...], int] = {}
+    for p in polynomials:
+        for monomial, coefficient in p.terms.items():
+            terms[monomial] = terms.get(monomial, 0) + coefficient
+    return Poly(terms)
 
 
 def product(polynomials: Sequence[Any]) -> Poly:

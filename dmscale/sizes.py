@@ -185,6 +185,11 @@ def extent(dim: Dim) -> Poly:
     return Poly.of(axes.measure(dim, free, Poly.of(0)))
 
 
+def extent_in(dim: Dim, free: set[Axis]) -> Poly:
+    """The size of `dim` as a polynomial in the axes of `free`; a dimension without any of them is a constant."""
+    return extent(dim) if any(a in free for a in axes.atoms(dim)) else Poly.of(axes.size(dim))
+
+
 class _Unknown(Exception):
     pass
 

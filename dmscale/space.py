@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import functools
 import math
+import os
 import random
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import axes, blocks, budget, certify, export, gates, naming, tracing
+from . import axes, blocks, budget, certify, export, gates, latency, naming, tracing
 from .axes import Axis
-from .cost import METRICS, Cost, CostModel, product
+from .cost import METRICS, Cost, CostModel, CostTerm, product
 from .errors import DmscaleError, ExportError
 from .polynomial import Poly
-from .sizes import Solution, extent, solve
+from .sizes import Solution, extent_in, solve
 from .structure import Structure
 
 TOLERANCE = 1e-4
@@ -88,6 +89,7 @@ class SearchSpace:
         self.example_inputs = example_inputs
         self.trace = trace
         self.options = options
+        self.latency: latency.Latency | None = None
         self._rebuild()
 
     # -- building -----------------------------------------------------------------------------------------------------
@@ -115,6 +117,15 @@ class SearchSpace:
     def costs(self) -> CostModel:
         """The cost polynomials over `variables`."""
         return _cost_model(self)
+
+    def block_of_operator(self) -> Callable[[int], tuple[Hashable, ...]]:
+        """What tells of an operator's number the removable block that it runs in, as a cost variable: one or none."""
+        return _block_finder(self)
+
+    @property
+    def free_axes(self) -> set[Axis]:
+        """The axes that can still change their size."""
+        return {a for d in self.dimensions.values() for a in d.axes}
 
     @property
     def variables(self) -> list[Hashable]:
@@ -191,13 +202,18 @@ class SearchSpace:
 
     def uniform_at(self, target: Any, depth: bool = False) -> Structure:
         """Uniform scaling to a budget, exactly met: the field's plainest baseline."""
-        wanted = budget.parse(target, self)
+        wanted, scores = budget.parse(target, self), self.magnitudes()
         low, high = 0.0, 1.0
+
+        def uniform(share: float) -> Structure:
+            sizes = {n: share * d.size for n, d in self.dimensions.items() if depth or d.kind != "depth"}
+            return self.structure(sizes, scores)
+
         for _ in range(30):
             middle = (low + high) / 2
-            fits = budget.satisfied(self.cost(self.uniform(max(middle, 1e-9), depth)), wanted)
+            fits = budget.satisfied(self.cost(uniform(middle)), wanted)
             low, high = (middle, high) if fits else (low, middle)
-        return budget.fit(self, self.uniform(max(low, 1e-9), depth), wanted, self.magnitudes(), keep=None)
+        return budget.fit(self, uniform(low), wanted, scores, keep=None)
 
     def sample_at(self, target: Any, seed: int = 0) -> Structure:
         """A random structure brought to a budget: sizes drawn around the uniform one, then exactly fitted."""
@@ -266,6 +282,46 @@ class SearchSpace:
     def cost_of_many(self, structures: Sequence[Structure], metric: str = "macs") -> np.ndarray:
         """One metric of many structures, (S,) of int64."""
         return self.costs.many(np.stack([self.vector(s) for s in structures]), metric)
+
+    def measure_latency(
+        self,
+        *,
+        runtime: str = "torch",
+        threads: int | None = None,
+        calibration: int = 8,
+        repeats: int = 7,
+        cache: str | os.PathLike[str] | bool | None = None,
+        progress: bool = True,
+        meter: latency.Meter | None = None,
+    ) -> latency.Latency:
+        """Learn what any structure takes on the model's device, for `cost()["latency"]` and budgets such as "3 ms latency".
+
+        The model is measured as it is deployed: its device and dtype, the batch of the example inputs, evaluation mode.  A
+        budget that names latency calls this with the defaults; call it first for other options, or again to measure anew.
+
+            space.measure_latency(threads=1)
+            search = dmscale.Search(space, "60% latency", steps=2000)
+
+        Args:
+            runtime: what runs whole models: "torch", or "onnx" for ONNX Runtime on the CPU.
+            threads: of PyTorch while measuring, and of ONNX Runtime; as they are now by default.
+            calibration: number of structures that are exported and measured whole.
+            repeats: measurements of which a median is taken.
+            cache: file that keeps measurements (see `latency.Cache`), or False for none.
+            progress: whether to show a bar, if the output is a terminal.
+            meter: takes the measurements, in place of `runtime` and `repeats`.
+        Raises:
+            DmscaleError: the model has no weights (it is on the meta device), or the runtime cannot run it.
+        """
+        self.latency = latency.learn(
+            self, runtime=runtime, threads=threads, calibration=calibration, repeats=repeats, cache=cache,
+            progress=progress, meter=meter,
+        )  # fmt: skip
+        self.__dict__.pop("costs", None)
+        return self.latency
+
+    def _latency_metric(self) -> latency.LatencyMetric:
+        return latency.LatencyMetric(self.latency or self.measure_latency(), self)
 
     @functools.cached_property
     def shares(self) -> dict[str, dict[str, float]]:
@@ -534,33 +590,40 @@ def _groups(free: list[Axis], links: list[set[Axis]]) -> list[list[Axis]]:
 
 def _cost_model(space: SearchSpace) -> CostModel:
     record = space.trace.record
-    inside = _block_finder(space)
-    free = {a for d in space.dimensions.values() for a in d.axes}
-    totals: dict[str, dict[Any, int]] = {m: {} for m in METRICS}
+    inside, free = _block_finder(space), space.free_axes
+    terms: dict[str, list[CostTerm]] = {m: [] for m in METRICS}
 
-    def add(metric: str, dims: Sequence[axes.Dim], gate: tuple[Hashable, ...], weight: int) -> None:
-        poly = product([_extent(dim, free) for dim in dims] + [Poly.variable(g) for g in gate])
-        terms = totals[metric]
-        for monomial, coefficient in poly.terms.items():
-            terms[monomial] = terms.get(monomial, 0) + coefficient * weight
+    def add(
+        metric: str, dims: Sequence[axes.Dim], gate: tuple[Hashable, ...], weight: int, paths: Sequence[str]
+    ) -> None:
+        poly = product([extent_in(dim, free) for dim in dims] + [Poly.variable(g) for g in gate])
+        terms[metric].append(CostTerm(poly * weight if weight != 1 else poly, tuple(paths)))
 
     for term in record.terms:
-        add("macs", term.dims, inside(term.op), 1)
-    for op, element, dims in record.activations:
-        add("activations", dims, inside(op), element)
+        add("macs", term.dims, inside(term.op), 1, [term.path])
+    for op, element, dims, path in record.activations:
+        add("activations", dims, inside(op), element, [path])
+    for kept in record.cached:
+        add("kv_cache", _once(kept.dims, kept.repeated), inside(kept.op), kept.element, [kept.path])
     parameters = dict(space.model.named_parameters(remove_duplicate=False))
     for name, dims in space.trace.slots.items():
         if name in parameters:
             owners = [name, *(n for n, first in space.trace.aliases.items() if first == name)]
             gate = _block_of_parameters(space, owners)
-            add("params", dims, gate, 1)
-            add("bytes", dims, gate, parameters[name].element_size())
+            paths = [n.rpartition(".")[0] for n in owners]
+            add("params", dims, gate, 1, paths)
+            add("bytes", dims, gate, parameters[name].element_size(), paths)
     uncounted = [f"{op} in {path or 'the model'}" for op, paths in record.unknown.items() for path in paths]
-    return CostModel(space.variables, {m: Poly(t) for m, t in totals.items()}, uncounted)
+    return CostModel(space.variables, terms, uncounted, {"latency": space._latency_metric})
 
 
-def _extent(dim: axes.Dim, free: set[Axis]) -> Poly:
-    return extent(dim) if any(a in free for a in axes.atoms(dim)) else Poly.of(axes.size(dim))
+def _once(dims: Sequence[axes.Dim], repeated: Sequence[axes.Dim]) -> list[axes.Dim]:
+    """`dims` as they were before the repetitions."""
+    left = [a for dim in dims for a in axes.factors(dim)]
+    for a in axes.factors([a for dim in repeated for a in dim]):
+        if a in left:
+            left.remove(a)
+    return [(a,) for a in left]
 
 
 def _block_finder(space: SearchSpace) -> Callable[[int], tuple[Hashable, ...]]:
@@ -587,7 +650,7 @@ def _best(total: int, wanted: int, score: Any) -> tuple[int, ...]:
     if score is None:
         return tuple(range(wanted))
     order = np.argsort(-np.asarray(score, dtype=np.float64), kind="stable")
-    return tuple(sorted(int(i) for i in order[:wanted]))
+    return tuple(np.sort(order[:wanted]).tolist())
 
 
 def _indicator(size: int, kept: Sequence[int], device: torch.device) -> Tensor:

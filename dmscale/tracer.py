@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -36,6 +36,8 @@ class Value:
     data: whether it depends on the model's input (a weight does not).
     origin: equal for tensors that hold the same elements (views, copies, casts).
     square: origin of the tensor that it is the square of.
+    repeated: dimensions along which it was repeated (`expand`, `repeat`): its elements differ only beside them.
+    product: the product of two activations that it was computed from, element by element or by a softmax.
     """
 
     dims: tuple[Dim, ...]
@@ -43,6 +45,56 @@ class Value:
     data: bool = False
     origin: int = 0
     square: int | None = None
+    repeated: tuple[Dim, ...] = ()
+    product: Product | None = None
+
+
+@dataclass(eq=False)
+class Product:
+    """A product of two activations; `over`, the dimension that a softmax of it was taken over, makes it attention."""
+
+    operands: tuple[tuple[Value, int], ...]  # with the bytes of an element
+    over: Dim | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Cached:
+    """A key or value operand of attention: `element` bytes for each element of `dims`, those of `repeated` aside."""
+
+    op: int
+    path: str
+    element: int
+    dims: tuple[Dim, ...]
+    repeated: tuple[Dim, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Operand:
+    """A tensor argument of an `Instance`: its dimensions as axes, and the order of its strides, slowest first."""
+
+    dims: tuple[Dim, ...]
+    dtype: torch.dtype
+    order: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Instance:
+    """One contraction as it ran: all that is needed to run it again alone, at other sizes.
+
+    start, end: it stands for the operators `start` < op <= `end`; a fused attention for several.
+    function: what was called, an ATen overload or a function of `torch.nn.functional`.
+    args, kwargs: its arguments, every tensor replaced by an `Operand`.
+    dims: the dimensions of its result.
+    """
+
+    start: int
+    end: int
+    path: str
+    operator: str
+    function: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    dims: tuple[Dim, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +105,15 @@ class Term:
     path: str
     operator: str
     dims: tuple[Dim, ...]
+
+
+class Activation(NamedTuple):
+    """A result that depends on the model's input and is no view: operator `op` wrote `element` bytes an element."""
+
+    op: int
+    element: int
+    dims: tuple[Dim, ...]
+    path: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,6 +164,8 @@ class Record:
     """Everything that a trace notes beside the axes themselves."""
 
     terms: list[Term] = field(default_factory=list)
+    instances: list[Instance] = field(default_factory=list)
+    cached: list[Cached] = field(default_factory=list)
     contractions: list[Contraction] = field(default_factory=list)
     normalisations: list[Normalisation] = field(default_factory=list)
     produced: list[tuple[int, str, Dim]] = field(default_factory=list)  # op, module, axes that a weight made
@@ -111,7 +174,7 @@ class Record:
     calls: list[Call] = field(default_factory=list)
     additions: list[tuple[int, frozenset[int]]] = field(default_factory=list)
     biases: list[tuple[int, str]] = field(default_factory=list)  # op, the parameter that it adds as it is
-    activations: list[tuple[int, int, tuple[Dim, ...]]] = field(default_factory=list)  # op, bytes an element, dims
+    activations: list[Activation] = field(default_factory=list)
     unknown: dict[str, dict[str, None]] = field(default_factory=dict)  # operator without a rule -> module paths
     conflicts: list[str] = field(default_factory=list)
     operators: dict[str, int] = field(default_factory=dict)
@@ -139,6 +202,8 @@ _POINTWISE = [
     aten.complex, aten.polar, aten.fake_quantize_per_tensor_affine,
 ]  # fmt: skip
 POINTWISE = {getattr(packet, name) for packet in _POINTWISE for name in packet.overloads()}
+_SOFTMAX = {getattr(p, n) for p in (aten._softmax, aten._safe_softmax, aten.softmax) for n in p.overloads()}
+_REPEATING = {getattr(p, n) for p in (aten.expand, aten.repeat) for n in p.overloads()}
 _NAME = "_dmscale_value"
 
 
@@ -244,6 +309,15 @@ class Tracer(TorchDispatchMode):
         """Note a contraction of that many MACs."""
         self._contracting = True
         self.record.terms.append(Term(self.op, self.path, self._operator, tuple(dims)))
+
+    def fuse(self, start: int, function: Any, args: tuple, kwargs: dict[str, Any], out: Tensor) -> None:
+        """Note that the operators since number `start` are one call of `function` where the model is deployed."""
+        instances = self.record.instances
+        while instances and instances[-1].start >= start:
+            instances.pop()
+        instances.append(
+            Instance(start, self.op, self.path, function.__name__, function, args, kwargs, self.dims(out))
+        )
 
     def contracted(self, dim: Dim, operands: Sequence[tuple[Tensor, Dim]]) -> None:
         """Note that `dim` was summed over; each operand comes with its own dimension that was."""
@@ -377,10 +451,45 @@ class Tracer(TorchDispatchMode):
             record.additions.append((self.op, frozenset(v.origin for v in values)))
             record.biases += [(self.op, n) for v in values if not v.data for n in v.params if len(v.params) == 1]
         is_view = func in _VIEWS
+        repeated = _repetitions(func, tensors[0], outs[0], found[0]) if func in _REPEATING else ()
+        if is_view or len(tensors) == 1:
+            repeated = (*values[0].repeated, *repeated)
+        product = self._attend(func, args, tensors, values)
         for o, dims in zip(outs, found):
-            self._store(o, Value(tuple(dims), params, data, origin or self._new_origin(), square))
+            origin_of = origin or self._new_origin()
+            self._store(o, Value(tuple(dims), params, data, origin_of, square, repeated, product))
             if data and not is_view:
-                record.activations.append((self.op, o.element_size(), tuple(dims)))
+                record.activations.append(Activation(self.op, o.element_size(), tuple(dims), self.path))
+        if self._contracting:
+            own, named = operands_of(self, args), operands_of(self, kwargs)
+            record.instances.append(
+                Instance(self.op - 1, self.op, self.path, self._operator, func, own, named, tuple(found[0]))
+            )
+
+    def _attend(self, func: Any, args: Any, tensors: list[Tensor], values: list[Value]) -> Product | None:
+        """Follow products of activations: with a softmax and a second product behind it, one was attention.
+
+        Returns what the result is to be known as: a product of its own, or computed from the one that came in.
+        """
+        if not self._contracting:
+            if func in _SOFTMAX and values[0].product is not None:
+                dim = args[1]
+                return Product(values[0].product.operands, values[0].dims[dim])
+            if func in _VIEWS or func in POINTWISE or torch.Tag.pointwise in func.tags:
+                return next((v.product for v in values if v.product is not None), None)
+            return None
+        last = self.record.contractions[-1] if self.record.contractions else None
+        met = [v for v, _ in last.operands] if last is not None and last.op == self.op else []
+        if len(met) != 2 or not all(v.data for v in met):
+            return None
+        bytes_of = {id(v): t.element_size() for t, v in zip(tensors, values)}
+        elements = [(v, bytes_of.get(id(v), 4)) for v in met]
+        for (weights, _), other in zip(elements, reversed(elements)):
+            if weights.product is not None and weights.product.over is not None:
+                for v, element in (_key_of(weights.product), other):
+                    self.record.cached.append(Cached(self.op, self.path, element, v.dims, v.repeated))
+                return None
+        return Product(tuple(elements))
 
     def _apply_rule(
         self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor], out: Any, outs: list[Tensor]
@@ -409,6 +518,34 @@ class Tracer(TorchDispatchMode):
         self.record.unknown.setdefault(self._operator, {})[self.path] = None
         for t in tensors:
             self.freeze_dims(self.dims(t), "no rule for the operator")
+
+
+def operands_of(tracer: Tracer, tree: Any) -> Any:
+    """`tree`, the arguments of a call, with every tensor replaced by an `Operand`."""
+    if isinstance(tree, Tensor):
+        strides = tree.stride()
+        order = sorted(range(tree.dim()), key=lambda i: (-strides[i], i))
+        return Operand(tracer.dims(tree), tree.dtype, tuple(order))
+    if isinstance(tree, (tuple, list)):
+        return type(tree)(operands_of(tracer, x) for x in tree)
+    if isinstance(tree, dict):
+        return {k: operands_of(tracer, x) for k, x in tree.items()}
+    return int(tree) if isinstance(tree, SizedInt) else tree
+
+
+def _repetitions(func: Any, x: Tensor, out: Tensor, dims: Sequence[Dim]) -> tuple[Dim, ...]:
+    """The axes that `expand` or `repeat` has put in: one along each dimension that it made longer."""
+    lead = out.dim() - x.dim()
+    longer = [dim for i, dim in enumerate(dims) if i < lead or x.shape[i - lead] != out.shape[i]]
+    return tuple(dim[:1] for dim in longer)  # of `repeat`, (count, dimension), the count
+
+
+def _key_of(product: Product) -> tuple[Value, int]:
+    """Of both operands of a first product of attention the one that has the dimension under the softmax: the keys."""
+    assert product.over is not None
+    over = product.over
+    has = [any(axes.same(over, dim) for dim in v.dims) for v, _ in product.operands]
+    return product.operands[0] if has[0] and not has[1] else product.operands[1]
 
 
 def _makes_integers(func: Any, args: Any, kwargs: Any) -> bool:

@@ -125,7 +125,7 @@ def _read(model: nn.Module, args: tuple, kwargs: dict, kind: str) -> Trace:
 
 def _touched(record: Record) -> set[Dim]:
     """The dimensions of everything that operators computed or contracted."""
-    computed = [*(term.dims for term in record.terms), *(dims for _, _, dims in record.activations)]
+    computed = [*(term.dims for term in record.terms), *(written.dims for written in record.activations)]
     return {dim for dims in computed for dim in dims}
 
 
@@ -135,14 +135,16 @@ def _read_training(tracer: Tracer, twin: nn.Module, args: tuple, kwargs: dict, m
     Returns the dimensions of what was computed then.
     """
     record = tracer.record
-    terms, activations, calls = len(record.terms), len(record.activations), len(record.calls)
+    costs = (record.terms, record.activations, record.calls, record.instances, record.cached)
+    before = [len(noted) for noted in costs]
     twin.train()
     try:
         _run(tracer, twin, args, kwargs, meta)
     except Exception as error:  # a batch of one under BatchNorm, say: what only training reads stays frozen
         trace.notes.append(f"not traced in training mode ({type(error).__name__}: {error})")
     touched = _touched(record)
-    del record.terms[terms:], record.activations[activations:], record.calls[calls:]
+    for noted, length in zip(costs, before):
+        del noted[length:]  # type: ignore[attr-defined]
     return touched
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..budget import _Problem
+from .. import budget as budgets
 from ..optional import require
 from ..structure import Structure
 from .base import Found, Task, strategy
@@ -42,21 +42,15 @@ def knapsack_exact(task: Task) -> Found:
 
 
 def greedy(task: Task, scores: Mapping[str, Any], depth: bool) -> Structure:
-    """From the full network, drop what is worth least for the cost that it saves until the budget holds."""
-    problem = _Problem(task.space, task.budget, scores, None)
-    sizes = problem.full.copy()
-    load = float(problem.load(sizes[None])[0])
-    while load > 1:
-        moves = [m for m in problem.moves(sizes, up=False) if depth or problem.dimensions[m[0]].kind != "depth"]
-        if not moves:
-            break  # widths are spent: the fit takes blocks
-        after = problem.load(np.stack([problem._moved(sizes, i, k) for i, k in moves]))
-        price = [problem._importance(i, int(sizes[i]), k) for i, k in moves] / np.maximum(load - after, 1e-12)
-        best = int(np.argmin(np.where(after < load, price, np.inf)))
-        if after[best] >= load:
-            best = int(np.argmin(price))  # several constraints: none falls by one step alone
-        sizes, load = problem._moved(sizes, *moves[best]), float(after[best])
-    return task.fit(_named(task, sizes), scores)
+    """From the full network, drop what is worth least for the cost that it saves until the budget holds.
+
+    Without `depth` blocks go only when the widths are spent.
+    """
+    if depth:
+        start = budgets.allocate(task.space, task.budget, scores)
+        return budgets.fit(task.space, start, task.budget, scores, keep=None)
+    problem = budgets._Problem(task.space, task.budget, scores, None)
+    return task.fit(_named(task, problem.remove(problem.full.copy())), scores)
 
 
 def exact(task: Task, scores: Mapping[str, Any]) -> Structure:
@@ -65,7 +59,7 @@ def exact(task: Task, scores: Mapping[str, Any]) -> Structure:
     Raises:
         MissingPackageError: scipy is not installed.
     """
-    problem = _Problem(task.space, task.budget, scores, None)
+    problem = budgets._Problem(task.space, task.budget, scores, None)
     best: Structure | None = None
     for start in (greedy(task, scores, depth=False), by_share(task, scores)):  # the linear cost finds a local optimum
         for _ in range(_ROUNDS):
@@ -81,11 +75,11 @@ def _vector(structure: Structure) -> np.ndarray:
     return np.array(list(structure.sizes.values()), dtype=np.int64)
 
 
-def _worth(problem: _Problem, structure: Structure) -> float:
+def _worth(problem: budgets._Problem, structure: Structure) -> float:
     return problem._worth(_vector(structure))
 
 
-def _solve(problem: _Problem, reference: np.ndarray) -> np.ndarray:
+def _solve(problem: budgets._Problem, reference: np.ndarray) -> np.ndarray:
     """The best sizes near `reference` by the cost linearised there: choose one size a dimension."""
     optimize = require("scipy.optimize", "strategies", "the exact knapsack")
     sparse = require("scipy.sparse", "strategies", "the exact knapsack")
@@ -96,9 +90,9 @@ def _solve(problem: _Problem, reference: np.ndarray) -> np.ndarray:
             near = reference[i : i + 1]
         near = near[(near >= reference[i] / _REACH - 1) & (near <= reference[i] * _REACH + 1)]
         choices += [(i, int(k)) for k in near]
-    rows = np.stack([problem._moved(reference, i, k) for i, k in choices])
+    rows = problem._moved(reference, choices)
     at, found = problem.costs(reference[None]), problem.costs(rows)
-    worth = np.array([problem.gain[i][:k].sum() for i, k in choices])
+    worth = np.array([problem.kept[i][k] for i, k in choices])
     one = sparse.csr_matrix((np.ones(len(choices)), ([i for i, _ in choices], np.arange(len(choices)))))
     constraints = [optimize.LinearConstraint(one, 1, 1)]
     for m, target in problem.targets.items():
