@@ -76,7 +76,7 @@ def _vector(structure: Structure) -> np.ndarray:
 
 
 def _worth(problem: budgets._Problem, structure: Structure) -> float:
-    return problem._worth(_vector(structure))
+    return float(problem._worth(_vector(structure)[None])[0])
 
 
 def _solve(problem: budgets._Problem, reference: np.ndarray) -> np.ndarray:
