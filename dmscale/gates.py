@@ -1,12 +1,13 @@
 """Gates: run the full-size model as if parts of it were gone.
 
 A mask acts where an axis is *consumed*.  Up to there a removed element may hold what it likes: masking the weight of the
-linear or convolution that sums over it (`W * m`, O(weights)) equals masking its input.  Three more places need a mask:
+linear or convolution that sums over it (`W * m`, O(weights)) equals masking its input.  Four more places need a mask:
 
 - two activations that are contracted with each other (query and key over the head dims): the producers' rows are masked;
 - a normalisation over a gated axis: its kept-count form.  For x' = m (x - mean_kept) sqrt(N / k) the full-size operator
   computes exactly the statistics of the k kept elements, and its scale is corrected by sqrt(k / N): true of LayerNorm,
   GroupNorm and every RMSNorm, whatever class implements it;
+- a mean, variance or maximum anywhere in a forward: the same over what is kept (`reductions.py`);
 - a block: lerp(input, block(input), gate).
 
 All of it lives on a clone of the module tree that shares the user's parameters.
@@ -23,10 +24,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from . import axes, running
+from . import axes, reductions, running
 from .axes import Axis, Dim
 from .blocks import Blocks
 from .clone import clone
+from .reductions import Place, ReductionSite
 from .tracer import Call, Contraction, Normalisation, Value
 from .tracing import Trace
 
@@ -74,6 +76,7 @@ class Sites:
     norms: tuple[NormSite, ...]
     blocks: tuple[Blocks, ...]
     by_products: tuple[tuple[str, tuple[Dim, ...]], ...] = ()
+    reductions: tuple[ReductionSite, ...] = ()
 
 
 # -- planning: which places, or why an axis must stay ------------------------------------------------------------------
@@ -84,14 +87,23 @@ def plan(trace: Trace, blocks: Sequence[Blocks]) -> Sites:
     weights: dict[tuple[str, str], dict[int, Dim]] = {}
     inputs: dict[str, InputSite] = {}
     norms: dict[str, NormSite] = {}
+    reduced: dict[Place, ReductionSite] = {}
+    matters: set[int] | None = None
+    places = _places(trace)
     for norm in trace.record.normalisations:
-        if norm.kind == "sum":
-            for dim in norm.dims:
-                if axes.is_free(dim):
-                    _mask_producers(trace, dim, [norm.source], norm.path, norm.operator, weights)
-        elif any(axes.is_free(dim) for dim in norm.dims):
+        if any(axes.is_free(dim) for dim in norm.dims):
+            if matters is None:
+                matters = trace.record.matters()
             site = _norm_site(trace, norm)
-            if isinstance(site, str):
+            if isinstance(site, str) and norm.place is not None and _is_reducible(trace, norm, places, matters):
+                reduced[norm.place] = reductions.site_of(norm.place, norm.source.dims, norm.dims)
+            elif matters.isdisjoint(trace.record.steps[norm.op].gives):
+                continue  # nobody reads it: the mean over the heads of scores that nobody asked for
+            elif norm.kind == "sum":
+                for dim in norm.dims:
+                    if axes.is_free(dim):
+                        _mask_producers(trace, dim, [norm.source], norm.path, norm.operator, weights)
+            elif isinstance(site, str):
                 for dim in norm.dims:
                     axes.freeze(dim, site)
             else:
@@ -114,7 +126,32 @@ def plan(trace: Trace, blocks: Sequence[Blocks]) -> Sites:
         tuple(s for s in norms.values() if axes.is_free(s.dim)),
         tuple(blocks),
         tuple((k, dims) for k, dims in trace.record.by_products.items() if any(axes.is_free(d) for d in dims)),
+        tuple(s for s in reduced.values() if any(axes.is_free(d) for _, d in s.dims)),
     )
+
+
+def _places(trace: Trace) -> dict[Place, list[Normalisation]]:
+    found: dict[Place, list[Normalisation]] = {}
+    for norm in trace.record.normalisations:
+        if norm.place is not None:
+            found.setdefault(norm.place, []).append(norm)
+    return found
+
+
+def _is_reducible(
+    trace: Trace, norm: Normalisation, places: Mapping[Place, list[Normalisation]], matters: set[int]
+) -> bool:
+    """Whether `norm` is one call of a function that has a form for a part of its axes, the same on every forward."""
+    assert norm.place is not None
+    every = places[norm.place]
+    alike = all(
+        len(n.source.dims) == len(norm.source.dims) and len(n.dims) == len(norm.dims)
+        and all(map(axes.same, n.source.dims, norm.source.dims)) and all(map(axes.same, n.dims, norm.dims))
+        for n in every
+    )  # fmt: skip
+    gives = trace.record.steps[norm.op].gives
+    positions_read = len(gives) > 1 and norm.place.function in reductions.EXTREMA and gives[1] in matters
+    return alike and norm.source.data and not positions_read
 
 
 def _is_masked(c: Contraction, masked: Mapping[int, Dim]) -> bool:
@@ -311,6 +348,8 @@ def attach(
     for stack in sites.blocks:
         for i, path in enumerate(stack.paths):
             gated.get_submodule(path).register_forward_hook(BlockGate(masks, stack.name, i), with_kwargs=True)
+    for path in dict.fromkeys(s.place.module for s in sites.reductions):
+        reductions.attach(gated.get_submodule(path), masks, [s for s in sites.reductions if s.place.module == path])
     if sites.by_products and not trainable:
         gated.register_forward_hook(KeptByProducts(masks, sites.by_products))
     return gated

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import axes
 from .axes import Axis, Conflict, Dim
+from .reductions import Numbering, Place
 from .rules import RULES
 from .sizes import Equation, Expression, Extent, Operation, SizedInt, expression_of, listening
 
@@ -82,6 +83,16 @@ class Normalisation:
     weight: str | None = None
     bias: str | None = None
     group: Dim = ()
+    place: Place | None = None  # where a forward calls it as a function, if that can be found again
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one operator took and gave, as origins; one that `writes` into its arguments is not to be left out."""
+
+    takes: tuple[int, ...]
+    gives: tuple[int, ...]
+    writes: bool = False
 
 
 @dataclass(eq=False)
@@ -116,6 +127,16 @@ class Record:
     operators: dict[str, int] = field(default_factory=dict)
     by_products: dict[str, tuple[Dim, ...]] = field(default_factory=dict)  # outputs whose axes may shrink
     read: set[str] = field(default_factory=set)  # parameters that some operator took
+    steps: dict[int, Step] = field(default_factory=dict)  # by operator number
+    results: set[int] = field(default_factory=set)  # origins of what the model returns
+
+    def matters(self) -> set[int]:
+        """Origins of everything that a result, or a tensor that is written to, depends on."""
+        found = set(self.results)
+        for step in reversed(self.steps.values()):
+            if step.writes or not found.isdisjoint(step.gives):
+                found.update(step.takes)
+        return found
 
 
 # Results that hold the very elements of their first argument: a residual branch may add such a copy.
@@ -153,6 +174,8 @@ class Tracer(TorchDispatchMode):
         self.op = 0
         self.path = ""  # of the innermost module that runs
         self.making_sized = False  # a factory is being called with sizes that `arrivals` will equate
+        self.numbering = Numbering()
+        self.reduction: tuple[Place, tuple[Dim, ...]] | None = None  # being called, and the dimensions of its input
         self._adopted: dict[int, tuple[Tensor, Value]] = {}
         self._names: dict[str, Value] = {}
         self._contracting = False
@@ -262,8 +285,11 @@ class Tracer(TorchDispatchMode):
     ) -> None:  # fmt: skip
         """Note that the result depends on how many elements `dims` have."""
         w, b = (next(iter(self.value(p).params), None) if p is not None else None for p in (weight, bias))
+        place = None
+        if self.reduction is not None and all(map(axes.same, self.reduction[1], self.dims(x))):
+            place = self.reduction[0]
         self.record.normalisations.append(
-            Normalisation(self.op, self.path, self._operator, kind, tuple(dims), self.value(x), w, b, group)
+            Normalisation(self.op, self.path, self._operator, kind, tuple(dims), self.value(x), w, b, group, place)
         )
 
     def is_square(self, x: Tensor) -> bool:
@@ -315,6 +341,8 @@ class Tracer(TorchDispatchMode):
         )
         self.op += 1
         if not outs:
+            takes = tuple(self.value(t).origin for t in tensors)
+            self.record.steps[self.op] = Step(takes, (), True)  # Python reads the values
             return out
         self._infer(func, args, kwargs, tensors, out, outs)
         if real and isinstance(out, Tensor) and id(out) in real:  # an in-place operator on a real constant
@@ -371,6 +399,8 @@ class Tracer(TorchDispatchMode):
             self._store(o, Value(tuple(dims), params, data, origin or self._new_origin(), square))
             if data and not is_view:
                 record.activations.append((self.op, o.element_size(), tuple(dims)))
+        given = tuple(self.value(o).origin for o in outs)
+        record.steps[self.op] = Step(tuple(v.origin for v in values), given, func._schema.is_mutable)
 
     def _apply_rule(
         self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor], out: Any, outs: list[Tensor]

@@ -162,6 +162,7 @@ def _run(tracer: Tracer, twin: nn.Module, args: tuple, kwargs: dict, meta: bool)
     except Exception as error:
         error._dmscale_path = tracer.path  # type: ignore[attr-defined]
         raise
+    tracer.record.results.update(tracer.value(t).origin for t in running.tensors_in(out))
     fields = dict(out.items()) if isinstance(out, Mapping) else {"": out}
     for key, value in fields.items():
         for t in running.tensors_in(value):
@@ -238,11 +239,13 @@ def _following_calls(tracer: Tracer, twin: nn.Module) -> Iterator[None]:
             open_calls.append(call)
             paths.append(path)
             tracer.path = path
+            tracer.numbering.enter(path)
 
         return hook
 
     def leave(module: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
         paths.pop()
+        tracer.numbering.leave()
         tracer.path = paths[-1]
         call = open_calls.pop()
         call.end = tracer.op
