@@ -8,7 +8,7 @@ linear or convolution that sums over it (`W * m`, O(weights)) equals masking its
   computes exactly the statistics of the k kept elements, and its scale is corrected by sqrt(k / N): true of LayerNorm,
   GroupNorm and every RMSNorm, whatever class implements it;
 - a mean, variance or maximum anywhere in a forward: the same over what is kept (`reductions.py`);
-- a block: lerp(input, block(input), gate).
+- a block: lerp(input, block(input), gate); a branch of a block: lerp(0, branch(input), gate).
 
 All of it lives on a clone of the module tree that shares the user's parameters.
 """
@@ -347,7 +347,8 @@ def attach(
             norm.register_forward_hook(Rescale(scales[site.module]))
     for stack in sites.blocks:
         for i, path in enumerate(stack.paths):
-            gated.get_submodule(path).register_forward_hook(BlockGate(masks, stack.name, i), with_kwargs=True)
+            gate = BlockGate(masks, stack.name, i, bool(stack.forms))
+            gated.get_submodule(path).register_forward_hook(gate, with_kwargs=True)
     for path in dict.fromkeys(s.place.module for s in sites.reductions):
         reductions.attach(gated.get_submodule(path), masks, [s for s in sites.reductions if s.place.module == path])
     if sites.by_products and not trainable:
@@ -481,14 +482,16 @@ class _Scaled(torch.autograd.Function):
 
 @dataclass
 class BlockGate:
-    """After a block: lerp(input, output, gate)."""
+    """After a block: lerp(input, output, gate).  After a branch: lerp(0, output, gate)."""
 
     masks: Masks
     stack: str
     index: int
+    branch: bool = False
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, out: Any) -> Any:
         x = running.tensors_in((args, kwargs))[0]
+        x = torch.zeros_like(x) if self.branch else x
         gate = self.masks.depths[self.stack][self.index]
         decided = self.masks.decided.get(self.stack)
         if decided is None:

@@ -90,6 +90,7 @@ class Normalisation:
 class Step:
     """What one operator took and gave, as origins; one that `writes` into its arguments is not to be left out."""
 
+    operator: str
     takes: tuple[int, ...]
     gives: tuple[int, ...]
     writes: bool = False
@@ -97,7 +98,12 @@ class Step:
 
 @dataclass(eq=False)
 class Call:
-    """One call of a module: operators `start` to `end`, its first tensor in and out."""
+    """One call of a module: operators `start` to `end`, its first tensor in and out.
+
+    argument: position or name of the argument that is the first tensor.
+    form: of the output, as in `branches.zero`; None where it holds what has no such form.
+    others: origins of its other outputs.
+    """
 
     path: str
     start: int
@@ -107,6 +113,9 @@ class Call:
     result: Value | None = None
     result_dtype: torch.dtype | None = None
     passes_the_rest: bool = True  # other outputs are inputs handed on, so that the call can be left out
+    argument: int | str | None = None
+    form: Any = None
+    others: tuple[int, ...] = ()
 
 
 @dataclass
@@ -342,7 +351,7 @@ class Tracer(TorchDispatchMode):
         self.op += 1
         if not outs:
             takes = tuple(self.value(t).origin for t in tensors)
-            self.record.steps[self.op] = Step(takes, (), True)  # Python reads the values
+            self.record.steps[self.op] = Step(func._overloadpacket.__name__, takes, (), True)  # Python reads the values
             return out
         self._infer(func, args, kwargs, tensors, out, outs)
         if real and isinstance(out, Tensor) and id(out) in real:  # an in-place operator on a real constant
@@ -400,7 +409,9 @@ class Tracer(TorchDispatchMode):
             if data and not is_view:
                 record.activations.append((self.op, o.element_size(), tuple(dims)))
         given = tuple(self.value(o).origin for o in outs)
-        record.steps[self.op] = Step(tuple(v.origin for v in values), given, func._schema.is_mutable)
+        record.steps[self.op] = Step(
+            self._operator, tuple(v.origin for v in values), given, func._schema.is_mutable
+        )
 
     def _apply_rule(
         self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor], out: Any, outs: list[Tensor]

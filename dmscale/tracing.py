@@ -224,6 +224,15 @@ def _tagged_settings(settings: Any, path: str, key: str) -> Any:
     return mine
 
 
+def _form(out: Any, first: Tensor) -> Any:
+    """The form of an output, as in `branches.zero`; None where it has parts that have none."""
+    if out is first:
+        return "x"
+    if type(out) in (tuple, list) and all(part is None or isinstance(part, Tensor) for part in out):
+        return {type(out).__name__: ["x" if part is first else None for part in out]}
+    return None
+
+
 @contextlib.contextmanager
 def _following_calls(tracer: Tracer, twin: nn.Module) -> Iterator[None]:
     """Know at every operator which module runs, and note what each module call takes and gives."""
@@ -236,6 +245,8 @@ def _following_calls(tracer: Tracer, twin: nn.Module) -> Iterator[None]:
             first = next(iter(running.tensors_in((args, kwargs))), None)
             source = tracer.value(first) if first is not None else None
             call = Call(path, tracer.op, source, first.dtype if first is not None else None)
+            named = {**dict(enumerate(args)), **kwargs}
+            call.argument = next((k for k, v in named.items() if v is first), None) if first is not None else None
             open_calls.append(call)
             paths.append(path)
             tracer.path = path
@@ -252,6 +263,8 @@ def _following_calls(tracer: Tracer, twin: nn.Module) -> Iterator[None]:
         tensors = running.tensors_in(out)
         if tensors:
             call.result, call.result_dtype = tracer.value(tensors[0]), tensors[0].dtype
+            call.form = _form(out, tensors[0])
+            call.others = tuple(tracer.value(t).origin for t in tensors[1:])
         given = {id(t) for t in running.tensors_in((args, kwargs))}
         call.passes_the_rest = all(id(t) in given for t in tensors[1:])
         tracer.record.calls.append(call)

@@ -80,12 +80,15 @@ def test_a_search_learns_through_every_pattern(name):
     search = dmscale.Search(space, "60% params", 4)
     optimizer = torch.optim.SGD(model.parameters(), 0.0)
     search.attach(optimizer)
+    grads = []
     while not search.done:
         sum(t.square().mean() for t in floats_of(run(search.model, inputs))).backward()
-        assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in masks_of(search.model)._list)
+        grads.append([p.grad.clone() for p in masks_of(search.model)._list if p.grad is not None])
+        assert all(bool(g.isfinite().all()) for g in grads[-1])
         optimizer.step()
         optimizer.zero_grad()
     small = search.export()
+    assert len(grads[0]) == len(masks_of(search.model)._list) and all(bool(g.any()) for g in grads[0])
     assert num_params(small) <= 0.6 * num_params(model)
 
 
