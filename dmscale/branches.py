@@ -136,9 +136,9 @@ class _Flow:
 
 def _can_be_zero(model: nn.Module, flow: _Flow, call: Call) -> bool:
     """Whether a plain module can stand for `call`: its first tensor is a named argument, its outputs are few and simple."""
-    name = _name_of(model.get_submodule(call.path), call.argument)
-    unused = all(flow.is_unused(origin) for origin in call.others)
-    return name is not None and call.form is not None and unused
+    module = model.get_submodule(call.path)
+    named = all(_name_of(module, key) is not None for key in (call.argument, *_handed_on(call.form)))
+    return named and call.form is not None and all(flow.is_unused(origin) for origin in call.others)
 
 
 def _name_of(module: nn.Module, argument: int | str | None) -> str | None:
@@ -158,7 +158,8 @@ def zero(module: nn.Module, argument: int | str, form: Any) -> nn.Module:
 
     Args:
         argument: position or name of the input.
-        form: of the output: "x" for the tensor, None, or {"tuple": [...]} and {"list": [...]} of those.
+        form: of the output: "x" for the tensor, {"argument": position or name} for another input handed on, None, or
+            {"tuple": [...]} and {"list": [...]} of those.
     """
     graph = torch.fx.Graph()
     inputs: dict[str, torch.fx.Node] = {}
@@ -170,7 +171,8 @@ def zero(module: nn.Module, argument: int | str, form: Any) -> nn.Module:
             inputs[name] = graph.placeholder(name) if first else graph.placeholder(name, default_value=None)
     chosen = _name_of(module, argument)
     assert chosen is not None  # `find` offers no other
-    graph.output(_formed(form, graph.call_function(torch.mul, (inputs[chosen], 0))))
+    handed = {key: inputs[_name_of(module, key)] for key in _handed_on(form)}  # type: ignore[index]
+    graph.output(_formed(form, graph.call_function(torch.mul, (inputs[chosen], 0)), handed))
     plain = torch.fx.GraphModule(nn.Module(), graph, "Zero")
     for key, value in vars(module).items():  # what the modules around it may ask of it
         if type(value) in (int, float, bool, str, type(None)) and not key.startswith("_"):
@@ -178,14 +180,22 @@ def zero(module: nn.Module, argument: int | str, form: Any) -> nn.Module:
     return plain
 
 
-def _formed(form: Any, x: torch.fx.Node) -> Any:
-    if form == "x":
-        return x
-    if isinstance(form, Mapping):
-        ((kind, parts),) = form.items()
-        inside = [_formed(part, x) for part in parts]
-        return tuple(inside) if kind == "tuple" else inside
-    return None
+def _formed(form: Any, x: torch.fx.Node, handed: Mapping[int | str, torch.fx.Node]) -> Any:
+    if form is None or form == "x":
+        return form and x
+    ((kind, parts),) = form.items()
+    if kind == "argument":
+        return handed[parts]
+    inside = [_formed(part, x, handed) for part in parts]
+    return tuple(inside) if kind == "tuple" else inside
+
+
+def _handed_on(form: Any) -> list[int | str]:
+    """The arguments that a form hands on."""
+    if not isinstance(form, Mapping):
+        return []
+    ((kind, parts),) = form.items()
+    return [parts] if kind == "argument" else [key for part in parts for key in _handed_on(part)]
 
 
 def remove(modules: Mapping[str, nn.Module], gone: Sequence[tuple[str, int | str, Any]], groups: Any) -> None:

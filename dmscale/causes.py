@@ -12,6 +12,7 @@ from .axes import Axis, Dim
 if TYPE_CHECKING:
     from .space import SearchSpace
 
+PLAIN_NUMBER = "it makes a plain number (a scale): compute that in __init__ and keep it as a float"
 # How a reason begins -> what would free the axis.  Those that nothing in the model's code would change come first: an
 # axis with several reasons counts for the first of them.
 REMEDIES: dict[str, str] = {
@@ -26,6 +27,10 @@ REMEDIES: dict[str, str] = {
     "no rule for": "register a rule for the operator: docs/architecture.md, How to add a rule",
     "softmax over it": "write the softmax as e = x.exp() and e / e.sum(dim, keepdim=True)",
     "the default scale of attention": "pass scale= to scaled_dot_product_attention",
+    "its size is fixed in a power": PLAIN_NUMBER,
+    "its size is fixed in a division": PLAIN_NUMBER,
+    "its size is fixed in a float()": PLAIN_NUMBER,
+    "its size is fixed in a arithmetic": PLAIN_NUMBER,
     "its size is fixed in": "write that size as x.shape[i] or as an int attribute of the module, not as a number",
     "a size computed in": "compute that size from attributes by + - * and divisions without a remainder",
     "normalised inside": "move the normalisation into a module of its own, or write it with x.mean and x.var",
@@ -102,7 +107,7 @@ def _deciding(a: Axis) -> str:
 
 def _placeless(reason: str) -> str:
     """`softmax over it in blocks.3.attn (_softmax)` -> `softmax over it (_softmax)`."""
-    short = re.sub(r",? in (?:the model|\S+) (\([^()]*\))", r" \1", reason)
+    short = re.sub(r",? in (?:the model|[^\s()]*) ?\(_?((?:[^()]|\(\))*)\)", r" (\1)", reason)
     return re.sub(r"^its size is fixed \((.*)\)$", r"its size is fixed in a \1", short)
 
 

@@ -224,12 +224,13 @@ def _tagged_settings(settings: Any, path: str, key: str) -> Any:
     return mine
 
 
-def _form(out: Any, first: Tensor) -> Any:
+def _form(out: Any, first: Tensor, taken: Mapping[int, int | str]) -> Any:
     """The form of an output, as in `branches.zero`; None where it has parts that have none."""
     if out is first:
         return "x"
     if type(out) in (tuple, list) and all(part is None or isinstance(part, Tensor) for part in out):
-        return {type(out).__name__: ["x" if part is first else None for part in out]}
+        parts = ["x" if part is first else taken.get(id(part)) for part in out]
+        return {type(out).__name__: [p if p in ("x", None) else {"argument": p} for p in parts]}
     return None
 
 
@@ -238,6 +239,7 @@ def _following_calls(tracer: Tracer, twin: nn.Module) -> Iterator[None]:
     """Know at every operator which module runs, and note what each module call takes and gives."""
     paths = [""]
     open_calls: list[Call] = []
+    arguments: list[dict[int, int | str]] = []  # of each open call: tensor -> position or name
     handles = []
 
     def enter(path: str) -> Any:
@@ -246,7 +248,8 @@ def _following_calls(tracer: Tracer, twin: nn.Module) -> Iterator[None]:
             source = tracer.value(first) if first is not None else None
             call = Call(path, tracer.op, source, first.dtype if first is not None else None)
             named = {**dict(enumerate(args)), **kwargs}
-            call.argument = next((k for k, v in named.items() if v is first), None) if first is not None else None
+            arguments.append({id(v): k for k, v in reversed(named.items()) if isinstance(v, Tensor)})
+            call.argument = arguments[-1].get(id(first))
             open_calls.append(call)
             paths.append(path)
             tracer.path = path
@@ -258,13 +261,13 @@ def _following_calls(tracer: Tracer, twin: nn.Module) -> Iterator[None]:
         paths.pop()
         tracer.numbering.leave()
         tracer.path = paths[-1]
-        call = open_calls.pop()
+        call, taken = open_calls.pop(), arguments.pop()
         call.end = tracer.op
         tensors = running.tensors_in(out)
         if tensors:
             call.result, call.result_dtype = tracer.value(tensors[0]), tensors[0].dtype
-            call.form = _form(out, tensors[0])
-            call.others = tuple(tracer.value(t).origin for t in tensors[1:])
+            call.form = _form(out, tensors[0], taken)
+            call.others = tuple(tracer.value(t).origin for t in tensors[1:] if id(t) not in taken)
         given = {id(t) for t in running.tensors_in((args, kwargs))}
         call.passes_the_rest = all(id(t) in given for t in tensors[1:])
         tracer.record.calls.append(call)

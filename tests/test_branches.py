@@ -39,7 +39,7 @@ class Attention(FusedAttention):
         if seen is not None:
             seen.append(self.layer_idx)
         out = super().forward(hidden)
-        return out if self.form == "tensor" else (out, hidden.mean(-1), None)
+        return out if self.form == "tensor" else (out, hidden.mean(-1), mask)
 
 
 class Block(nn.Module):
@@ -50,12 +50,16 @@ class Block(nn.Module):
         self.form, self.parallel = form, parallel
         self.norm1, self.norm2, self.attn = nn.LayerNorm(24), nn.LayerNorm(24), Attention(form, layer_idx)
         self.mlp = nn.Sequential(nn.Linear(24, 30), nn.GELU(), nn.Linear(30, 24))
+        self.register_buffer("scale", torch.ones(1))
         self.gamma, self.drop = nn.Parameter(torch.ones(24)), nn.Dropout(0.1)
 
     def attention(self, x, seen):
         if self.form == "tensor":
             return self.attn(x, seen=seen)
-        return self.attn(x, None)[0] if self.form == "tuple" else self.attn(mask=None, hidden=x, seen=seen, other=1)[0]
+        if self.form == "tuple":
+            return self.attn(x, None)[0]
+        out, _, mask = self.attn(hidden=x, seen=seen, mask=self.scale, other=1)
+        return out * mask  # handed on
 
     def forward(self, x, seen=None):
         if self.parallel:
