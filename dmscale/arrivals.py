@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from . import axes
 from .axes import Dim
+from .reductions import FUNCTIONS
 from .sizes import Extent, SizedInt
 from .tracer import Tracer, _constant, operands_of, shape_of
 
@@ -47,7 +48,7 @@ class Arrivals(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         handler = _HANDLERS.get(name)
         if handler is None:
-            out = func(*args, **kwargs)
+            out = self._reduced(func, args, kwargs) if name in FUNCTIONS else func(*args, **kwargs)
             for value in _sized(args, kwargs):
                 self.tracer.equate(value, _constant(int(value)))
             return out
@@ -58,6 +59,17 @@ class Arrivals(TorchFunctionMode):
             self.tracer.making_sized = False
         handler(self.tracer, out, *args, **kwargs)
         return out
+
+    def _reduced(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """A reduction: what it notes can be found again by the place of this call."""
+        place = self.tracer.numbering.place(func.__name__)
+        x = args[0] if args else kwargs.get("input")
+        if place is not None and isinstance(x, Tensor):
+            self.tracer.reduction = place, self.tracer.dims(x)
+        try:
+            return func(*args, **kwargs)
+        finally:
+            self.tracer.reduction = None
 
 
 def _numel(tracer: Tracer, x: Tensor) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -18,13 +19,17 @@ from .tracer import Call, Record
 
 @dataclass(frozen=True, eq=False)
 class Blocks:
-    """The removable blocks of one container: `paths` in order, `ranges` the operators that each one runs."""
+    """The removable blocks of one container: `paths` in order, `ranges` the operators that each one runs.
+
+    forms: for branches, the argument and the form of the output of each (see `branches.zero`); empty for whole blocks.
+    """
 
     name: str
     container: str
     paths: tuple[str, ...]
     ranges: tuple[tuple[int, int], ...]
     minimum: int  # a container whose every child is removable keeps one
+    forms: tuple[tuple[Any, Any], ...] = ()
 
 
 def find(model: nn.Module, record: Record) -> list[Blocks]:
@@ -96,14 +101,14 @@ def remove(model: nn.Module, path: str, gone: set[str]) -> None:
     before = dict(container.named_children())
     stay = {name: child for name, child in before.items() if name not in gone}
     positions = {name: i for i, name in enumerate(before)}
-    _renumber([(positions[name], child) for name, child in before.items()], [positions[name] for name in stay])
+    renumber([(positions[name], child) for name, child in before.items()], [positions[name] for name in stay])
     container._modules.clear()
     numbered = all(name.isdigit() for name in before)
     for i, (name, child) in enumerate(stay.items()):
         container._modules[str(i) if numbered else name] = child
 
 
-def _renumber(children: list[tuple[int, nn.Module]], stay: list[int]) -> None:
+def renumber(children: list[tuple[int, nn.Module]], stay: list[int]) -> None:
     """An int that equals the child's position in every child (`layer_idx` of a cache) is a position: renew it."""
     if len(children) < 2:
         return

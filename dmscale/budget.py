@@ -252,7 +252,9 @@ def fit(
     if not problem.fits(sizes):  # with all at their minimum: the blocks of the highest scores are too dear
         least = smallest(space, wanted)
         if not satisfied(space.cost(least), wanted):
-            raise BudgetError(f"no structure meets the budget of {wanted}; dmscale.budget.parse says what is in the way")
+            raise BudgetError(
+                f"no structure meets the budget of {wanted}; dmscale.budget.parse says what is in the way"
+            )
         blocks = {n: _indicator(least.kept[n], len(s.paths)) for n, s in space.stacks.items()}
         problem = _Problem(space, wanted, {**scores, **blocks}, None)
     sizes = problem.add(problem.exchange(problem.add(sizes)))

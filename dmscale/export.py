@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import axes, blocks
+from . import axes, blocks, branches
 from .axes import Axis, Dim
 from .blocks import Blocks
 from .clone import clone
@@ -61,19 +61,25 @@ def build(
     small = clone(model, smaller)
     sizes = {a: len(kept) for a, kept in widths.items()}
     values = _attribute_values(model, attributes, sizes)
-    plan: dict[str, Any] = {"attributes": [], "blocks": []}
+    plan: dict[str, Any] = {"attributes": [], "blocks": [], "branches": {"gone": [], "groups": []}}
     for attribute, value in values.items():
         set_attribute(small, attribute, value)
         plan["attributes"].append([attribute.module, list(attribute.key), value])
     for module in small.modules():
         describe(module)
     _refresh_flat_weights(small)
+    modules = dict(small.named_modules())  # under the names of the full model
     gone: dict[str, set[str]] = {}  # a container may hold several stacks: take all their blocks out at once
     for name, stack in stacks.items():
         kept = depths.get(name, tuple(range(len(stack.paths))))
         lost = {p.rpartition(".")[2] for i, p in enumerate(stack.paths) if i not in kept}
-        if lost:
+        if lost and stack.forms:
+            lost_forms = [[p, *f] for i, (p, f) in enumerate(zip(stack.paths, stack.forms)) if i not in kept]
+            plan["branches"]["gone"] += lost_forms
+            plan["branches"]["groups"].append(list(stack.paths))
+        elif lost:
             gone.setdefault(stack.container, set()).update(lost)
+    branches.remove(modules, **plan["branches"])
     for container, lost in sorted(gone.items(), key=lambda c: -c[0].count(".")):  # inner first: outer ones renumber
         blocks.remove(small, container, lost)
         plan["blocks"].append([container, sorted(lost)])
@@ -145,6 +151,11 @@ def replay(model: nn.Module, plan: Mapping[str, Any]) -> nn.Module:
         raise ExportError(f"{type(model).__name__} has no module '{missing[0]}'; is it the model that was exported?")
     for module, key, value in plan["attributes"]:
         set_attribute(model, Attribute(module, tuple(key)), value)
+    if "branches" in plan:  # files written before there were branches lack it
+        lost = [path for path, *_ in plan["branches"]["gone"] if path not in named]
+        if lost:
+            raise ExportError(f"{type(model).__name__} has no module '{lost[0]}'; is it the model that was exported?")
+        branches.remove(named, **plan["branches"])
     for container, gone in plan["blocks"]:
         children = [name for name, _ in model.get_submodule(container).named_children()]
         unknown = set(gone) - set(children)

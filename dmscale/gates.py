@@ -1,13 +1,14 @@
 """Gates: run the full-size model as if parts of it were gone.
 
 A mask acts where an axis is *consumed*.  Up to there a removed element may hold what it likes: masking the weight of the
-linear or convolution that sums over it (`W * m`, O(weights)) equals masking its input.  Three more places need a mask:
+linear or convolution that sums over it (`W * m`, O(weights)) equals masking its input.  Four more places need a mask:
 
 - two activations that are contracted with each other (query and key over the head dims): the producers' rows are masked;
 - a normalisation over a gated axis: its kept-count form.  For x' = m (x - mean_kept) sqrt(N / k) the full-size operator
   computes exactly the statistics of the k kept elements, and its scale is corrected by sqrt(k / N): true of LayerNorm,
   GroupNorm and every RMSNorm, whatever class implements it;
-- a block: lerp(input, block(input), gate).
+- a mean, variance or maximum anywhere in a forward: the same over what is kept (`reductions.py`);
+- a block: lerp(input, block(input), gate); a branch of a block: lerp(0, branch(input), gate).
 
 All of it lives on a clone of the module tree that shares the user's parameters.
 """
@@ -23,10 +24,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from . import axes, running
+from . import axes, reductions, running
 from .axes import Axis, Dim
 from .blocks import Blocks
 from .clone import clone
+from .reductions import Place, ReductionSite
 from .tracer import Call, Contraction, Normalisation, Value
 from .tracing import Trace
 
@@ -78,6 +80,7 @@ class Sites:
     norms: tuple[NormSite, ...]
     blocks: tuple[Blocks, ...]
     by_products: tuple[tuple[str, tuple[Dim, ...]], ...] = ()
+    reductions: tuple[ReductionSite, ...] = ()
 
 
 # -- planning: which places, or why an axis must stay ------------------------------------------------------------------
@@ -88,14 +91,25 @@ def plan(trace: Trace, blocks: Sequence[Blocks]) -> Sites:
     weights: dict[tuple[str, str], dict[int, Dim]] = {}
     inputs: dict[str, InputSite] = {}
     norms: dict[str, NormSite] = {}
+    reduced: dict[Place, ReductionSite] = {}
+    matters: set[int] | None = None
+    places = _places(trace)
     for norm in trace.record.normalisations:
-        if norm.kind == "sum":
-            for dim in norm.dims:
-                if axes.is_free(dim):
-                    _mask_producers(trace, dim, [norm.source], norm.path, norm.operator, weights)
-        elif any(axes.is_free(dim) for dim in norm.dims):
+        if any(axes.is_free(dim) for dim in norm.dims):
+            if matters is None:
+                matters = trace.record.matters()
             site = _norm_site(trace, norm)
-            if isinstance(site, str):
+            # a normalisation written out is masked where it takes its statistics, if these calls can be found again
+            by_parts = isinstance(site, str) or bool(_other_parts(trace, norm))
+            if by_parts and norm.place is not None and _is_reducible(trace, norm, places, matters):
+                reduced[norm.place] = reductions.site_of(norm.place, norm.source.dims, norm.dims)
+            elif matters.isdisjoint(trace.record.steps[norm.op].gives):
+                continue  # nobody reads it: the mean over the heads of scores that nobody asked for
+            elif norm.kind == "sum":
+                for dim in norm.dims:
+                    if axes.is_free(dim):
+                        _mask_producers(trace, dim, [norm.source], norm.path, norm.operator, weights)
+            elif isinstance(site, str):
                 for dim in norm.dims:
                     axes.freeze(dim, site)
             else:
@@ -124,7 +138,32 @@ def plan(trace: Trace, blocks: Sequence[Blocks]) -> Sites:
         tuple(s for s in norms.values() if axes.is_free(s.dim)),
         tuple(blocks),
         tuple((k, dims) for k, dims in trace.record.by_products.items() if any(axes.is_free(d) for d in dims)),
+        tuple(s for s in reduced.values() if any(axes.is_free(d) for _, d in s.dims)),
     )
+
+
+def _places(trace: Trace) -> dict[Place, list[Normalisation]]:
+    found: dict[Place, list[Normalisation]] = {}
+    for norm in trace.record.normalisations:
+        if norm.place is not None:
+            found.setdefault(norm.place, []).append(norm)
+    return found
+
+
+def _is_reducible(
+    trace: Trace, norm: Normalisation, places: Mapping[Place, list[Normalisation]], matters: set[int]
+) -> bool:
+    """Whether `norm` is one call of a function that has a form for a part of its axes, the same on every forward."""
+    assert norm.place is not None
+    every = places[norm.place]
+    alike = all(
+        len(n.source.dims) == len(norm.source.dims) and len(n.dims) == len(norm.dims)
+        and all(map(axes.same, n.source.dims, norm.source.dims)) and all(map(axes.same, n.dims, norm.dims))
+        for n in every
+    )  # fmt: skip
+    gives = trace.record.steps[norm.op].gives
+    positions_read = len(gives) > 1 and norm.place.function in reductions.EXTREMA and gives[1] in matters
+    return alike and norm.source.data and not positions_read
 
 
 def _is_masked(c: Contraction, masked: Mapping[int, Dim]) -> bool:
@@ -136,21 +175,16 @@ def _is_masked(c: Contraction, masked: Mapping[int, Dim]) -> bool:
 def _norm_site(trace: Trace, norm: Normalisation) -> NormSite | str:
     """The kept-count form of the module that runs `norm`, or why there is none."""
     where = f"{norm.path or 'the model'} ({norm.operator})"
-    calls = [c for c in trace.record.calls if c.path == norm.path]
-    call = next((c for c in calls if c.start < norm.op <= c.end), calls[0] if calls else None)
-    near = [] if call is None else [
-        n for n in trace.record.normalisations if n is not norm and n.path == norm.path and call.start < n.op <= call.end
-        and any(axes.is_free(d) for d in n.dims)
-    ]  # fmt: skip
-    # a normalisation written out: the mean of the input, and the mean square of what is left of it
-    parts = [n for n in near if {n.kind, norm.kind} == {"mean", "mean square"} and axes.same(n.dims[0], norm.dims[0])]
+    parts = _other_parts(trace, norm)
     if norm.kind not in KEPT_COUNT and not parts:
         return f"{norm.kind} over it in {where}" if norm.kind != "softmax" else f"softmax over it in {where}"
+    call = _call_around(trace, norm)
     if call is None or len(norm.dims) != 1:
         return f"normalised over several axes, or outside a module of its own, in {where}"
+    calls = [c for c in trace.record.calls if c.path == norm.path]
     inside = any(c.start < term.op <= c.end for c in calls for term in trace.record.terms)
     position = _position(call, norm.group + norm.dims[0])
-    if inside or len(near) > len(parts) or position is None:
+    if inside or len(_beside(trace, norm)) > len(parts) or position is None:
         return f"normalised inside a module that does more than that, in {where}"
     weight = norm.weight.rpartition(".")[2] if norm.weight and norm.bias else None
     bias = _bias_of(trace, norm)
@@ -160,11 +194,38 @@ def _norm_site(trace: Trace, norm: Normalisation) -> NormSite | str:
     )  # fmt: skip
 
 
+def _call_around(trace: Trace, norm: Normalisation) -> Call | None:
+    """The call of its module in which `norm` runs."""
+    calls = [c for c in trace.record.calls if c.path == norm.path]
+    return next((c for c in calls if c.start < norm.op <= c.end), calls[0] if calls else None)
+
+
+def _beside(trace: Trace, norm: Normalisation) -> list[Normalisation]:
+    """The other normalisations over free axes in the same call of the same module."""
+    call = _call_around(trace, norm)
+    if call is None:
+        return []
+    return [
+        n for n in trace.record.normalisations
+        if n is not norm and n.path == norm.path and call.start < n.op <= call.end and any(axes.is_free(d) for d in n.dims)
+    ]  # fmt: skip
+
+
+def _other_parts(trace: Trace, norm: Normalisation) -> list[Normalisation]:
+    """Of a normalisation written out, the mean of the input and the mean square of what is left of it, the other one."""
+    return [
+        n for n in _beside(trace, norm)
+        if {n.kind, norm.kind} == {"mean", "mean square"} and axes.same(n.dims[0], norm.dims[0])
+    ]  # fmt: skip
+
+
 def _bias_of(trace: Trace, norm: Normalisation) -> str | None:
     """The parameter that the module of `norm` adds to the result, by its operator or in an addition of its own."""
     if norm.bias is not None:
         return norm.bias
-    added = [n for op, n in trace.record.biases if n.rpartition(".")[0] == norm.path and _holding(trace, n, norm.dims[0])]
+    added = [
+        n for op, n in trace.record.biases if n.rpartition(".")[0] == norm.path and _holding(trace, n, norm.dims[0])
+    ]
     return added[0] if added else None
 
 
@@ -333,7 +394,10 @@ def attach(
             norm.register_forward_hook(Rescale(scales[site.module], site.bias))
     for stack in sites.blocks:
         for i, path in enumerate(stack.paths):
-            gated.get_submodule(path).register_forward_hook(BlockGate(masks, stack.name, i), with_kwargs=True)
+            gate = BlockGate(masks, stack.name, i, bool(stack.forms))
+            gated.get_submodule(path).register_forward_hook(gate, with_kwargs=True)
+    for path in dict.fromkeys(s.place.module for s in sites.reductions):
+        reductions.attach(gated.get_submodule(path), masks, [s for s in sites.reductions if s.place.module == path])
     if sites.by_products and not trainable:
         gated.register_forward_hook(KeptByProducts(masks, sites.by_products))
     return gated
@@ -469,14 +533,16 @@ class _Scaled(torch.autograd.Function):
 
 @dataclass
 class BlockGate:
-    """After a block: lerp(input, output, gate)."""
+    """After a block: lerp(input, output, gate).  After a branch: lerp(0, output, gate)."""
 
     masks: Masks
     stack: str
     index: int
+    branch: bool = False
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, out: Any) -> Any:
         x = running.tensors_in((args, kwargs))[0]
+        x = torch.zeros_like(x) if self.branch else x
         gate = self.masks.depths[self.stack][self.index]
         decided = self.masks.decided.get(self.stack)
         if decided is None:

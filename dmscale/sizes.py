@@ -11,7 +11,8 @@ A literal is an expression too: `view(b, n, 8, 64)` says that the last axis is 6
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -311,43 +312,76 @@ def _solve_once(equations: list[Equation]) -> Solution:
                 known[found[0]] = found[1]
                 progress = True
     links: list[set[Axis]] = []
-    differences: list[tuple[Equation, Poly]] = []
-    equal: dict[Axis, Axis] = {}  # of linked axes of one size, which keep equal counts, the one that stands for all
+    related: list[tuple[Equation, Poly]] = []
     for eq in reversed(todo):
         try:
             difference = (_evaluate(eq.expression, known) - Quotient(extent(eq.dim))).numerator
         except (Inexact, _Unknown):
             _freeze(_mentioned(eq, known), f"a size computed in {eq.where} cannot follow it")
             continue
-        if difference.terms:
-            differences.append((eq, difference))
-            pair = _proportional(difference)
-            if pair is not None and pair[0].size == pair[1].size:
-                a, b = (_representative(x, equal) for x in pair)
-                if a is not b:
-                    equal[a] = b
-    for eq, difference in differences:
-        if any(v.reasons for v in difference.variables):  # type: ignore[attr-defined]
-            continue  # frozen in this very pass: the next one sees a constant
-        pair = _proportional(difference)
-        if pair is None:
-            difference = _renamed(difference, equal)
-            pair = _proportional(difference)
         if not difference.terms:
             continue
+        if any(v.reasons for v in difference.variables):  # type: ignore[attr-defined]
+            continue  # frozen in this very pass: the next one sees a constant
+        pair = _proportional(difference, {})
         if pair is None:
-            _freeze(_least_to_fix(difference, eq, known), f"its size is fixed in {eq.where}")
+            related.append((eq, difference))
         else:
-            joined = set(pair)
-            for group in [g for g in links if g & joined]:
-                links.remove(group)
-                joined |= group
-            links.append(joined)
+            _join(links, pair)
+    _freeze_unrelated(related, links, known)
     return Solution(known, links)
 
 
-def _proportional(difference: Poly) -> tuple[Axis, Axis] | None:
-    """(x, y) where `difference = 0` says a * x = b * y with positive a and b."""
+def _freeze_unrelated(
+    related: list[tuple[Equation, Poly]], links: list[set[Axis]], known: dict[Attribute, Quotient]
+) -> None:
+    """Freeze what equations of three or more axes mention, where it still are so many when linked axes count as one.
+
+    Half of the channels against two quarters that are linked already is again a pair.
+    """
+    progress = True
+    while progress:
+        progress, rest = False, []
+        for eq, difference in related:
+            units, sizes = _in_units(difference, links)
+            pair = _proportional(units, sizes)
+            if pair is not None:
+                _join(links, pair)
+                progress = True
+            elif units.terms:
+                rest.append((eq, difference))
+        related = rest
+    for eq, difference in related:
+        if not any(v.reasons for v in difference.variables):  # type: ignore[attr-defined]
+            _freeze(_least_to_fix(_in_units(difference, links)[0], eq, known), f"its size is fixed in {eq.where}")
+
+
+def _join(links: list[set[Axis]], pair: tuple[Axis, Axis]) -> None:
+    joined = set(pair)
+    for group in [g for g in links if g & joined]:
+        links.remove(group)
+        joined |= group
+    links.append(joined)
+
+
+def _in_units(difference: Poly, links: list[set[Axis]]) -> tuple[Poly, dict[Axis, int]]:
+    """`difference` with linked axes as multiples of one of them, which then has the size that divides all of theirs."""
+    values: dict[Hashable, Poly] = {v: Poly.variable(v) for v in difference.variables}
+    sizes: dict[Axis, int] = {}
+    for group in links:
+        inside = [v for v in difference.variables if v in group]
+        if inside:
+            first = inside[0]
+            assert isinstance(first, Axis)
+            sizes[first] = math.gcd(*(a.size for a in group))
+            for v in inside:
+                assert isinstance(v, Axis)
+                values[v] = Poly.variable(first) * (v.size // sizes[first])
+    return Poly.of(difference.evaluate(values)), sizes
+
+
+def _proportional(difference: Poly, sizes: Mapping[Axis, int]) -> tuple[Axis, Axis] | None:
+    """(x, y) where `difference = 0` says a * x = b * y with positive a and b; `sizes` are those unlike the axes' own."""
     if len(difference.terms) != 2:
         return None
     (m, c), (n, d) = difference.terms.items()
@@ -357,24 +391,7 @@ def _proportional(difference: Poly) -> tuple[Axis, Axis] | None:
         return None
     x, y = m[0], n[0]
     assert isinstance(x, Axis) and isinstance(y, Axis)
-    return (x, y) if abs(c) * x.size == abs(d) * y.size else None
-
-
-def _representative(a: Axis, equal: dict[Axis, Axis]) -> Axis:
-    while a in equal:
-        a = equal[a]
-    return a
-
-
-def _renamed(difference: Poly, equal: dict[Axis, Axis]) -> Poly:
-    """`difference` in the representatives of axes that keep equal counts."""
-    if not equal or not any(v in equal for v in difference.variables):
-        return difference
-    terms: dict[tuple, int] = {}
-    for m, c in difference.terms.items():
-        key = tuple(sorted((_representative(v, equal) for v in m), key=id))  # type: ignore[arg-type]
-        terms[key] = terms.get(key, 0) + c
-    return Poly(terms)
+    return (x, y) if abs(c) * sizes.get(x, x.size) == abs(d) * sizes.get(y, y.size) else None
 
 
 def _mentioned(eq: Equation, known: dict[Attribute, Quotient]) -> set[Axis]:

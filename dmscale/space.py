@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import axes, blocks, budget, certify, export, gates, latency, naming, tracing
+from . import axes, blocks, branches, budget, causes, certify, export, gates, latency, naming, tracing
 from .axes import Axis
 from .cost import METRICS, Cost, CostModel, CostTerm, product
 from .errors import DmscaleError, ExportError
@@ -401,6 +401,8 @@ class SearchSpace:
                 for n, d in self.dimensions.items()
             },
             "frozen": dict(self.frozen),
+            "free": causes.free_share(self),
+            "causes": [cause.to_dict() for cause in causes.find(self)],
         }
 
     def __rich__(self) -> Any:
@@ -426,6 +428,7 @@ class Options:
     minimum: dict[str, int] = field(default_factory=dict)
     multiple: dict[str, int] = field(default_factory=dict)
     no_depth: dict[str, str] = field(default_factory=dict)  # stacks taken out -> reason
+    branches: bool = False
 
     def refuses(self, name: str) -> str | None:
         """Why the user does not want dimension `name`, if so."""
@@ -444,6 +447,7 @@ def trace(
     only: str | Sequence[str] = (),
     minimum: int | Mapping[str, int] = 1,
     multiple: int | Mapping[str, int] = 1,
+    branches: bool = False,
     verify: bool = True,
 ) -> SearchSpace:
     """Find everything in `model` that can be made narrower or shallower.
@@ -464,12 +468,14 @@ def trace(
         only: globs of the dimensions to offer; all by default.
         minimum: fewest elements to keep, for all widths and heads or by glob.
         multiple: keep multiples of this many elements (or all), for all widths or by glob.
+        branches: offer what residual blocks add (attention, MLP) one by one, where that is all a block does, instead of
+            whole blocks.
         verify: whether to run the trial; without it an export is still verified.
     Raises:
         TraceError: the model does not run on the example inputs.
         DmscaleError: a glob matches nothing.
     """
-    options = Options(_globs(freeze), _globs(only), _by_glob(minimum), _by_glob(multiple))
+    options = Options(_globs(freeze), _globs(only), _by_glob(minimum), _by_glob(multiple), branches=branches)
     space = SearchSpace(model, example_inputs, tracing.read(model, example_inputs), options)
     _check_globs(space)
     if verify and space.dimensions and not any(p.is_meta for p in model.parameters()):
@@ -508,7 +514,10 @@ def _resolve(trace: tracing.Trace, model: nn.Module, options: Options) -> _Resol
     parameters = [dim for dims in trace.slots.values() for dim in dims]
     while True:
         before = _count_free(parameters)
-        stacks = [s for s in blocks.find(model, trace.record) if s.name not in options.no_depth]
+        stacks = blocks.find(model, trace.record)
+        if options.branches:
+            stacks = branches.find(model, trace.record, stacks, options.no_depth)
+        stacks = [s for s in stacks if s.name not in options.no_depth]
         stacks = [s for s in stacks if not options.refuses(s.name)]
         sites = gates.plan(trace, stacks)
         solution = solve(trace.record.equations)
@@ -538,7 +547,9 @@ def _dimensions(
         name, size = names[group[0]], group[0].size
         kind = "heads" if group[0] in heads else "width"
         step = size // math.gcd(*(a.size for a in group))  # so that every linked axis keeps whole elements
-        for a in group:  # an axis of a.size keeps n * a.size / size elements of n: that must be a multiple of its own step
+        for (
+            a
+        ) in group:  # an axis of a.size keeps n * a.size / size elements of n: that must be a multiple of its own step
             step = math.lcm(step, steps.get(a, 1) * size // math.gcd(steps.get(a, 1) * size, a.size))
         wanted = _bound(options.multiple, name, 1) if kind == "width" else 1
         dimensions[name] = Dimension(

@@ -10,6 +10,8 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from . import causes
+
 if TYPE_CHECKING:
     from .space import SearchSpace
 
@@ -59,7 +61,20 @@ def space_table(space: SearchSpace) -> Group:
         parts.append(
             Text(f"Never read on the example, so exported as they are (a branch not taken would not fit): {few}")
         )
-    return Group(*parts)
+    return Group(*parts, *_what_is_free(space))
+
+
+def _what_is_free(space: SearchSpace) -> list[Text]:
+    """The last lines: the share that is free, the largest causes of the rest, and what would free it."""
+    free, found = causes.free_share(space), causes.find(space)
+    lines = [Text(f"Free: {free['macs']:.1%} of the MACs, {free['params']:.1%} of the parameters")]
+    for cause in found[:3]:
+        few = ", ".join(cause.axes[:2]) + (f" and {len(cause.axes) - 2} more" if len(cause.axes) > 2 else "")
+        lines.append(
+            Text(f"Frozen: {cause.macs:.1%} of the MACs, {cause.params:.1%} of the parameters: {cause.reason} ({few})")
+        )
+        lines.append(Text(f"  {cause.remedy}"))
+    return lines
 
 
 def to_text(renderable: Any, width: int = 120) -> str:

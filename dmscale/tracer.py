@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import axes
 from .axes import Axis, Conflict, Dim
+from .reductions import Numbering, Place
 from .rules import RULES
 from .sizes import Equation, Expression, Extent, Operation, SizedInt, expression_of, listening
 
@@ -143,11 +144,27 @@ class Normalisation:
     weight: str | None = None
     bias: str | None = None
     group: Dim = ()
+    place: Place | None = None  # where a forward calls it as a function, if that can be found again
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one operator took and gave, as origins; one that `writes` into its arguments is not to be left out."""
+
+    operator: str
+    takes: tuple[int, ...]
+    gives: tuple[int, ...]
+    writes: bool = False
 
 
 @dataclass(eq=False)
 class Call:
-    """One call of a module: operators `start` to `end`, its first tensor in and out."""
+    """One call of a module: operators `start` to `end`, its first tensor in and out.
+
+    argument: position or name of the argument that is the first tensor.
+    form: of the output, as in `branches.zero`; None where it holds what has no such form.
+    others: origins of its other outputs.
+    """
 
     path: str
     start: int
@@ -157,6 +174,9 @@ class Call:
     result: Value | None = None
     result_dtype: torch.dtype | None = None
     passes_the_rest: bool = True  # other outputs are inputs handed on, so that the call can be left out
+    argument: int | str | None = None
+    form: Any = None
+    others: tuple[int, ...] = ()
 
 
 @dataclass
@@ -181,6 +201,16 @@ class Record:
     multiples: list[tuple[Dim, int]] = field(default_factory=list)  # dim, what its size must be a multiple of
     by_products: dict[str, tuple[Dim, ...]] = field(default_factory=dict)  # outputs whose axes may shrink
     read: set[str] = field(default_factory=set)  # parameters that some operator took
+    steps: dict[int, Step] = field(default_factory=dict)  # by operator number
+    results: set[int] = field(default_factory=set)  # origins of what the model returns
+
+    def matters(self) -> set[int]:
+        """Origins of everything that a result, or a tensor that is written to, depends on."""
+        found = set(self.results)
+        for step in reversed(self.steps.values()):
+            if step.writes or not found.isdisjoint(step.gives):
+                found.update(step.takes)
+        return found
 
 
 # Results that hold the very elements of their first argument: a residual branch may add such a copy.
@@ -220,6 +250,8 @@ class Tracer(TorchDispatchMode):
         self.op = 0
         self.path = ""  # of the innermost module that runs
         self.making_sized = False  # a factory is being called with sizes that `arrivals` will equate
+        self.numbering = Numbering()
+        self.reduction: tuple[Place, tuple[Dim, ...]] | None = None  # being called, and the dimensions of its input
         self._adopted: dict[int, tuple[Tensor, Value]] = {}
         self._names: dict[str, Value] = {}
         self._contracting = False
@@ -315,9 +347,7 @@ class Tracer(TorchDispatchMode):
         instances = self.record.instances
         while instances and instances[-1].start >= start:
             instances.pop()
-        instances.append(
-            Instance(start, self.op, self.path, function.__name__, function, args, kwargs, self.dims(out))
-        )
+        instances.append(Instance(start, self.op, self.path, function.__name__, function, args, kwargs, self.dims(out)))
 
     def contracted(self, dim: Dim, operands: Sequence[tuple[Tensor, Dim]]) -> None:
         """Note that `dim` was summed over; each operand comes with its own dimension that was."""
@@ -340,8 +370,11 @@ class Tracer(TorchDispatchMode):
         w, b = (next(iter(self.value(p).params), None) if p is not None else None for p in (weight, bias))
         if weight is not None and w is not None and self._names[w] is not self.value(weight):
             w = None  # made from a parameter (1 + w): scaling the parameter would not scale the result
+        place = None
+        if self.reduction is not None and all(map(axes.same, self.reduction[1], self.dims(x))):
+            place = self.reduction[0]
         self.record.normalisations.append(
-            Normalisation(self.op, self.path, self._operator, kind, tuple(dims), self.value(x), w, b, group)
+            Normalisation(self.op, self.path, self._operator, kind, tuple(dims), self.value(x), w, b, group, place)
         )
 
     def multiple_of(self, dim: Dim, step: int) -> None:
@@ -398,6 +431,8 @@ class Tracer(TorchDispatchMode):
         )
         self.op += 1
         if not outs:
+            takes = tuple(self.value(t).origin for t in tensors)
+            self.record.steps[self.op] = Step(func._overloadpacket.__name__, takes, (), True)  # Python reads the values
             return out
         self._infer(func, args, kwargs, tensors, out, outs)
         if real and isinstance(out, Tensor) and id(out) in real:  # an in-place operator on a real constant
@@ -465,6 +500,8 @@ class Tracer(TorchDispatchMode):
             record.instances.append(
                 Instance(self.op - 1, self.op, self.path, self._operator, func, own, named, tuple(found[0]))
             )
+        given = tuple(self.value(o).origin for o in outs)
+        record.steps[self.op] = Step(self._operator, tuple(v.origin for v in values), given, func._schema.is_mutable)
 
     def _attend(self, func: Any, args: Any, tensors: list[Tensor], values: list[Value]) -> Product | None:
         """Follow products of activations: with a softmax and a second product behind it, one was attention.

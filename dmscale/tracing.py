@@ -164,6 +164,7 @@ def _run(tracer: Tracer, twin: nn.Module, args: tuple, kwargs: dict, meta: bool)
     except Exception as error:
         error._dmscale_path = tracer.path  # type: ignore[attr-defined]
         raise
+    tracer.record.results.update(tracer.value(t).origin for t in running.tensors_in(out))
     fields = dict(out.items()) if isinstance(out, Mapping) else {"": out}
     for key, value in fields.items():
         for t in running.tensors_in(value):
@@ -225,11 +226,22 @@ def _tagged_settings(settings: Any, path: str, key: str) -> Any:
     return mine
 
 
+def _form(out: Any, first: Tensor, taken: Mapping[int, int | str]) -> Any:
+    """The form of an output, as in `branches.zero`; None where it has parts that have none."""
+    if out is first:
+        return "x"
+    if type(out) in (tuple, list) and all(part is None or isinstance(part, Tensor) for part in out):
+        parts = ["x" if part is first else taken.get(id(part)) for part in out]
+        return {type(out).__name__: [p if p in ("x", None) else {"argument": p} for p in parts]}
+    return None
+
+
 @contextlib.contextmanager
 def _following_calls(tracer: Tracer, twin: nn.Module) -> Iterator[None]:
     """Know at every operator which module runs, and note what each module call takes and gives."""
     paths = [""]
     open_calls: list[Call] = []
+    arguments: list[dict[int, int | str]] = []  # of each open call: tensor -> position or name
     handles = []
 
     def enter(path: str) -> Any:
@@ -237,20 +249,27 @@ def _following_calls(tracer: Tracer, twin: nn.Module) -> Iterator[None]:
             first = next(iter(running.tensors_in((args, kwargs))), None)
             source = tracer.value(first) if first is not None else None
             call = Call(path, tracer.op, source, first.dtype if first is not None else None)
+            named = {**dict(enumerate(args)), **kwargs}
+            arguments.append({id(v): k for k, v in reversed(named.items()) if isinstance(v, Tensor)})
+            call.argument = arguments[-1].get(id(first))
             open_calls.append(call)
             paths.append(path)
             tracer.path = path
+            tracer.numbering.enter(path)
 
         return hook
 
     def leave(module: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
         paths.pop()
+        tracer.numbering.leave()
         tracer.path = paths[-1]
-        call = open_calls.pop()
+        call, taken = open_calls.pop(), arguments.pop()
         call.end = tracer.op
         tensors = running.tensors_in(out)
         if tensors:
             call.result, call.result_dtype = tracer.value(tensors[0]), tensors[0].dtype
+            call.form = _form(out, tensors[0], taken)
+            call.others = tuple(tracer.value(t).origin for t in tensors[1:] if id(t) not in taken)
         given = {id(t) for t in running.tensors_in((args, kwargs))}
         call.passes_the_rest = all(id(t) in given for t in tensors[1:])
         tracer.record.calls.append(call)

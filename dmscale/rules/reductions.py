@@ -180,10 +180,10 @@ def norm(
 
 @rule(aten._weight_norm_interface)
 def weight_norm(trace: Tracer, out: Sequence[Tensor], v: Tensor, g: Tensor, dim: int = 0) -> Sequence[Any]:
-    """g * v / |v|, the norm over every dimension but `dim`."""
+    """g * v / |v|, the norm over every dimension but `dim`: zeros of a masked `v` do not matter to it."""
     dims = trace.dims(v)
     for own, other in zip(dims, trace.dims(g)):
         if other:
             axes.unify(own, other)
-    trace.normalised("reduced", [d for i, d in enumerate(dims) if i != dim % v.dim()], v)
+    trace.normalised("sum", [d for i, d in enumerate(dims) if i != dim % v.dim()], v)
     return [dims, trace.dims(g)]

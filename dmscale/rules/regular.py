@@ -18,6 +18,7 @@ aten = torch.ops.aten
 equation(aten.mm, "n k, k m -> n m")
 equation(aten.mv, "n k, k -> n")
 equation(aten.dot, "k, k -> ")
+equation(aten.vdot, "k, k -> ")
 equation(aten.bmm, "b n k, b k m -> b n m")
 equation(aten.addmm, "n k, k m -> n m", bias=True)
 equation(aten.addmv, "n k, k -> n", bias=True)

@@ -1,0 +1,250 @@
+"""What design.md section 4 promises, on each structural pattern that a network may have (`patterns.py`).
+
+What must be free is free, with its kind and size; for random structures the gated model equals the exported one, and
+predicted costs equal counted ones.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from nets import countable, difference, floats_of, kinds, non_trivial, num_params, outputs, run
+from patterns import EXPECTED, PATTERNS, MeanGate, conv
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import dmscale
+from dmscale import reductions
+from dmscale.gates import attach as attach_gates
+from dmscale.gates import masks_of
+
+aten = torch.ops.aten
+UNCOUNTED = {"lstm_two_layers"}
+"""torch.utils.flop_counter sees nothing of an LSTM, which runs as one operator; `test_cost` checks it by its formula."""
+
+
+@functools.cache
+def traced(name: str) -> tuple[nn.Module, Any, dmscale.SearchSpace]:
+    torch.manual_seed(0)
+    model, inputs = PATTERNS[name]()
+    return non_trivial(model), inputs, dmscale.trace(model, inputs)
+
+
+def structures(space):
+    yield from (space.sample(seed=seed) for seed in range(2))
+    yield space.uniform(0.5, depth=True)
+    yield space.structure({n: d.lowest for n, d in space.dimensions.items()})
+
+
+def counted_macs(model, inputs):
+    """As in `nets`, and the products with vectors of spectral normalisation, which PyTorch's counter passes over."""
+    vectors = {
+        aten.mv: lambda a, b, out_shape=None, **_: 2 * a[0] * a[1],
+        aten.vdot: lambda a, b, out_shape=None, **_: 2 * a[0],
+        aten.dot: lambda a, b, out_shape=None, **_: 2 * a[0],
+    }
+    with countable(), FlopCounterMode(display=False, custom_mapping=vectors) as counter:
+        outputs(model, inputs)
+    return counter.get_total_flops() // 2
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_what_must_be_free_is_free_and_nothing_else(name):
+    space = traced(name)[2]
+    assert kinds(space) == EXPECTED[PATTERNS[name]], space.frozen
+    assert not any("trial" in reason for reason in space.frozen.values())
+    assert not space.trace.record.unknown
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_gated_equals_exported_and_predicted_costs_are_counted(name):
+    model, inputs, space = traced(name)
+    for structure in structures(space):
+        small = space.export(structure, verify=False)
+        assert difference(outputs(small, inputs), outputs(space.gate(structure), inputs)) <= 1e-4
+        cost = space.cost(structure)
+        assert cost.params == num_params(small) and cost.uncounted == ()
+        # with an axis of one element einsum multiplies element by element, which the counter does not see
+        if name not in UNCOUNTED and not (name.startswith("einsum") and 1 in structure.sizes.values()):
+            assert cost.macs == counted_macs(small, inputs)
+    assert cost.params < 0.5 * space.cost().params  # the last one keeps the least of everything
+
+
+@pytest.mark.parametrize("name", ["global_response_norm", "channels_first_norm", "spatial_attention", "checkpointed"])
+def test_a_search_learns_through_every_pattern(name):
+    """Gradients reach every mask through reductions and recomputation; the search ends on its budget."""
+    model, inputs, space = traced(name)
+    search = dmscale.Search(space, "60% params", 4)
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    search.attach(optimizer)
+    grads = []
+    while not search.done:
+        sum(t.square().mean() for t in floats_of(run(search.model, inputs))).backward()
+        grads.append([p.grad.clone() for p in masks_of(search.model)._list if p.grad is not None])
+        assert all(bool(g.isfinite().all()) for g in grads[-1])
+        optimizer.step()
+        optimizer.zero_grad()
+    small = search.export()
+    assert len(grads[0]) == len(masks_of(search.model)._list) and all(bool(g.any()) for g in grads[0])
+    assert num_params(small) <= 0.6 * num_params(model)
+
+
+def test_what_must_shrink_with_a_width_does():
+    """Tables of rotary positions, slopes of heads, fixed filters: buffers follow their axes, positions stay."""
+    _, _, space = traced("rotary_tables")
+    small = space.export(space.uniform(0.5))
+    assert small.attn.cos.shape == small.attn.sin.shape == (16, 2)
+    _, _, space = traced("alibi")
+    small = space.export(space.uniform(0.5))
+    assert small.attn.slopes.shape == (2,) and small.attn.distance.shape == (7, 7) and small.attn.heads == 2
+    _, _, space = traced("haar")
+    small = space.export(space.structure({"0.0": 3}))
+    assert small[1].filters.shape == (12, 1, 2, 2) and small[1].channels == 3
+
+
+def test_channels_that_are_split_evenly_stay_so():
+    """Half of the channels of one unit are two quarters of the one before: three axes that keep one share."""
+    _, inputs, space = traced("split_shuffle")
+    linked = next(d for d in space.dimensions.values() if len(d.axes) > 1)
+    assert sorted(a.size for a in linked.axes) == [5, 5, 10]
+    for keep in range(1, 5):
+        structure = space.structure({linked.name: keep})
+        assert difference(outputs(space.export(structure), inputs), outputs(space.gate(structure), inputs)) <= 1e-4
+
+
+# -- reductions over a part of an axis --------------------------------------------------------------------------------
+
+CALLS = {
+    "sum": lambda x: x.sum(1),
+    "sum of all": lambda x: x.sum(),
+    "norm": lambda x: x.norm(dim=1, keepdim=True),
+    "vector norm": lambda x: torch.linalg.vector_norm(x, 3, (1, 2)),
+    "mean": lambda x: x.mean((1, -1), keepdim=True),
+    "mean by torch": lambda x: torch.mean(input=x, dim=1),
+    "variance": lambda x: x.var(1),
+    "biased variance": lambda x: x.var(1, False),
+    "unbiased over two": lambda x: torch.var(x, (1, 2), unbiased=True, keepdim=True),
+    "correction": lambda x: x.std((1, 2), correction=0),
+    "deviation of all": lambda x: x.std(),
+    "largest": lambda x: x.amax(1),
+    "smallest": lambda x: torch.amin(x, dim=(1, 2)),
+    "maximum": lambda x: x.max(1)[0],
+    "minimum of all": lambda x: x.min(),
+}
+
+
+class Reduces(nn.Module):
+    """A reduction of what a convolution makes, beside one of the same name that no mask concerns."""
+
+    def __init__(self, call):
+        super().__init__()
+        self.make, self.call, self.last = nn.Linear(3, 9), call, nn.Linear(9, 2)
+
+    def forward(self, x):
+        first = self.call(x)
+        y = self.make(x).transpose(1, 2)  # (b, 9, n)
+        return self.call(y), self.last(y.transpose(1, 2)), first
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_reduction_over_what_is_kept(name):
+    """One free axis, whichever function is called and however; the result is that of the smaller tensor."""
+    model, x = Reduces(CALLS[name]), torch.randn(2, 5, 3)
+    space = dmscale.trace(model, x)
+    assert kinds(space) == {("width", 9): 1}, space.frozen
+    assert [s.place.index for s in space.sites.reductions] == [1]
+    for seed in range(3):
+        structure = space.sample(seed=seed + 1)
+        if name == "variance" and structure.sizes["make"] == 1:
+            continue  # 0 / 0 in the smaller model too
+        expected = outputs(space.export(structure), x)
+        assert difference(outputs(space.gate(structure), x), expected) <= 1e-5
+
+
+@pytest.mark.parametrize("name", [n for n in CALLS if n not in ("largest", "smallest", "maximum", "minimum of all")])
+def test_the_gradient_of_a_mask_through_a_reduction(name):
+    """Against finite differences, for soft masks."""
+    model, x = Reduces(CALLS[name]).double(), torch.randn(2, 5, 3, dtype=torch.double)
+    space = dmscale.trace(model, x)
+    (axis,) = space.dimensions["make"].axes
+
+    def result(mask):
+        gated = attach_gates(model, space.sites, {axis: mask}, {}, trainable=True)
+        total = sum(t.sum() for t in floats_of(gated(x)))
+        return total, masks_of(gated).widths[axis]
+
+    mask = torch.rand(9, dtype=torch.double) * 0.5 + 0.5
+    total, leaf = result(mask)
+    total.backward()
+    for i in range(0, 9, 4):
+        step = torch.zeros(9, dtype=torch.double)
+        step[i] = 1e-6
+        slope = (result(mask + step)[0] - result(mask - step)[0]) / 2e-6
+        assert float(leaf.grad[i]) == pytest.approx(float(slope), rel=1e-4, abs=1e-6)
+
+
+def test_positions_of_a_maximum_are_no_part_of_it():
+    """Which channel is largest is a number of the full width: where it is read, the axis stays."""
+
+    class Which(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.make, self.last = nn.Linear(3, 9), nn.Linear(9, 2)
+
+        def forward(self, x):
+            value, where = self.make(x).max(-1, keepdim=True)
+            return self.last(self.make(x)) + value * where
+
+    assert "reduced over it" in dmscale.trace(Which(), torch.randn(2, 3)).frozen["make"]
+
+
+def test_nested_forwards_count_alike():
+    """Masked forwards inside one another each find their own calls, called twice or not at all."""
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.gate, self.second = conv(3, 10), MeanGate(), conv(10, 8)
+            self.head = nn.Conv2d(8, 4, 1)
+
+        def forward(self, x):
+            x = x - x.mean(1, keepdim=True)
+            x = self.gate(self.gate(self.first(x)))
+            x = self.second(x - x.mean(1, keepdim=True))
+            return self.head(x * x.std(1, keepdim=True))
+
+    model, x = non_trivial(Outer()), torch.randn(2, 3, 5, 5)
+    space = dmscale.trace(model, x)
+    assert kinds(space) == {("width", 10): 1, ("width", 8): 1}
+    assert {(s.place.module, s.place.function, s.place.index) for s in space.sites.reductions} == {
+        ("gate", "mean", 0), ("", "mean", 3), ("", "std", 0)
+    }  # fmt: skip
+    for seed in range(3):
+        structure = space.structure({"first.0": 3 + seed, "second.0": 2 + seed})
+        assert difference(outputs(space.export(structure), x), outputs(space.gate(structure), x)) <= 1e-5
+
+
+def test_what_nobody_reads_freezes_nothing():
+    """The scores of `nn.MultiheadAttention`, averaged over the heads, are handed out and mostly dropped."""
+
+    class Dropped(nn.Module):
+        def __init__(self, read):
+            super().__init__()
+            self.read, self.embed, self.head = read, nn.Linear(6, 24), nn.Linear(24, 5)
+            self.attn = nn.MultiheadAttention(24, 4, batch_first=True)
+
+        def forward(self, x):
+            x = self.embed(x)
+            y, scores = self.attn(x, x, x)
+            return self.head(y) * (scores.mean() if self.read else 1.0)
+
+    x = torch.randn(2, 7, 6)
+    assert any(d.kind == "heads" for d in dmscale.trace(Dropped(False), x).dimensions.values())
+    assert "mean over it" in str(dmscale.trace(Dropped(True), x).frozen)
+
+
+def test_composite_functions_are_known_by_their_module():
+    assert reductions.is_composite(torch.norm) and not reductions.is_composite(torch.Tensor.norm)
