@@ -35,8 +35,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from . import attachment, gates, recovery, topk
 from . import budget as budgets
-from . import gates, recovery, topk
 from .axes import Axis
 from .errors import SearchError
 from .space import Dimension, SearchSpace
@@ -88,6 +88,7 @@ class Search:
             raise SearchError(f"steps={steps}: a search needs at least one optimizer step")
         if mode not in MODES:
             raise SearchError(f"mode={mode!r} is none of {', '.join(MODES)}")
+        attachment.refuse_sharded(space.model)
         self.space = space
         self.budget = budgets.parse(budget, space)
         self.steps, self.mode, self.penalty, self.hard = steps, mode, penalty, hard
@@ -111,6 +112,7 @@ class Search:
         self._full = {m: float(space.cost()[m]) for m in self.budget.targets}
         self._structure: Structure | None = None
         self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None
+        self._has_read = False  # whether the step in progress has given gradients
 
     # -- in the loop --------------------------------------------------------------------------------------------------
 
@@ -119,20 +121,30 @@ class Search:
         """Whether all steps have been taken; the structure is final then."""
         return self.step >= self.steps
 
+    @property
+    def masks(self) -> tuple[nn.Parameter, ...]:
+        """The masks of `search.model`: set by the search, never trained, whole on every rank."""
+        return tuple(self._masks)
+
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Ride on `optimizer`, which must own the parameters of the user's model (or of `search.model`: the same ones).
 
+        Under DDP wrap `search.model`; under FSDP2 call `fully_shard` on it first and build the optimizer from its parameters.
+
         Raises:
-            SearchError: it owns none of them, or the search is attached already.
+            SearchError: it owns none of them, or the search is attached already, or it is an optimizer that cannot carry
+                the structure (LBFGS, Muon).
         """
         if self._optimizer is not None and self._optimizer() is not None:
             raise SearchError("this search is attached to an optimizer already; make one Search for each")
-        own = {id(p) for p in self.space.model.parameters()}
+        attachment.check(optimizer)
+        own = {id(p) for m in (self.space.model, self.model) for p in m.parameters()} - {id(m) for m in self._masks}
         if self.train_weights and not any(id(p) in own for g in optimizer.param_groups for p in g["params"]):
             raise SearchError(
                 "the optimizer owns no parameter of the traced model; build it from model.parameters() before attach, or "
                 "say train_weights=False for a structure-only search"
             )
+        attachment.without(optimizer, self._masks)
         # like the first group, so that a scheduler made before finds what it left there (initial_lr, max_lr ...)
         group = {k: v for k, v in optimizer.param_groups[0].items() if k not in ("params", "name", "param_names")}
         own_settings = {"params": [self.pruned, *self._masks], "lr": self.lr, "weight_decay": 0.0}
@@ -148,19 +160,26 @@ class Search:
         names = [f"dmscale.mask.{member}" for member in self._layout.members]
         return {"params": list(zip(["dmscale.pruned", *names], [self.pruned, *self._masks]))}
 
-    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
+        self._has_read = False
+        return attachment.around_closure(lambda: self._read(optimizer), args, kwargs)
+
+    def _read(self, optimizer: torch.optim.Optimizer) -> None:
+        """Take the gradients of the masks, and give the scalars theirs."""
         grads = [m.grad for m in self._masks]
         for m in self._masks:
             m.grad = None  # masks are set, not stepped
         self.pruned.grad = None
-        if self.done:
+        if self.done or attachment.leaves_out(optimizer):
             return
         if all(g is None for g in grads):
             raise SearchError(
                 "no gradient has reached the masks in this step: run the forward on search.model, which shares the "
-                "parameters of the traced model, and not on the traced model itself"
+                "parameters of the traced model, and not on the traced model itself; under DDP wrap search.model"
             )
         flat = torch.cat([torch.zeros_like(m) if g is None else g for m, g in zip(self._masks, grads)])
+        scale = attachment.loss_scale(optimizer)
+        flat = attachment.average(flat / scale, attachment.shards(self.model))
         if not bool(torch.isfinite(flat).all()):
             raise SearchError(
                 f"the gradient is not finite at search step {self.step}: the loss is NaN or infinite. Weights and structure "
@@ -169,7 +188,8 @@ class Search:
         with torch.no_grad():
             current = torch.cat(list(self._masks))
             self.importance.lerp_((current * flat).square(), 1 - self.momentum)
-            self.pruned.grad = self._scalar_gradient(flat)
+            self.pruned.grad = self._scalar_gradient(flat) * scale
+        self._has_read = True
         for group in optimizer.param_groups:
             if any(p is self.pruned for p in group["params"]):
                 group["lr"] = self.lr  # constant, whatever a scheduler does to the others
@@ -196,7 +216,7 @@ class Search:
         return (deviation / scale).clamp(-3, 3)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if self.done:
+        if self.done or not self._has_read:
             return
         with torch.no_grad():
             self.pruned.clamp_(torch.zeros_like(self.pruned), self._layout.ceiling)
@@ -338,6 +358,7 @@ class Search:
         Raises:
             ExportError: it differs from the gated model; the search stays usable.
         """
+        attachment.gather(self.model, self.space.model)
         small = self.space.export(self.structure)
         if recalibrate is not None:
             recovery.recalibrate(small, recalibrate)
