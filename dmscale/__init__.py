@@ -8,7 +8,7 @@ small = search.export()                      # a plain, smaller model of the sam
 
 from .budget import Budget
 from .cost import Cost
-from .errors import BudgetError, DmscaleError, ExportError, SearchError, TraceError
+from .errors import BudgetError, CheckpointError, DmscaleError, ExportError, SearchError, TraceError
 from .scale import Scaled, scale
 from .search import Search
 from .space import Dimension, SearchSpace, trace
@@ -16,7 +16,7 @@ from .storage import load, save
 from .structure import Structure
 
 __all__ = [
-    "Budget", "BudgetError", "Cost", "Dimension", "DmscaleError", "ExportError", "Scaled", "Search", "SearchError", "SearchSpace",
+    "Budget", "BudgetError", "CheckpointError", "Cost", "Dimension", "DmscaleError", "ExportError", "Scaled", "Search", "SearchError", "SearchSpace",
     "Structure", "TraceError", "load", "save", "scale", "trace",
 ]  # fmt: skip
 __version__ = "0.1.0"

@@ -53,7 +53,9 @@ def without(optimizer: Optimizer, gone: Iterable[Tensor]) -> None:
                     group[key] = [group[key][i] for i in stays]
 
 
-def around_closure(read: Callable[[], None], args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+def around_closure(
+    read: Callable[[], None], args: tuple, kwargs: dict[str, Any]
+) -> tuple[tuple, dict[str, Any]] | None:
     """Call `read` once the gradients are there: now, or at the end of the closure among the arguments of `step`.
 
     Args:

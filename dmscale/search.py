@@ -27,6 +27,7 @@ saves, and a common shift then puts the cost on the target at every step.
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -35,7 +36,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import attachment, gates, recovery, topk
+from . import attachment, checkpoint, gates, recovery, topk
 from . import budget as budgets
 from .axes import Axis
 from .errors import SearchError
@@ -417,6 +418,39 @@ class Search:
             self._finish()
         elif self.step:
             self._set_masks()
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        optimizer: torch.optim.Optimizer | None = None,
+        model: bool = True,
+        extra: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write a checkpoint, atomically: at any moment `path` is the old file or the new one.
+
+        Args:
+            path: the file; its folder is made.
+            optimizer: whose state to store too.
+            model: whether to store the weights (and buffers) of the user's model.
+            extra: tensors and plain data to store beside, the state of a scheduler, a GradScaler or a loader say.
+        Raises:
+            CheckpointError: it cannot be written (the disk is full ...); an earlier checkpoint is untouched.
+        """
+        checkpoint.save(self, path, optimizer, model, extra)
+
+    def load(self, path: str | os.PathLike[str], optimizer: torch.optim.Optimizer | None = None) -> dict[str, Any]:
+        """Continue from a checkpoint: the search, the random generators, and the weights if the file holds them.
+
+        Args:
+            path: a file of `save`.
+            optimizer: to load its state into; `attach` comes first.
+        Returns:
+            what was given as `extra`.
+        Raises:
+            CheckpointError: the file is missing, damaged, or of another model or optimizer; nothing has been changed.
+            SearchError: it is of another search space or length; nothing has been changed.
+        """
+        return checkpoint.load(self, path, optimizer)
 
 
 class _Layout:
