@@ -16,7 +16,7 @@ from .storage import load, save
 from .structure import Structure
 
 __all__ = [
-    "Budget", "BudgetError", "CheckpointError", "Cost", "Dimension", "DmscaleError", "ExportError", "Scaled", "Search", "SearchError", "SearchSpace",
-    "Structure", "TraceError", "load", "save", "scale", "trace",
+    "Budget", "BudgetError", "CheckpointError", "Cost", "Dimension", "DmscaleError", "ExportError", "Scaled", "Search",
+    "SearchError", "SearchSpace", "Structure", "TraceError", "load", "save", "scale", "trace",
 ]  # fmt: skip
 __version__ = "0.1.0"

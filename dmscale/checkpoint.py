@@ -15,7 +15,7 @@ import hashlib
 import os
 import random
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -60,6 +60,7 @@ def write(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
     temporary = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_orphans(path)
         with open(temporary, "wb") as file:
             file.write(_MAGIC + b"0" * 64 + b"\n")
             hashing = _Hashing(file)
@@ -78,6 +79,25 @@ def write(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def _remove_orphans(path: Path) -> None:
+    """Delete what processes of this host that are gone had begun to write."""
+    prefix = f"{path.name}.{socket.gethostname()}."
+    for part in path.parent.glob("*.part"):
+        pid = part.name.removeprefix(prefix).removesuffix(".part")
+        if part.name.startswith(prefix) and pid.isdigit() and not _is_running(int(pid)):
+            part.unlink(missing_ok=True)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is another user's
+        pass
+    return True
 
 
 def _cause(error: BaseException) -> str:
@@ -151,6 +171,16 @@ def set_random_state(state: Mapping[str, Any]) -> None:
     random.setstate((version, tuple(words), gauss))
 
 
+@contextlib.contextmanager
+def preserving_random_state() -> Iterator[None]:
+    """Whatever happens inside, the generators stand where they stood afterwards."""
+    state = random_state()
+    try:
+        yield
+    finally:
+        set_random_state(state)
+
+
 # -- searches ---------------------------------------------------------------------------------------------------------
 
 
@@ -171,6 +201,7 @@ def save(
         path,
         {
             "search": search.state_dict(),
+            "budget": dict(search.budget.targets),
             "random": random_state(),
             "model": search.space.model.state_dict() if model else None,
             "optimizer": optimizer.state_dict() if optimizer is not None else None,
@@ -190,9 +221,14 @@ def load(
         )
     model = search.space.model
     if content["model"] is not None:
-        _check_weights(model, content["model"], path)
+        check_weights(model, content["model"], path)
     if optimizer is not None:
         _check_optimizer(optimizer, content["optimizer"], path)
+    if content["budget"] != dict(search.budget.targets):
+        raise CheckpointError(
+            f"{path} is of a search for {content['budget']}, this one is for {dict(search.budget.targets)}; give the same "
+            "budget, or another file"
+        )
     search.load_state_dict(content["search"])  # refuses another space before it changes anything
     if content["model"] is not None:
         model.load_state_dict(content["model"])
@@ -202,7 +238,12 @@ def load(
     return content["extra"]
 
 
-def _check_weights(model: nn.Module, weights: Mapping[str, Any], path: Any) -> None:
+def check_weights(model: nn.Module, weights: Mapping[str, Any], path: Any) -> None:
+    """Whether `weights` fit `model` in names and shapes.
+
+    Raises:
+        CheckpointError: they do not; some that differ are named.
+    """
     own = model.state_dict()
     differing = sorted(own.keys() ^ weights.keys())
     differing += [

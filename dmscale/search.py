@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from . import attachment, checkpoint, gates, recovery, topk
 from . import budget as budgets
 from .axes import Axis
+from .callbacks import Callback
 from .errors import SearchError
 from .space import Dimension, SearchSpace
 from .structure import Structure
@@ -62,6 +63,7 @@ class Search:
         momentum: of the moving average of importance.
         train_weights: False for a structure-only search: the weights do not move.
         log_every: steps between two entries of `history`; 200 entries by default.
+        callbacks: what watches the search, see `dmscale.callbacks`; `search.callbacks` may be appended to.
     Raises:
         BudgetError: the budget cannot be read or reached; nothing has been trained then.
     """
@@ -84,6 +86,7 @@ class Search:
         momentum: float = 0.99,
         train_weights: bool = True,
         log_every: int | None = None,
+        callbacks: Iterable[Callback] = (),
     ):
         if steps < 1:
             raise SearchError(f"steps={steps}: a search needs at least one optimizer step")
@@ -99,6 +102,8 @@ class Search:
         self.log_every = log_every or max(1, steps // 200)
         self.step = 0
         self.history = []
+        self.callbacks: list[Callback] = list(callbacks)
+        self._noted: dict[str, Any] = {}
         self._layout = _Layout(space)
         device = next((p.device for p in space.model.parameters()), torch.device("cpu"))
         self._layout.to(device)
@@ -376,8 +381,21 @@ class Search:
                 "sizes": {
                     d.name: d.allowed((1 - a) * d.size) for d, a in zip(self._layout.dimensions, self.pruned.tolist())
                 },
+                **{name: float(value) for name, value in self._noted.items()},
             }
         )
+        self._noted.clear()
+        for callback in self.callbacks:
+            callback.on_step(self, self.history[-1])
+            if self.done:
+                callback.on_end(self)
+
+    def note(self, **values: float | Tensor) -> None:
+        """Give numbers of this step, the loss say, to the next entry of `history` and to the callbacks.
+
+        Tensors are read only when the entry is made, so that a step on a GPU need not wait.
+        """
+        self._noted |= {name: v.detach() if isinstance(v, Tensor) else v for name, v in values.items()}
 
     # -- resuming -----------------------------------------------------------------------------------------------------
 
