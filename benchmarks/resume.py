@@ -72,7 +72,9 @@ def _digest(tensors: Any) -> str:
     return hashlib.sha256(b"".join(t.detach().cpu().contiguous().numpy().tobytes() for t in tensors)).hexdigest()
 
 
-def survive(folder: Path, kills: int, seed: int, longest: float) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def survive(
+    folder: Path, kills: int, seed: int, longest: float, steps: int = STEPS
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Run the search in processes that are killed; what it has found at last, and a note about each kill.
 
     Args:
@@ -80,9 +82,10 @@ def survive(folder: Path, kills: int, seed: int, longest: float) -> tuple[dict[s
         kills: how often; fewer if the search ends before.
         seed: of the moments.
         longest: the longest time, in seconds, from the first step of a process to its end.
+        steps: of the search.
     """
     rng, notes = random.Random(seed), []
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.resume", "--run", str(folder)]
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.resume", "--run", str(folder), "--steps", str(steps)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": str(_ROOT)}
     while True:
         child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=_ROOT, env=environment)
@@ -126,9 +129,10 @@ def main(kills: int = 20, each: int = 4) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--run", type=Path, help="search in this folder and print what was found")
+    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--kills", type=int, default=20)
     arguments = parser.parse_args()
     if arguments.run is not None:
-        print(json.dumps(run(arguments.run)))
+        print(json.dumps(run(arguments.run, arguments.steps)))
     else:
         main(arguments.kills)

@@ -190,8 +190,10 @@ class _Store:
     def resume_search(self, search: Search, optimizer: torch.optim.Optimizer) -> None:
         """Go on from `search.ckpt`, if it is there."""
         if path := self._found("search.ckpt"):
-            self.batches.load_state_dict(search.load(path, optimizer)["batches"])
-            checkpoints.set_random_state(checkpoints.read(path)["random"])
+            extra = search.load(path, optimizer)
+            state = checkpoints.random_state()
+            self.batches.load_state_dict(extra["batches"])  # moves the generators
+            checkpoints.set_random_state(state)
 
     def save_search(self, search: Search, optimizer: torch.optim.Optimizer) -> None:
         """Write `search.ckpt` if it is due."""

@@ -394,7 +394,13 @@ class Search:
         """Give numbers of this step, the loss say, to the next entry of `history` and to the callbacks.
 
         Tensors are read only when the entry is made, so that a step on a GPU need not wait.
+
+        Raises:
+            SearchError: a name is one that every entry has (step, cost, target, sizes).
         """
+        taken = [name for name in values if name in ("step", "cost", "target", "sizes")]
+        if taken:
+            raise SearchError(f"note: {taken[0]!r} is a part of every entry of the history; choose another name")
         self._noted |= {name: v.detach() if isinstance(v, Tensor) else v for name, v in values.items()}
 
     # -- resuming -----------------------------------------------------------------------------------------------------
