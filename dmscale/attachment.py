@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import SearchError
+from .errors import DmscaleError, SearchError
 
 Optimizer = torch.optim.Optimizer
 
@@ -136,12 +136,10 @@ def _pairs(gated: nn.Module, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]
         yield own, parametrized[leaf].original if leaf in parametrized else module._parameters[leaf]  # type: ignore[misc]
 
 
-def refuse_sharded(model: nn.Module) -> None:
-    """Raises:
-    SearchError: the user's model is sharded already, so that no full weight is there to trace, gate or slice.
-    """
+def refuse_sharded(model: nn.Module, error: type[DmscaleError]) -> None:
+    """Raise `error` if the user's model is sharded already: no full weight is there to trace, gate or slice."""
     if any(_is_sharded(p) for p in model.parameters()):
-        raise SearchError(
+        raise error(
             f"the parameters of {type(model).__name__} are sharded already (DTensor). Trace and build the Search on the plain "
             "model, then fully_shard(search.model), and build the optimizer from search.model.parameters()."
         )

@@ -142,9 +142,11 @@ def places(space: SearchSpace, structure: Structure, at: Iterable[str] = (), cou
     if at:
         return [place for path, place in found.items() if any(fnmatch.fnmatchcase(path, glob) for glob in at)]
     named = dict(space.model.named_modules())
+    outer = {call.result.origin: call.path for call in space.trace.record.calls if call.result is not None}
     chosen = [
         place for path, place in found.items()
         if place.kept and any(True for _ in named[path].parameters()) and _is_child_of_container(named, path)
+        and path in outer.values()  # the last block of a stage and the stage give the same tensor
     ]  # fmt: skip
     step = max(len(chosen) / count, 1.0)
     return [chosen[int((i + 1) * step) - 1] for i in range(min(count, len(chosen)))]

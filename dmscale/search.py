@@ -92,7 +92,7 @@ class Search:
             raise SearchError(f"steps={steps}: a search needs at least one optimizer step")
         if mode not in MODES:
             raise SearchError(f"mode={mode!r} is none of {', '.join(MODES)}")
-        attachment.refuse_sharded(space.model)
+        attachment.refuse_sharded(space.model, SearchError)
         self.space = space
         self.budget = budgets.parse(budget, space)
         self.steps, self.mode, self.penalty, self.hard = steps, mode, penalty, hard

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import NETS, fingerprint, non_trivial
+from nets import NETS, non_trivial
 from torch import nn
 
 import dmscale
@@ -25,11 +25,6 @@ def made(net, seed=0):
 
 
 # -- features ---------------------------------------------------------------------------------------------------------
-
-
-def without_effect(space, structure):
-    """The full network with the weights of what `structure` removes set so that it computes what the exported one does."""
-    return space.gate(structure).eval()
 
 
 @pytest.mark.parametrize("net", CHEAP)
@@ -61,12 +56,12 @@ def _inside_a_normalisation(space, path):
 
 
 @pytest.mark.parametrize("net", CHEAP)
-def test_the_default_places_are_few_and_shrink(net):
+def test_the_default_places_are_few_and_differ(net):
     space, _ = made(net)
     structure = space.uniform(0.5)
     chosen = distill.places(space, structure)
     assert 1 <= len(chosen) <= 4
-    assert any(len(k) < space.trace.record.calls[0].result.dims.__len__() or p.kept for p in chosen for k in [p.kept])
+    assert all(p.kept for p in chosen)  # each has an axis that may shrink
     assert len({p.student for p in chosen}) == len(chosen)
 
 
@@ -151,10 +146,10 @@ def test_predictions_of_any_shape_are_compared_by_class():
 # -- recovering -------------------------------------------------------------------------------------------------------
 
 
-def cut(net="residual_conv", share=0.5):
+def cut(net="residual_stack", share=0.5):
     space, inputs = made(net)
     structure = space.uniform(share)
-    batches = [(torch.randn(8, *inputs.shape[1:]), torch.zeros(8, 5)) for _ in range(4)]
+    batches = [(torch.randn(8, *inputs.shape[1:]), torch.zeros(8, 4)) for _ in range(4)]
     return space, structure, space.export(structure), batches
 
 
@@ -166,7 +161,8 @@ def no_task(out, y):
 def test_a_student_comes_nearer_to_its_teacher(what):
     space, structure, small, batches = cut()
     teacher = frozen_copy(space.model)
-    before, hooks = fingerprint(teacher), {p: len(m._forward_hooks) for p, m in small.named_modules()}
+    before = {n: t.clone() for n, t in teacher.state_dict().items()}
+    hooks = {p: len(m._forward_hooks) for p, m in small.named_modules()}
     how = (lambda s, t: (s - t).square().mean()) if what == "function" else what
 
     def distance(model):
@@ -175,23 +171,11 @@ def test_a_student_comes_nearer_to_its_teacher(what):
             return sum(float(d(x, model(x))) for x, _ in batches)
 
     far = distance(copy.deepcopy(small))
-    recovery.recover(
-        small,
-        batches,
-        no_task,
-        60,
-        1e-2,
-        teacher=teacher,
-        distill=how,
-        space=space,
-        structure=structure,
-        weight_decay=0.0,
-    )
+    told = dict(teacher=teacher, distill=how, space=space, structure=structure)
+    recovery.recover(small, batches, no_task, 40, 1e-2, weight_decay=0.0, **told)
     assert distance(small) < 0.7 * far
     assert {p: len(m._forward_hooks) for p, m in small.named_modules()} == hooks
-    assert all(
-        torch.equal(a, b[2]) for a, b in zip(teacher.state_dict().values(), before["tensors"].values()) if a.dim()
-    )
+    assert all(torch.equal(t, before[n]) for n, t in teacher.state_dict().items())
     assert all(p.grad is None for p in teacher.parameters())
 
 
@@ -212,7 +196,6 @@ def test_an_average_follows_the_weights():
 
 def test_recovery_averages_and_resumes_to_the_bit():
     space, structure, small, batches = cut("mlp")
-    batches = [(x, y[:, :4]) for x, y in batches]
     twin, third = copy.deepcopy(small), copy.deepcopy(small)
     plain = recovery.recover(third, batches, F.mse_loss, 8, 1e-2)
     averaged = recovery.recover(small, batches, F.mse_loss, 8, 1e-2, ema=0.9)

@@ -98,10 +98,28 @@ def _work():
     }
 
 
+def _refusals(rank):
+    """What is said of models that are sharded too early, and of one file for sharded weights."""
+    from torch.distributed.fsdp import fully_shard
+
+    space, _ = problem("mlp")
+    search = make_search(space)
+    fully_shard(search.model)
+    with pytest.raises(dmscale.CheckpointError) as checkpoint:
+        search.save("nowhere.ckpt")
+    fully_shard(space.model)
+    with pytest.raises(SearchError) as late:
+        make_search(space)
+    with pytest.raises(dmscale.TraceError) as early:
+        dmscale.trace(space.model, space.example_inputs)
+    return [str(e.value) for e in (early, late, checkpoint)]
+
+
 def _rank(rank, folder):
     torch.distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
     try:
-        torch.save({name: work(rank) for name, work in _work().items()}, folder / f"{rank}.pt")
+        found = {name: work(rank) for name, work in _work().items()}
+        torch.save(found | {"refusals": _refusals(rank)}, folder / f"{rank}.pt")
     finally:
         torch.distributed.destroy_process_group()
 
@@ -189,6 +207,12 @@ def test_two_processes_find_what_one_finds_on_the_global_batch(name, ranks):
     for name, t in expected.export().state_dict().items():
         assert torch.equal(one["weights"][name], two["weights"][name]), name
         torch.testing.assert_close(one["weights"][name], t, rtol=1e-3, atol=1e-5)
+
+
+def test_what_cannot_be_done_with_shards_is_refused_with_the_remedy(ranks):
+    early, late, checkpoint = ranks["refusals"][0]
+    assert early == late and "sharded already" in early and "then fully_shard(search.model)" in early
+    assert "model=False" in checkpoint
 
 
 # -- mixed precision --------------------------------------------------------------------------------------------------
