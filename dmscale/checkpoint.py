@@ -64,7 +64,7 @@ def write(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
         with open(temporary, "wb") as file:
             file.write(_MAGIC + b"0" * 64 + b"\n")
             hashing = _Hashing(file)
-            torch.save(dict(content), hashing)
+            torch.save(dict(content), hashing)  # type: ignore[arg-type]
             file.seek(len(_MAGIC))
             file.write(hashing.digest.hexdigest().encode())
             file.flush()
@@ -155,7 +155,7 @@ def random_state() -> dict[str, Any]:
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
-        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
+        "numpy": [name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, cached],
         "python": [version, list(words), gauss],
     }
 
