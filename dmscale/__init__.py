@@ -10,7 +10,7 @@ from .budget import Budget
 from .compare import compare
 from .comparison import Comparison
 from .cost import Cost
-from .errors import BudgetError, DmscaleError, ExportError, SearchError, TraceError
+from .errors import BudgetError, CheckpointError, DmscaleError, ExportError, SearchError, TraceError
 from .scale import Scaled, scale
 from .search import Search
 from .space import Dimension, SearchSpace, trace
@@ -18,7 +18,7 @@ from .storage import load, save
 from .structure import Structure
 
 __all__ = [
-    "Budget", "BudgetError", "Comparison", "Cost", "Dimension", "DmscaleError", "ExportError", "Scaled", "Search", "SearchError",
-    "SearchSpace", "Structure", "TraceError", "compare", "load", "save", "scale", "trace",
+    "Budget", "BudgetError", "CheckpointError", "Comparison", "Cost", "Dimension", "DmscaleError", "ExportError", "Scaled",
+    "Search", "SearchError", "SearchSpace", "Structure", "TraceError", "compare", "load", "save", "scale", "trace",
 ]  # fmt: skip
 __version__ = "0.1.0"

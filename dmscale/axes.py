@@ -95,7 +95,7 @@ def axis(size: int, *reasons: str) -> Dim:
 
 def size(dim: Dim) -> int:
     """Number of elements of `dim`."""
-    return prod(a.root().size for a in dim)
+    return prod([a.root().size for a in dim])  # a list: torch.compile cannot hand on a generator
 
 
 def factors(dim: Iterable[Axis]) -> list[Axis]:

@@ -19,3 +19,7 @@ class BudgetError(DmscaleError):
 
 class SearchError(DmscaleError):
     """A search was used wrongly, or the training diverged."""
+
+
+class CheckpointError(DmscaleError):
+    """A checkpoint could not be written, is damaged, or does not fit."""

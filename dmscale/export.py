@@ -55,7 +55,7 @@ def build(
             if not bool(keep.all()):
                 data = data.index_select(position, keep.nonzero()[:, 0].to(data.device))
                 sliced.add(names[id(t)])
-        data = data.clone(memory_format=torch.preserve_format)
+        data = _laid_out(data, t).clone(memory_format=torch.preserve_format)
         return nn.Parameter(data, requires_grad=t.requires_grad) if isinstance(t, nn.Parameter) else data
 
     small = clone(model, smaller)
@@ -85,6 +85,14 @@ def build(
         plan["blocks"].append([container, sorted(lost)])
     setattr(small, PLAN, plan)
     return small
+
+
+def _laid_out(data: Tensor, like: Tensor) -> Tensor:
+    """`data` with channels last if `like` has them so: slicing forgets it."""
+    for dims, layout in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+        if like.dim() == dims and like.is_contiguous(memory_format=layout) and not like.is_contiguous():
+            return data.contiguous(memory_format=layout)
+    return data
 
 
 def _mask(size: int, kept: tuple[int, ...]) -> Tensor:

@@ -338,9 +338,12 @@ class Masks(nn.Module):
 class MaskedWeight(nn.Module):
     """Parametrisation W * m along some dimensions, and a scale for the weight of a normalisation."""
 
+    masks: Masks
+
     def __init__(self, masks: Masks, dims: Sequence[tuple[int, Dim]], scale: NormScale | None = None):
         super().__init__()
-        self.masks, self.dims, self.scale = masks, list(dims), scale
+        self.__dict__["masks"] = masks  # no child of every masked layer: FSDP2 would shard it once for each
+        self.dims, self.scale = list(dims), scale
 
     def forward(self, weight: Tensor) -> Tensor:
         """`weight` with the shape that it has."""
@@ -544,7 +547,8 @@ class BlockGate:
         x = running.tensors_in((args, kwargs))[0]
         x = torch.zeros_like(x) if self.branch else x
         gate = self.masks.depths[self.stack][self.index]
-        decided = self.masks.decided.get(self.stack)
+        # a compiled model would be compiled anew at every change of what is decided, and fuses the lerp anyway
+        decided = None if torch.compiler.is_compiling() else self.masks.decided.get(self.stack)
         if decided is None:
             return _replace_first(out, lambda y: torch.lerp(x, y, gate.to(y.dtype)))
         return _replace_first(out, lambda y: _Chosen.apply(x, y, gate, decided[self.index]))
@@ -596,7 +600,7 @@ def _replace_first(tree: Any, function: Any) -> Any:
         if isinstance(node, tuple) and hasattr(node, "_fields"):
             return type(node)(*[visit(x) for x in node])
         if isinstance(node, (tuple, list)):
-            return type(node)(visit(x) for x in node)
+            return type(node)([visit(x) for x in node])  # a list: torch.compile cannot hand on a generator
         if isinstance(node, Mapping):
             changed = {k: visit(v) for k, v in node.items()}
             return type(node)(**changed) if type(node) is not dict else changed

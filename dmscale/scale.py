@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-import itertools
+import contextlib
+import dataclasses
+import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import recovery, running
+from . import checkpoint as checkpoints
+from . import recovery
+from .batches import Batches
+from .callbacks import Callback
 from .cost import Cost
-from .errors import DmscaleError
+from .distill import Distill, Distiller, frozen_copy
+from .errors import CheckpointError
 from .progress import progress_bar
 from .search import Search
 from .space import SearchSpace, trace
@@ -47,6 +55,11 @@ def scale(
     only: str | Iterable[str] = (),
     minimum: int | Mapping[str, int] = 1,
     multiple: int | Mapping[str, int] = 1,
+    distill: Any = None,
+    ema: float | None = None,
+    callbacks: Iterable[Callback] = (),
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: int | None = None,
     **options: Any,
 ) -> Scaled:
     """Search `model` down to `budget` while it trains, export it, fine-tune the result.
@@ -66,11 +79,21 @@ def scale(
         seed: of PyTorch's generators while this runs; they are restored.
         progress: whether to show a bar, if the output is a terminal.
         freeze, only, minimum, multiple: as in `trace`.
+        distill: what to learn from a frozen copy of `model` as it is now, in the search and after it: True or "logits",
+            "relations", "features", several separated by commas, a dict with weights, a `distill.Distill`, or a function of
+            the outputs of student and teacher.  It is added to the criterion.  Features are compared after the cut only,
+            through the kept channels.  Use it with a trained `model`.
+        ema: decay of an average of the weights in the fine-tuning (0.999 say), which the result holds; none by default.
+        callbacks: what watches the search, see `dmscale.callbacks`.
+        checkpoint: a folder.  Where it holds checkpoints of the same call the run goes on from there, bit for bit on a CPU;
+            it is written to as this runs.  A checkpoint that cannot be written (a full disk) is a warning, not the end.
+        checkpoint_every: steps between two checkpoints; by default 20 in the search and 20 in the fine-tuning.
         options: further arguments of `Search`.
     Raises:
         TraceError, BudgetError: before any training.
         SearchError: the loss became NaN or infinite.
-        DmscaleError: the loader is empty.
+        CheckpointError: a checkpoint in the folder is damaged, or of another budget, network or length.
+        DmscaleError: the loader is empty, or `distill` names no known term.
     """
     space = trace(
         model, example_inputs, freeze=_strings(freeze), only=_strings(only), minimum=minimum, multiple=multiple
@@ -78,36 +101,134 @@ def scale(
     if steps is None:
         steps = max(200, 2 * _length(loader))
     finetune_steps = 2 * steps if finetune_steps is None else finetune_steps
-    search = Search(space, budget, steps, **options)
+    how = Distill.parse(distill)
+    search = Search(space, budget, steps, callbacks=callbacks, **options)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     training = model.training
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices), progress_bar(progress) as bar:
+    with checkpoints.preserving_random_state(), contextlib.ExitStack() as stack:
         torch.manual_seed(seed)
-        batches = _endless(loader, device)
-        model.train()
-        search.model.train()
+        store = _Store(checkpoint, checkpoint_every, Batches(loader, device))
+        teacher = store.teacher(model) if how is not None else None
+        bar = stack.enter_context(progress_bar(progress))
         optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=weight_decay)
         search.attach(optimizer)
         shown = bar.add_task("search", total=steps)
+        store.resume_search(search, optimizer)
         try:
-            while not search.done:
-                _step(search.model, next(batches), criterion, optimizer)
-                bar.advance(shown)
+            model.train()
+            search.model.train()
+            with _without_features(how, teacher, search.model) as distiller:
+                while not search.done:
+                    bar.update(shown, completed=search.step)
+                    loss = recovery.loss_of(search.model, next(store.batches), criterion, distiller)
+                    loss.backward()
+                    search.note(loss=loss)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    store.save_search(search, optimizer)
         finally:
             model.train(training)
-        small = search.export().train()
+        bar.update(shown, completed=steps)
         structure = search.structure
-        optimizer = torch.optim.AdamW(small.parameters(), lr, weight_decay=weight_decay)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(finetune_steps, 1))
         shown = bar.add_task("fine-tune", total=finetune_steps)
-        for _ in range(finetune_steps):
-            _step(small, next(batches), criterion, optimizer)
-            schedule.step()
-            bar.advance(shown)
+        small = search.export().train()
         if finetune_steps == 0:
-            recovery.recalibrate(small, itertools.islice(batches, 20))
+            recovery.recalibrate(small, (next(store.batches) for _ in range(20)))
+        else:
+            tuned = recovery.Recovery(
+                small, criterion, finetune_steps, lr, weight_decay=weight_decay, teacher=teacher, distill=how, space=space,
+                structure=structure, ema=ema,
+            )  # fmt: skip
+            store.resume_recovery(tuned)
+            with tuned:
+                while not tuned.done:
+                    bar.update(shown, completed=tuned.steps_done)
+                    tuned.step(next(store.batches))
+                    store.save_recovery(tuned)
+            tuned.finish()
     return Scaled(small.train(training), structure, space.cost(structure), space, search)
+
+
+@contextlib.contextmanager
+def _without_features(how: Distill | None, teacher: nn.Module | None, student: nn.Module) -> Iterator[Distiller | None]:
+    """The distiller of the search: what is masked in a full-size network has activations that mean nothing."""
+    if how is None or teacher is None:
+        yield None
+        return
+    with Distiller(dataclasses.replace(how, features=0.0), teacher, student) as distiller:
+        yield distiller
+
+
+class _Store:
+    """The checkpoints of one call of `scale`: `dense.ckpt`, `search.ckpt` and `recovery.ckpt` in a folder, or none.
+
+    Args:
+        folder: where they are; None keeps none.
+        every: steps between two; a twentieth of each phase by default.
+        batches: the stream that both phases read, whose place is kept with them.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str] | None, every: int | None, batches: Batches):
+        self.folder = Path(folder) if folder is not None else None
+        self.every, self.batches = every, batches
+
+    def _found(self, name: str) -> Path | None:
+        path = self.folder / name if self.folder is not None else None
+        return path if path is not None and path.exists() else None
+
+    def teacher(self, model: nn.Module) -> nn.Module:
+        """A frozen copy of the weights before the search, which a resumed process may no longer have."""
+        teacher = frozen_copy(model)
+        if path := self._found("dense.ckpt"):
+            weights = checkpoints.read(path)
+            checkpoints.check_weights(teacher, weights, path)
+            teacher.load_state_dict(weights)
+        elif self.folder is not None:
+            self._write(lambda path: checkpoints.write(path, teacher.state_dict()), "dense.ckpt")
+        return teacher
+
+    def resume_search(self, search: Search, optimizer: torch.optim.Optimizer) -> None:
+        """Go on from `search.ckpt`, if it is there."""
+        if path := self._found("search.ckpt"):
+            extra = search.load(path, optimizer)
+            state = checkpoints.random_state()
+            self.batches.load_state_dict(extra["batches"])  # moves the generators
+            checkpoints.set_random_state(state)
+
+    def save_search(self, search: Search, optimizer: torch.optim.Optimizer) -> None:
+        """Write `search.ckpt` if it is due."""
+        if self._due(search.step, search.steps):
+            extra = {"batches": self.batches.state_dict()}
+            self._write(lambda path: search.save(path, optimizer, extra=extra), "search.ckpt")
+
+    def resume_recovery(self, tuned: recovery.Recovery) -> None:
+        """Go on from `recovery.ckpt`, if it is there."""
+        if path := self._found("recovery.ckpt"):
+            content = checkpoints.read(path)
+            checkpoints.check_weights(tuned.model, content["recovery"]["model"], path)
+            tuned.load_state_dict(content["recovery"])
+            self.batches.load_state_dict(content["batches"])
+            checkpoints.set_random_state(content["random"])
+
+    def save_recovery(self, tuned: recovery.Recovery) -> None:
+        """Write `recovery.ckpt` if it is due."""
+        if self._due(tuned.steps_done, tuned.steps):
+            content = {
+                "recovery": tuned.state_dict(),
+                "batches": self.batches.state_dict(),
+                "random": checkpoints.random_state(),
+            }
+            self._write(lambda path: checkpoints.write(path, content), "recovery.ckpt")
+
+    def _due(self, step: int, steps: int) -> bool:
+        return self.folder is not None and (step % (self.every or max(1, steps // 20)) == 0 or step >= steps)
+
+    def _write(self, write: Callable[[Path], None], name: str) -> None:
+        assert self.folder is not None
+        try:
+            write(self.folder / name)
+        except CheckpointError as error:  # the run itself is sound: go on, and try again when the next is due
+            warnings.warn(str(error), RuntimeWarning, stacklevel=4)
 
 
 def _strings(globs: str | Iterable[str]) -> tuple[str, ...]:
@@ -116,31 +237,3 @@ def _strings(globs: str | Iterable[str]) -> tuple[str, ...]:
 
 def _length(loader: Iterable[Any]) -> int:
     return len(loader) if isinstance(loader, Sized) else 0
-
-
-def _endless(loader: Iterable[Any], device: torch.device) -> Iterator[tuple[Any, Any]]:
-    while True:
-        empty = True
-        for batch in loader:
-            empty = False
-            if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-                raise DmscaleError(f"the loader gave a {type(batch).__name__}; expected pairs (inputs, targets)")
-            yield tuple(running.map_tensors(lambda t: t.to(device, non_blocking=True), tuple(batch)))  # type: ignore[misc]
-        if empty:
-            raise DmscaleError(
-                "the loader gave no batch; a generator can be run through only once, give a list or DataLoader"
-            )
-
-
-def _step(model: nn.Module, batch: tuple[Any, Any], criterion: Any, optimizer: torch.optim.Optimizer) -> None:
-    inputs, targets = batch
-    out = (
-        model(**inputs)
-        if isinstance(inputs, Mapping)
-        else model(*inputs)
-        if isinstance(inputs, tuple)
-        else model(inputs)
-    )
-    criterion(out, targets).backward()
-    optimizer.step()
-    optimizer.zero_grad()

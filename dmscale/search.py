@@ -24,6 +24,7 @@ become a structure is the method's part: see `methods`.
 from __future__ import annotations
 
 import math
+import os
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,9 +34,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from . import attachment, checkpoint, gates, methods, recovery
 from . import budget as _budgets
-from . import gates, methods, recovery
 from . import importance as _importance
+from .callbacks import Callback
 from .errors import SearchError
 from .layout import Layout
 from .space import SearchSpace
@@ -78,6 +80,7 @@ class Search:
         train_weights: False for a structure-only search: the weights do not move.
         seed: of the noise that some methods draw.
         log_every: steps between two entries of `history`; 200 entries by default.
+        callbacks: what watches the search, see `dmscale.callbacks`; `search.callbacks` may be appended to.
     Raises:
         BudgetError: the budget cannot be read or reached; nothing has been trained then.
         SearchError: an option is misspelt or does not go with the method.
@@ -108,9 +111,11 @@ class Search:
         train_weights: bool = True,
         seed: int = 0,
         log_every: int | None = None,
+        callbacks: Iterable[Callback] = (),
     ):
         if steps < 1:
             raise SearchError(f"steps={steps}: a search needs at least one optimizer step")
+        attachment.refuse_sharded(space.model, SearchError)
         self.space, self.steps, self.method_name, self.seed = space, steps, method, seed
         self.warmup, self.decay, self.momentum = warmup, decay, momentum
         self.train_weights = train_weights
@@ -118,8 +123,11 @@ class Search:
         self.step = 0
         self.history = []
         self.family: list[Member] = []
+        self.callbacks: list[Callback] = list(callbacks)
+        self._noted: dict[str, Any] = {}
         self._structure: Structure | None = None
         self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None
+        self._has_read = False  # whether the step in progress has given gradients
         self.layout = Layout(space)
         self.device = next((p.device for p in space.model.parameters()), torch.device("cpu"))
         self.layout.to(self.device)
@@ -164,20 +172,30 @@ class Search:
         """Whether all steps have been taken; the structure is final then."""
         return self.step >= self.steps
 
+    @property
+    def masks(self) -> tuple[nn.Parameter, ...]:
+        """The masks of `search.model`: set by the search, never trained, whole on every rank."""
+        return tuple(self._masks)
+
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Ride on `optimizer`, which must own the parameters of the user's model (or of `search.model`: the same ones).
 
+        Under DDP wrap `search.model`; under FSDP2 call `fully_shard` on it first and build the optimizer from its parameters.
+
         Raises:
-            SearchError: it owns none of them, or the search is attached already.
+            SearchError: it owns none of them, or the search is attached already, or it is an optimizer that cannot carry
+                the structure (LBFGS, Muon).
         """
         if self._optimizer is not None and self._optimizer() is not None:
             raise SearchError("this search is attached to an optimizer already; make one Search for each")
-        own = {id(p) for p in self.space.model.parameters()}
+        attachment.check(optimizer)
+        own = {id(p) for m in (self.space.model, self.model) for p in m.parameters()} - {id(m) for m in self._masks}
         if self.train_weights and not any(id(p) in own for g in optimizer.param_groups for p in g["params"]):
             raise SearchError(
                 "the optimizer owns no parameter of the traced model; build it from model.parameters() before attach, or "
                 "say train_weights=False for a structure-only search"
             )
+        attachment.without(optimizer, self._masks)
         # like the first group, so that a scheduler made before finds what it left there (initial_lr, max_lr ...)
         group = {k: v for k, v in optimizer.param_groups[0].items() if k not in ("params", "name", "param_names")}
         own_settings = {"params": [*self.method.parameters(), *self._masks], "lr": self.method.lr, "weight_decay": 0.0}
@@ -195,20 +213,27 @@ class Search:
         names += [f"dmscale.mask.{member}" for member in self.layout.members]
         return {"params": list(zip(names, [*learnt, *self._masks]))}
 
-    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
+        self._has_read = False
+        return attachment.around_closure(lambda: self._read(optimizer), args, kwargs)
+
+    def _read(self, optimizer: torch.optim.Optimizer) -> None:
+        """Take the gradients of the masks, and let the method learn from them."""
         grads = [m.grad for m in self._masks]
         for m in self._masks:
             m.grad = None  # masks are set, not stepped
         for p in self.method.parameters():
             p.grad = None
-        if self.done:
+        if self.done or attachment.leaves_out(optimizer):
             return
         if all(g is None for g in grads):
             raise SearchError(
                 "no gradient has reached the masks in this step: run the forward on search.model, which shares the "
-                "parameters of the traced model, and not on the traced model itself"
+                "parameters of the traced model, and not on the traced model itself; under DDP wrap search.model"
             )
         flat = torch.cat([torch.zeros_like(m) if g is None else g for m, g in zip(self._masks, grads)])
+        scale = attachment.loss_scale(optimizer)
+        flat = attachment.average(flat / scale, attachment.shards(self.model))
         if not bool(torch.isfinite(flat).all()):
             raise SearchError(
                 f"the gradient is not finite at search step {self.step}: the loss is NaN or infinite. Weights and structure "
@@ -218,6 +243,10 @@ class Search:
             measured = self._meter.measure(self, torch.cat(list(self._masks)), flat)
             self.importance.lerp_(measured, 1 - self.momentum)
             self.method.learn(flat)
+            for p in self.method.parameters():
+                if p.grad is not None:
+                    p.grad.mul_(scale)  # which the optimizer takes out again
+        self._has_read = True
         learnt = {id(p) for p in self.method.parameters()}
         own = learnt | {id(m) for m in self._masks}
         for group in optimizer.param_groups:
@@ -228,7 +257,7 @@ class Search:
                     p.grad = None
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if self.done:
+        if self.done or not self._has_read:
             return
         with torch.no_grad():
             self.step += 1
@@ -333,6 +362,7 @@ class Search:
         Raises:
             ExportError: it differs from the gated model; the search stays usable.
         """
+        attachment.gather(self.model, self.space.model)
         small = self.space.export(self.structure)
         if recalibrate is not None:
             recovery.recalibrate(small, recalibrate)
@@ -347,8 +377,27 @@ class Search:
                 "cost": {m: float(c) * t / self._full[m] for (m, t), c in zip(targets.items(), costs)},
                 "target": {m: t / self._full[m] for m, t in targets.items()},
                 "sizes": {d.name: d.allowed(share * d.size) for d, share in zip(self.layout.dimensions, shares)},
+                **{name: float(value) for name, value in self._noted.items()},
             }
         )
+        self._noted.clear()
+        for callback in self.callbacks:
+            callback.on_step(self, self.history[-1])
+            if self.done:
+                callback.on_end(self)
+
+    def note(self, **values: float | Tensor) -> None:
+        """Give numbers of this step, the loss say, to the next entry of `history` and to the callbacks.
+
+        Tensors are read only when the entry is made, so that a step on a GPU need not wait.
+
+        Raises:
+            SearchError: a name is one that every entry has (step, cost, target, sizes).
+        """
+        taken = [name for name in values if name in ("step", "cost", "target", "sizes")]
+        if taken:
+            raise SearchError(f"note: {taken[0]!r} is a part of every entry of the history; choose another name")
+        self._noted |= {name: v.detach() if isinstance(v, Tensor) else v for name, v in values.items()}
 
     # -- resuming -----------------------------------------------------------------------------------------------------
 
@@ -390,6 +439,39 @@ class Search:
             self._finish()
         elif self.step:
             self._write(self.method.masks())
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        optimizer: torch.optim.Optimizer | None = None,
+        model: bool = True,
+        extra: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write a checkpoint, atomically: at any moment `path` is the old file or the new one.
+
+        Args:
+            path: the file; its folder is made.
+            optimizer: whose state to store too.
+            model: whether to store the weights (and buffers) of the user's model.
+            extra: tensors and plain data to store beside, the state of a scheduler, a GradScaler or a loader say.
+        Raises:
+            CheckpointError: it cannot be written (the disk is full ...); an earlier checkpoint is untouched.
+        """
+        checkpoint.save(self, path, optimizer, model, extra)
+
+    def load(self, path: str | os.PathLike[str], optimizer: torch.optim.Optimizer | None = None) -> dict[str, Any]:
+        """Continue from a checkpoint: the search, the random generators, and the weights if the file holds them.
+
+        Args:
+            path: a file of `save`.
+            optimizer: to load its state into; `attach` comes first.
+        Returns:
+            what was given as `extra`.
+        Raises:
+            CheckpointError: the file is missing, damaged, or of another model or optimizer; nothing has been changed.
+            SearchError: it is of another search space or length; nothing has been changed.
+        """
+        return checkpoint.load(self, path, optimizer)
 
     def _restored(self, budget: _budgets.Budget, text: str, weights: Mapping[str, Tensor]) -> Member:
         structure = Structure.from_json(text)

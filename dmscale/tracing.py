@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import axes, running
+from . import attachment, axes, running
 from .arrivals import Arrivals, transparent_functional
 from .axes import Dim
 from .clone import alias, clone, on_meta
@@ -57,13 +57,14 @@ def read(model: nn.Module, example_inputs: Any) -> Trace:
     """Trace `model` on `example_inputs`; the model is left as it was.
 
     Raises:
-        TraceError: `model` is no module, its forward fails on the example, or inputs and parameters are on different
-            devices.
+        TraceError: `model` is no module, its forward fails on the example, inputs and parameters are on different
+            devices, or the parameters are sharded over several processes.
     """
     if not isinstance(model, nn.Module):
         what = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
         raise TraceError(f"model is {what}; give an instance of torch.nn.Module")
     args, kwargs = running.arguments(example_inputs)
+    attachment.refuse_sharded(model, TraceError)
     _check_devices(model, args, kwargs)
     failure: Exception | None = None
     for kind in ("meta", "values"):
