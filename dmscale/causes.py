@@ -89,8 +89,8 @@ def find(space: SearchSpace) -> list[Cause]:
     causes = []
     for reason, frozen in held.items():
         inside = set(frozen)
-        shares = [_share(terms, inside) for terms in (macs, params)]
-        causes.append(Cause(reason, tuple(names[a] for a in frozen), *shares, remedy(reason)))
+        held_macs, held_params = (_share(terms, inside) for terms in (macs, params))
+        causes.append(Cause(reason, tuple(names[a] for a in frozen), held_macs, held_params, remedy(reason)))
     return sorted(causes, key=lambda c: -(c.macs + c.params))
 
 

@@ -379,7 +379,6 @@ def run(
     data = load_digits()
     jobs = [(name, seed) for seed in range(first_seed, first_seed + seeds) for name in models]
     workers = min(len(jobs), workers or os.cpu_count() or 1)
-    found: dict[tuple[str, int], list[_Result]] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
     with Progress(*columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal) as progress:
         bars = {job: progress.add_task(job[0], total=_steps_of(recipes[job[0]], len(budgets))) for job in jobs}
@@ -388,8 +387,7 @@ def run(
             progress.update(bars[job], advance=steps, description=f"{job[0]}, seed {job[1]}: {what:<22}")
 
         tasks = [(recipes[name], name, seed, budgets, out / name / f"seed-{seed}", pictures) for name, seed in jobs]
-        for job, results in zip(jobs, _run_all(tasks, workers, show)):
-            found[job] = results
+        found = dict(zip(jobs, _run_all(tasks, workers, show)))
     _measure_latency(found, data)
     results = {name: [found[job] for job in jobs if job[0] == name] for name in models}
 
@@ -443,16 +441,16 @@ def _steps_of(recipe: Recipe, num_budgets: int) -> int:
 Show = Callable[[tuple[str, int], int, str], None]
 
 
-def _run_all(tasks: Sequence[tuple], workers: int, show: Show) -> Iterator[list[_Result]]:
+def _run_all(tasks: Sequence[tuple[Any, ...]], workers: int, show: Show) -> Iterator[list[_Result]]:
     """The results of every task, in order; here if one worker is wanted, else in processes of their own."""
     if workers == 1:
         for task in tasks:
-            yield _one_seed(*task, show)
+            yield _one_seed(*(*task, show))
         return
     context = multiprocessing.get_context("spawn")
     with context.Manager() as manager, ProcessPoolExecutor(workers, context) as pool:
         queue = manager.Queue()
-        running = [pool.submit(_one_seed, *task, queue) for task in tasks]
+        running = [pool.submit(_one_seed, *(*task, queue)) for task in tasks]
         for future in running:
             while not future.done():
                 with contextlib.suppress(Empty):

@@ -467,6 +467,6 @@ def test_groups_and_schedules_keep_to_the_weights(name, after):
     for batch in batches:
         train(search, optimizer, [batch])
         schedule.step()
-    assert rates == {search.lr}
+    assert rates == {search.method.lr}
     assert [g["weight_decay"] for g in optimizer.param_groups] == [0.1, 0, 0]
     assert_on_budget(search)
