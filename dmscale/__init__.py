@@ -9,6 +9,7 @@ small = search.export()                      # a plain, smaller model of the sam
 from .budget import Budget
 from .cost import Cost
 from .errors import BudgetError, DmscaleError, ExportError, SearchError, TraceError
+from .expand import expand, expansion_origin
 from .scale import Scaled, scale
 from .search import Search
 from .space import Dimension, SearchSpace, trace
@@ -17,6 +18,6 @@ from .structure import Structure
 
 __all__ = [
     "Budget", "BudgetError", "Cost", "Dimension", "DmscaleError", "ExportError", "Scaled", "Search", "SearchError", "SearchSpace",
-    "Structure", "TraceError", "load", "save", "scale", "trace",
+    "Structure", "TraceError", "expand", "expansion_origin", "load", "save", "scale", "trace",
 ]  # fmt: skip
 __version__ = "0.1.0"

@@ -343,7 +343,7 @@ class MaskedInput:
     site: InputSite
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        return _replace_first((args, kwargs), self.apply)
+        return replace_first((args, kwargs), self.apply)
 
     def apply(self, x: Tensor) -> Tensor:
         shape = [1] * x.dim()
@@ -359,7 +359,7 @@ class KeptCount:
     site: NormSite
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        return _replace_first((args, kwargs), self.apply)
+        return replace_first((args, kwargs), self.apply)
 
     def apply(self, x: Tensor) -> Tensor:
         mask, at, shape = self.masks(self.site.dim), self.site.position, x.shape
@@ -422,7 +422,7 @@ class Rescale:
     scale: NormScale
 
     def __call__(self, module: nn.Module, args: tuple, out: Any) -> Any:
-        return _replace_first(out, lambda y: _Scaled.apply(y, self.scale()))
+        return replace_first(out, lambda y: _Scaled.apply(y, self.scale()))
 
 
 class _Scaled(torch.autograd.Function):
@@ -453,8 +453,8 @@ class BlockGate:
         gate = self.masks.depths[self.stack][self.index]
         decided = self.masks.decided.get(self.stack)
         if decided is None:
-            return _replace_first(out, lambda y: torch.lerp(x, y, gate.to(y.dtype)))
-        return _replace_first(out, lambda y: _Chosen.apply(x, y, gate, decided[self.index]))
+            return replace_first(out, lambda y: torch.lerp(x, y, gate.to(y.dtype)))
+        return replace_first(out, lambda y: _Chosen.apply(x, y, gate, decided[self.index]))
 
 
 class _Chosen(torch.autograd.Function):
@@ -489,7 +489,7 @@ class KeptByProducts:
         return out
 
 
-def _replace_first(tree: Any, function: Any) -> Any:
+def replace_first(tree: Any, function: Any) -> Any:
     """`tree` with its first tensor, in the order of `running.tensors_in`, replaced by `function` of it."""
     done = False
 

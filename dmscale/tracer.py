@@ -84,6 +84,15 @@ class Normalisation:
     group: Dim = ()
 
 
+@dataclass(frozen=True, eq=False)
+class Addition:
+    """The sum of two tensors, by the operator number `op`."""
+
+    op: int
+    operands: tuple[Value, Value]
+    result: Value
+
+
 @dataclass(eq=False)
 class Call:
     """One call of a module: operators `start` to `end`, its first tensor in and out."""
@@ -109,13 +118,13 @@ class Record:
     batched: list[Dim] = field(default_factory=list)
     equations: list[Equation] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
-    additions: list[tuple[int, frozenset[int]]] = field(default_factory=list)
+    additions: list[Addition] = field(default_factory=list)
     activations: list[tuple[int, int, tuple[Dim, ...]]] = field(default_factory=list)  # op, bytes an element, dims
     unknown: dict[str, dict[str, None]] = field(default_factory=dict)  # operator without a rule -> module paths
     conflicts: list[str] = field(default_factory=list)
     operators: dict[str, int] = field(default_factory=dict)
     by_products: dict[str, tuple[Dim, ...]] = field(default_factory=dict)  # outputs whose axes may shrink
-    read: set[str] = field(default_factory=set)  # parameters that some operator took
+    read: dict[str, int] = field(default_factory=dict)  # parameter -> the first operator that took it
 
 
 # Results that hold the very elements of their first argument: a residual branch may add such a copy.
@@ -347,8 +356,8 @@ class Tracer(TorchDispatchMode):
             return
         values = [self.value(t) for t in tensors]
         for v in values:
-            if v.params:
-                record.read.update(v.params)
+            for name in v.params:
+                record.read.setdefault(name, self.op)
         self._contracting = False
         found = self._apply_rule(func, args, kwargs, tensors, out, outs)
         data = any(v.data for v in values)
@@ -364,11 +373,11 @@ class Tracer(TorchDispatchMode):
             square = values[0].origin
         elif origin is not None:
             square = values[0].square
-        if func in (aten.add.Tensor, aten.add_.Tensor) and len(values) == 2:
-            record.additions.append((self.op, frozenset(v.origin for v in values)))
         is_view = func in _VIEWS
         for o, dims in zip(outs, found):
             self._store(o, Value(tuple(dims), params, data, origin or self._new_origin(), square))
+            if func in (aten.add.Tensor, aten.add_.Tensor) and len(values) == 2:
+                record.additions.append(Addition(self.op, (values[0], values[1]), self.value(o)))
             if data and not is_view:
                 record.activations.append((self.op, o.element_size(), tuple(dims)))
 
