@@ -250,7 +250,10 @@ def _loss(model: nn.Module, inputs: Any) -> Tensor:
     with running.evaluating(model), certify.repeatable(model):
         found = _floats(model(*args, **kwargs))
     generator = torch.Generator().manual_seed(0)
-    return sum((t * torch.randn(t.shape, generator=generator).to(t)).sum() for t in found)  # type: ignore[return-value]
+    total = torch.zeros(())
+    for t in found:
+        total = total + (t.float().cpu() * torch.randn(t.shape, generator=generator)).sum()
+    return total
 
 
 # -- depth -------------------------------------------------------------------------------------------------------------

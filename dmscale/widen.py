@@ -301,8 +301,11 @@ def untrainable(
         p.requires_grad_(p.is_floating_point())
     try:
         with torch.enable_grad():
-            loss(wide).backward()
-    except RuntimeError:  # a forward without gradients, or one that writes in place: nothing can be said
+            value = loss(wide)
+            if not value.requires_grad:
+                return {}
+            value.backward()
+    except RuntimeError:  # a forward that writes in place, say: nothing can be said
         return {}
     moving = {a: [False, False] for a in targets}  # whether old, and new elements have a gradient
     for name, dims in space.trace.slots.items():
