@@ -108,7 +108,7 @@ def _zeros(
             break
     else:
         return None
-    for group in list(chosen):
+    for group in reversed(chosen):  # the ones that act last stay zero: what is before them keeps its weights
         fewer = [g for g in chosen if g is not group]
         if fewer and is_identity([n for g in fewer for n in g]):
             chosen = fewer

@@ -441,8 +441,9 @@ def _resolve(trace: tracing.Trace, model: nn.Module, options: Options) -> _Resol
     parameters = [dim for dims in trace.slots.values() for dim in dims]
     while True:
         before = _count_free(parameters)
-        stacks = [s for s in blocks.find(model, trace.record) if s.name not in options.no_depth]
-        stacks = [s for s in stacks if not options.refuses(s.name)]
+        stacks = blocks.find(model, trace.record)
+        options.no_depth |= {s.name: reason for s in stacks if (reason := options.refuses(s.name))}
+        stacks = [s for s in stacks if s.name not in options.no_depth]
         sites = gates.plan(trace, stacks)
         solution = solve(trace.record.equations)
         if options.freeze or options.only:
