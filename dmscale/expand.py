@@ -17,6 +17,7 @@ and why is left on the model as plain data in `model.dmscale_expansion`:
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -73,8 +74,7 @@ def expand(
             device), or nothing can grow at all.
         ExportError: the larger model differs from the given one.
     """
-    if not (isinstance(noise, (int, float)) and 0 <= noise < float("inf")):
-        raise DmscaleError(f"noise is {noise!r}; give a share of the weights' standard deviation, 0 or more")
+    _check_numbers(width, depth, noise)
     if isinstance(model, nn.Module) and any(t.is_meta for t in (*model.parameters(), *model.buffers())):
         raise DmscaleError(
             f"{type(model).__name__} is on the meta device and has no weights to keep the function of; load them first, or "
@@ -110,6 +110,23 @@ def expand(
 # -- what is asked for -------------------------------------------------------------------------------------------------
 
 
+def _check_numbers(width: float | Mapping[str, float], depth: float | Mapping[str, int], noise: float) -> None:
+    """Refuse what no model can be expanded by, before any work."""
+    for argument, given in (("width", width), ("depth", depth)):
+        for glob, value in given.items() if isinstance(given, Mapping) else [("", given)]:
+            what = f"{argument} of {glob!r}" if glob else argument
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise DmscaleError(f"{what} is {value!r}; give a number of at least 1")
+            if value < 1:
+                raise DmscaleError(
+                    f"{what} is {value:g}; give at least 1: an expansion makes nothing smaller, an export does"
+                )
+    if isinstance(noise, bool) or not isinstance(noise, (int, float)) or not 0 <= noise < math.inf:
+        raise DmscaleError(f"noise is {noise!r}; give a share of the weights' standard deviation, 0 or more")
+    if width == 1 and depth == 1:
+        raise DmscaleError("width and depth are 1: give factors above 1, for example width=1.5, depth=2")
+
+
 def _factors(space: SearchSpace, width: float | Mapping[str, float]) -> tuple[dict[str, float], dict[str, str]]:
     """Dimension -> its factor, and dimension -> why it has none of its own."""
     names = [n for n, d in space.dimensions.items() if d.kind != "depth"]
@@ -117,10 +134,6 @@ def _factors(space: SearchSpace, width: float | Mapping[str, float]) -> tuple[di
     factors: dict[str, float] = {}
     reasons: dict[str, str] = {}
     for glob, factor in asked.items():
-        try:
-            value = widen.check_factor(f"width of {glob!r}" if isinstance(width, Mapping) else "width", factor)
-        except ValueError as error:
-            raise DmscaleError(str(error)) from None
         matched = [n for n in names if fnmatch.fnmatchcase(n, glob)]
         if isinstance(width, Mapping) and not matched:
             raise DmscaleError(_no_match(space, "width", glob, names))
@@ -130,7 +143,7 @@ def _factors(space: SearchSpace, width: float | Mapping[str, float]) -> tuple[di
                 factors.pop(name, None)
                 reasons[name] = f"'{following[name]}' grows instead: their product is the width of a tensor"
             else:
-                factors[name] = value
+                factors[name] = float(factor)
                 reasons.pop(name, None)
     return factors, reasons if any(f > 1 for f in factors.values()) else {}
 
@@ -140,17 +153,14 @@ def _blocks_wanted(space: SearchSpace, depth: float | Mapping[str, int]) -> dict
     sizes = {n: len(s.paths) for n, s in space.stacks.items()}
     wanted: dict[str, int] = {}
     if not isinstance(depth, Mapping):
-        try:
-            factor = widen.check_factor("depth", depth)
-        except ValueError as error:
-            raise DmscaleError(str(error)) from None
-        return {n: int(size * factor + 0.5) for n, size in sizes.items() if int(size * factor + 0.5) > size}
+        larger = {n: int(size * depth + 0.5) for n, size in sizes.items()}
+        return {n: count for n, count in larger.items() if count > sizes[n]}
     for glob, count in depth.items():
         matched = [n for n in sizes if fnmatch.fnmatchcase(n, glob)]
         if not matched:
             raise DmscaleError(_no_match(space, "depth", glob, list(sizes)))
         for name in matched:
-            if isinstance(count, bool) or not isinstance(count, int) or count < sizes[name]:
+            if not isinstance(count, int) or count < sizes[name]:
                 raise DmscaleError(
                     f"depth of {glob!r} is {count!r}; '{name}' has {sizes[name]} blocks: give a whole number, not less"
                 )
@@ -167,8 +177,6 @@ def _no_match(space: SearchSpace, argument: str, glob: str, names: Sequence[str]
 
 
 def _nothing(space: SearchSpace, width: Any, depth: Any, reasons: Mapping[str, str]) -> str:
-    if width == 1 and depth == 1:
-        return "width and depth are 1: give factors above 1, for example width=1.5, depth=2"
     why = list(reasons.items())[:3] or list(space.frozen.items())[:3]
     shown = "".join(f"\n  {name}: {reason}" for name, reason in why)
     return f"nothing in {type(space.model).__name__} can grow by width={width!r}, depth={depth!r}{shown}"

@@ -18,7 +18,6 @@ and without noise.  For m < n new elements no linear map A of the n old ones wil
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -332,14 +331,3 @@ def ranges_of(mask: Tensor) -> list[list[int]]:
     edges = torch.diff(mask.int(), prepend=torch.zeros(1, dtype=torch.int32), append=torch.zeros(1, dtype=torch.int32))
     starts, ends = (edges == 1).nonzero()[:, 0].tolist(), (edges == -1).nonzero()[:, 0].tolist()
     return [[int(a), int(b)] for a, b in zip(starts, ends)]
-
-
-def check_factor(what: str, factor: object) -> float:
-    """`factor` as a number of at least one; raises ValueError with what is wrong."""
-    if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not math.isfinite(factor):
-        raise ValueError(f"{what} is {factor!r}; give a number of at least 1")
-    if factor < 1:
-        raise ValueError(
-            f"{what} is {factor:g}; an expansion takes factors of at least 1, and `export` makes a network smaller"
-        )
-    return float(factor)
