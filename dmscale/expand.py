@@ -226,7 +226,7 @@ def _without(space: SearchSpace, widths: Widths, bad: Mapping[str, str]) -> Widt
     if not bad:
         return widths
     factors = {n: size / space.dimensions[n].size for n, size in widths.sizes.items() if n not in bad}
-    return widen.plan(space, factors, widths.reasons | bad)
+    return widen.plan(space, factors, widths.reasons | dict(bad))
 
 
 def _check_same(space: SearchSpace, large: nn.Module) -> None:
