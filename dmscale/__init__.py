@@ -11,6 +11,7 @@ from .compare import compare
 from .comparison import Comparison
 from .cost import Cost
 from .errors import BudgetError, CheckpointError, DmscaleError, ExportError, SearchError, TraceError
+from .expand import expand, expansion_origin
 from .scale import Scaled, scale
 from .search import Search
 from .space import Dimension, SearchSpace, trace
@@ -19,6 +20,7 @@ from .structure import Structure
 
 __all__ = [
     "Budget", "BudgetError", "CheckpointError", "Comparison", "Cost", "Dimension", "DmscaleError", "ExportError", "Scaled",
-    "Search", "SearchError", "SearchSpace", "Structure", "TraceError", "compare", "load", "save", "scale", "trace",
+    "Search", "SearchError", "SearchSpace", "Structure", "TraceError", "compare", "expand", "expansion_origin", "load", "save",
+    "scale", "trace",
 ]  # fmt: skip
 __version__ = "0.1.0"

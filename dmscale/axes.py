@@ -33,9 +33,11 @@ __all__ = [
     "atoms",
     "axis",
     "concat",
+    "coordinates",
     "cut",
     "factors",
     "freeze",
+    "gathered",
     "is_free",
     "kept",
     "measure",
@@ -353,6 +355,46 @@ def kept(dim: Dim, masks: Mapping[Axis, torch.Tensor]) -> torch.Tensor:
             found = masks.get(a)
             mask = torch.ones(a.size, dtype=like.dtype, device=like.device) if found is None else found
         out = (out[:, None] * mask[None, :]).reshape(-1)
+    return out
+
+
+def gathered(dim: Dim, indices: Mapping[Axis, torch.Tensor], sizes: Mapping[Axis, int] | None = None) -> torch.Tensor:
+    """Evaluate `dim` to indices into it, (new size,) of int64, from indices into some of its atoms.
+
+    `indices[atom]`, (new size of the atom,), says which of its elements stands at each new place: fewer than there are
+    (an export), or some of them again (an expansion).  Atoms without indices stay as they are.  `sizes` are the sizes
+    that the elements are counted in, where these are not the atoms' own.
+
+        >>> rows = (Axis(2), Axis(3))
+        >>> gathered(rows, {rows[1]: torch.tensor([0, 2])}).tolist()
+        [0, 2, 3, 5]
+    """
+    sizes = {} if sizes is None else sizes
+    out = torch.zeros(1, dtype=torch.int64)
+    for a in factors(dim):
+        if a.sum is not None:
+            parts, total = [], 0
+            for part in a.sum:
+                parts.append(gathered(part, indices, sizes) + total)
+                total += int(measure(part, sizes))  # type: ignore[call-overload]
+            index = torch.cat(parts)
+        else:
+            total = sizes.get(a, a.size)
+            found = indices.get(a)
+            index = torch.arange(total) if found is None else found
+        out = (out[:, None] * total + index[None, :]).reshape(-1)
+    return out
+
+
+def coordinates(dim: Dim, a: Axis) -> torch.Tensor:
+    """Which element of atom `a` each element of `dim` belongs to, (size(dim),) of int64; -1 for those of none."""
+    out = torch.full((1,), -1)
+    for f in factors(dim):
+        if f.sum is not None:
+            own = torch.cat([coordinates(part, a) for part in f.sum])
+        else:
+            own = torch.arange(f.size) if f is a else torch.full((f.size,), -1)
+        out = torch.maximum(out[:, None], own[None, :]).reshape(-1)
     return out
 
 

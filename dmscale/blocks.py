@@ -8,13 +8,14 @@ with the same axes form one depth dimension.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from . import axes
-from .tracer import Call, Record
+from .tracer import Call, Record, Value
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,8 +88,20 @@ def _is_residual(call: Call, record: Record) -> bool:
         return False
     if len(source.dims) != len(result.dims) or not all(axes.same(p, q) for p, q in zip(source.dims, result.dims)):
         return False
-    adds_input = any(call.start < op <= call.end and source.origin in origins for op, origins in record.additions)
-    return adds_input and any(call.start < term.op <= call.end for term in record.terms)
+    return bool(branches(call, record)) and any(call.start < term.op <= call.end for term in record.terms)
+
+
+def branches(call: Call, record: Record) -> list[Value]:
+    """What a block adds to its input on the way to its output: the last value of each residual branch, in order."""
+    assert call.source is not None
+    carried, found = {call.source.origin}, []
+    for addition in record.additions:
+        if call.start < addition.op <= call.end:
+            added = [v for v in addition.operands if v.origin not in carried]
+            if len(added) < 2:
+                found += added
+                carried.add(addition.result.origin)
+    return found
 
 
 def _nested(p: str, q: str) -> bool:
@@ -100,26 +113,63 @@ def remove(model: nn.Module, path: str, gone: set[str]) -> None:
     container = model.get_submodule(path)
     before = dict(container.named_children())
     stay = {name: child for name, child in before.items() if name not in gone}
-    positions = {name: i for i, name in enumerate(before)}
-    renumber([(positions[name], child) for name, child in before.items()], [positions[name] for name in stay])
-    container._modules.clear()
+    _arrange(container, list(stay.items()))
+
+
+def insert(model: nn.Module, path: str, copies: Mapping[str, Sequence[nn.Module]]) -> list[str]:
+    """Put `copies[name]` behind the child `name` of the container at `path`, in place; renumber what counts its position.
+
+    Returns the paths of what was put in.
+    """
+    container = model.get_submodule(path)
+    before = dict(container.named_children())
+    order: list[tuple[str, nn.Module]] = []
+    for name, child in before.items():
+        order.append((name, child))
+        order += [(name, copy) for copy in copies.get(name, ())]
+    new = {id(copy) for several in copies.values() for copy in several}
+    _arrange(container, order)
+    return [f"{path}.{n}" if path else n for n, child in container.named_children() if id(child) in new]
+
+
+def _arrange(container: nn.Module, order: Sequence[tuple[str, nn.Module]]) -> None:
+    """Let `container` hold these modules, each with the name of the child that it is or is a copy of."""
+    before = dict(container.named_children())
+    places = [(module, key) for key in position_keys(container) for module in [m for _, m in order]]
     numbered = all(name.isdigit() for name in before)
-    for i, (name, child) in enumerate(stay.items()):
-        container._modules[str(i) if numbered else name] = child
+    container._modules.clear()
+    for i, (name, child) in enumerate(order):
+        free = name if name not in container._modules else f"{name}_{i}"
+        container._modules[str(i) if numbered else free] = child
+    position = {id(child): i for i, (_, child) in enumerate(order)}
+    for module, (path, key) in places:
+        module.get_submodule(path).__dict__[key] = position[id(module)]
+
+
+def position_keys(container: nn.Module) -> list[tuple[str, str]]:
+    """(path below the child, attribute) of every int that equals the child's position in every child (`layer_idx`)."""
+    return _keys_that_count(list(enumerate(container.children())))
 
 
 def renumber(children: list[tuple[int, nn.Module]], stay: list[int]) -> None:
-    """An int that equals the child's position in every child (`layer_idx` of a cache) is a position: renew it."""
-    if len(children) < 2:
-        return
-    trees = [dict(child.named_modules()) for _, child in children]
+    """Renew what counts positions in modules at given positions, of which only those in `stay` remain."""
     new = {old: i for i, old in enumerate(stay)}
+    for path, key in _keys_that_count(children):
+        for position, child in children:
+            if position in new:
+                child.get_submodule(path).__dict__[key] = new[position]
+
+
+def _keys_that_count(children: list[tuple[int, nn.Module]]) -> list[tuple[str, str]]:
+    trees = [dict(child.named_modules()) for _, child in children]
+    if len(trees) < 2:
+        return []
+    found = []
     for path, module in trees[0].items():
         for key, value in vars(module).items():
             if type(value) is not int:
                 continue
             others = [vars(tree[path]).get(key) if path in tree else None for tree in trees]
             if all(type(v) is int and v == position for v, (position, _) in zip(others, children)):
-                for tree, (position, _) in zip(trees, children):
-                    if position in new:
-                        tree[path].__dict__[key] = new[position]
+                found.append((path, key))
+    return found

@@ -7,8 +7,9 @@ layers initialised to zero or one would hide a wrong slice.
 
 from __future__ import annotations
 
+import contextlib
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,16 +27,11 @@ if TYPE_CHECKING:
 
 def certify(space: SearchSpace) -> None:
     """Freeze, with the reason, every dimension of `space` whose export fails or differs from its gated model."""
-    model = quiet(clone(space.model, _non_trivial)).eval()
-    inputs = space.example_inputs
-    low = {t.dtype for t in model.parameters() if t.is_floating_point()} - {torch.float32, torch.float64}
-    if low:  # half precision: the trial is about indices, not about rounding
-        model = clone(model, lambda t: _to_float(t, space)).float()
-        inputs = running.map_tensors(lambda t: t.float() if t.is_floating_point() else t, inputs)
+    model, inputs = trial_model(space)
     names = list(space.dimensions)
     while names and _trial(space, model, inputs, names) is not None:
         _check_runs(model, inputs)
-        bad = dict(_at_fault(space, model, inputs, names))
+        bad = at_fault(lambda some: _trial(space, model, inputs, some), names)
         if not bad:
             name, others, failure = _at_fault_together(space, model, inputs, names)
             bad = {name: f"together with {others}, {failure}"}
@@ -43,6 +39,20 @@ def certify(space: SearchSpace) -> None:
             if name in space.dimensions:
                 space.freeze([name], f"failed its trial: {reason}")
         names = list(space.dimensions)
+
+
+def trial_model(space: SearchSpace) -> tuple[nn.Module, Any]:
+    """A copy of the space's model on which nothing is trivial, in evaluation mode, and the inputs for it.
+
+    Half precision becomes float32: a trial is about indices, not about rounding.
+    """
+    model = quiet(clone(space.model, _non_trivial)).eval()
+    inputs = space.example_inputs
+    low = {t.dtype for t in model.parameters() if t.is_floating_point()} - {torch.float32, torch.float64}
+    if low:
+        model = clone(model, lambda t: _to_float(t, space)).float()
+        inputs = running.map_tensors(lambda t: t.float() if t.is_floating_point() else t, inputs)
+    return model, inputs
 
 
 def _check_runs(model: nn.Module, inputs: Any) -> None:
@@ -53,15 +63,18 @@ def _check_runs(model: nn.Module, inputs: Any) -> None:
         raise failed_forward(model, failure) from failure
 
 
-def _at_fault(space: SearchSpace, model: nn.Module, inputs: Any, names: Sequence[str]) -> list[tuple[str, str]]:
-    """(dimension, reason) for the dimensions that fail on their own, by bisection."""
+def at_fault(trial: Callable[[Sequence[str]], str | None], names: Sequence[str]) -> dict[str, str]:
+    """Dimension -> what happened, for those of `names` that fail a trial on their own; found by bisection.
+
+    `trial` takes some names, which fail together, and returns what happened, or None.
+    """
     if len(names) == 1:
-        failure = _trial(space, model, inputs, names)
-        return [(names[0], failure)] if failure else []
-    found = []
+        failure = trial(names)
+        return {names[0]: failure} if failure else {}
+    found: dict[str, str] = {}
     for half in (names[: len(names) // 2], names[len(names) // 2 :]):
-        if _trial(space, model, inputs, half) is not None:
-            found += _at_fault(space, model, inputs, half)
+        if trial(half) is not None:
+            found |= at_fault(trial, half)
     return found
 
 
@@ -98,11 +111,17 @@ def compare(gated: nn.Module, small: nn.Module, example_inputs: Any) -> float:
     """Relative error of `small` against `gated` in evaluation mode; both are left in the mode they were in."""
     found = []
     for model in (gated, small):
-        plain = torch.autocast(_device_type(model), enabled=False)
-        with running.evaluating(model), torch.random.fork_rng([]), plain:
-            torch.manual_seed(0)
+        with running.evaluating(model), repeatable(model):
             found.append(running.outputs(model, example_inputs))
     return running.relative_error(found[1], found[0])
+
+
+@contextlib.contextmanager
+def repeatable(model: nn.Module) -> Iterator[None]:
+    """Inside, the same random numbers each time and no autocast; outside, random numbers go on as if nothing had been."""
+    with torch.random.fork_rng([]), torch.autocast(_device_type(model), enabled=False):
+        torch.manual_seed(0)
+        yield
 
 
 def _device_type(model: nn.Module) -> str:

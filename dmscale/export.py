@@ -8,7 +8,7 @@ blocks are taken out and what counts its position is renumbered.  What was done 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from .polynomial import Quotient
 from .sizes import Attribute
 
 PLAN = "dmscale_plan"
+EXPANSION = "dmscale_expansion"
 
 
 def build(
@@ -44,30 +45,14 @@ def build(
         widths: free axis -> indices kept.
         depths: stack -> blocks kept.
     """
-    masks = {a: _mask(a.size, kept) for a, kept in widths.items()}
-    names = {id(t): n for n, t in (*model.named_parameters(), *model.named_buffers())}
-    sliced: set[str] = set()
-
-    def smaller(t: Tensor) -> Tensor:
-        data = t.detach()
-        for position, dim in enumerate(slots.get(names[id(t)], ())):
-            keep = axes.kept(dim, masks)
-            if not bool(keep.all()):
-                data = data.index_select(position, keep.nonzero()[:, 0].to(data.device))
-                sliced.add(names[id(t)])
-        data = _laid_out(data, t).clone(memory_format=torch.preserve_format)
-        return nn.Parameter(data, requires_grad=t.requires_grad) if isinstance(t, nn.Parameter) else data
-
-    small = clone(model, smaller)
-    sizes = {a: len(kept) for a, kept in widths.items()}
-    values = _attribute_values(model, attributes, sizes)
-    plan: dict[str, Any] = {"attributes": [], "blocks": [], "branches": {"gone": [], "groups": []}}
-    for attribute, value in values.items():
-        set_attribute(small, attribute, value)
-        plan["attributes"].append([attribute.module, list(attribute.key), value])
-    for module in small.modules():
-        describe(module)
-    _refresh_flat_weights(small)
+    small, values = resize(
+        model, slots, attributes, {a: torch.tensor(kept, dtype=torch.long) for a, kept in widths.items()}
+    )
+    plan: dict[str, Any] = {
+        "attributes": [[a.module, list(a.key), value] for a, value in values.items()],
+        "blocks": [],
+        "branches": {"gone": [], "groups": []},
+    }
     modules = dict(small.named_modules())  # under the names of the full model
     gone: dict[str, set[str]] = {}  # a container may hold several stacks: take all their blocks out at once
     for name, stack in stacks.items():
@@ -84,6 +69,7 @@ def build(
         blocks.remove(small, container, lost)
         plan["blocks"].append([container, sorted(lost)])
     setattr(small, PLAN, plan)
+    small.__dict__.pop(EXPANSION, None)  # what it says of elements holds for the larger model
     return small
 
 
@@ -95,10 +81,45 @@ def _laid_out(data: Tensor, like: Tensor) -> Tensor:
     return data
 
 
-def _mask(size: int, kept: tuple[int, ...]) -> Tensor:
-    mask = torch.zeros(size, dtype=torch.bool)
-    mask[list(kept)] = True
-    return mask
+def resize(
+    model: nn.Module,
+    slots: Mapping[str, tuple[Dim, ...]],
+    attributes: Mapping[Attribute, Quotient],
+    indices: Mapping[Axis, Tensor],
+    fill: Callable[[str, Tensor], Tensor] = lambda name, t: t,
+) -> tuple[nn.Module, dict[Attribute, int]]:
+    """A copy of `model` with other elements along its axes: fewer (an export) or some of them again (an expansion).
+
+    Args:
+        model: it is copied.
+        slots: parameter or buffer -> its dimensions.
+        attributes: attribute -> its value as a polynomial of the free axes.
+        indices: axis -> which of its elements stands at each new place, (new size,) of int64.
+        fill: (name, the tensor gathered) -> what the copy shall hold, of that shape.
+    Returns:
+        the copy, with elements of its own, and the attributes that were set.
+    Raises:
+        Inexact: an attribute has no whole value at these sizes.
+    """
+    names = {id(t): n for n, t in (*model.named_parameters(), *model.named_buffers())}
+
+    def resized(t: Tensor) -> Tensor:
+        data, name = t.detach(), names[id(t)]
+        for position, dim in enumerate(slots.get(name, ())):
+            index = axes.gathered(dim, indices)
+            if not torch.equal(index, torch.arange(t.shape[position])):
+                data = data.index_select(position, index.to(data.device))
+        data = fill(name, _laid_out(data, t).clone(memory_format=torch.preserve_format))
+        return nn.Parameter(data, requires_grad=t.requires_grad) if isinstance(t, nn.Parameter) else data
+
+    twin = clone(model, resized)
+    values = _attribute_values(model, attributes, {a: len(index) for a, index in indices.items()})
+    for attribute, value in values.items():
+        set_attribute(twin, attribute, value)
+    for module in twin.modules():
+        describe(module)
+    _refresh_flat_weights(twin)
+    return twin, values
 
 
 def _attribute_values(

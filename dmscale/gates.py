@@ -433,7 +433,7 @@ class MaskedInput:
     site: InputSite
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        return _replace_first((args, kwargs), self.apply)
+        return replace_first((args, kwargs), self.apply)
 
     def apply(self, x: Tensor) -> Tensor:
         shape = [1] * x.dim()
@@ -449,7 +449,7 @@ class KeptCount:
     site: NormSite
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        return _replace_first((args, kwargs), self.apply)
+        return replace_first((args, kwargs), self.apply)
 
     def apply(self, x: Tensor) -> Tensor:
         mask, at, shape = self.masks(self.site.dim), self.site.position, x.shape
@@ -515,8 +515,8 @@ class Rescale:
     def __call__(self, module: nn.Module, args: tuple, out: Any) -> Any:
         if self.bias is not None:
             b = getattr(module, self.bias)
-            return _replace_first(out, lambda y: torch.lerp(b.to(y.dtype), y, self.scale().to(y.dtype)))
-        return _replace_first(out, lambda y: _Scaled.apply(y, self.scale()))
+            return replace_first(out, lambda y: torch.lerp(b.to(y.dtype), y, self.scale().to(y.dtype)))
+        return replace_first(out, lambda y: _Scaled.apply(y, self.scale()))
 
 
 class _Scaled(torch.autograd.Function):
@@ -550,8 +550,8 @@ class BlockGate:
         # a compiled model would be compiled anew at every change of what is decided, and fuses the lerp anyway
         decided = None if torch.compiler.is_compiling() else self.masks.decided.get(self.stack)
         if decided is None:
-            return _replace_first(out, lambda y: torch.lerp(x, y, gate.to(y.dtype)))
-        return _replace_first(out, lambda y: _Chosen.apply(x, y, gate, decided[self.index]))
+            return replace_first(out, lambda y: torch.lerp(x, y, gate.to(y.dtype)))
+        return replace_first(out, lambda y: _Chosen.apply(x, y, gate, decided[self.index]))
 
 
 class _Chosen(torch.autograd.Function):
@@ -586,7 +586,7 @@ class KeptByProducts:
         return out
 
 
-def _replace_first(tree: Any, function: Any) -> Any:
+def replace_first(tree: Any, function: Any) -> Any:
     """`tree` with its first tensor, in the order of `running.tensors_in`, replaced by `function` of it."""
     done = False
 

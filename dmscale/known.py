@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -27,6 +29,41 @@ def quiet(model: nn.Module) -> nn.Module:
         if getattr(config, "use_cache", False):
             config.use_cache = False
     return model
+
+
+PER_LAYER = ("layer_types", "attention_layers", "mlp_layer_types")
+"""Lists of a transformers config that have one entry for each layer."""
+
+
+def recount(model: nn.Module, container: str, sources: Sequence[int]) -> None:
+    """Tell the transformers configs above a stack of layers how many there are now, in place.
+
+    The forwards of transformers run `layers[: config.num_hidden_layers]`, look each one's kind up in `layer_types`, and
+    a cache has room for as many; removing layers does no harm there, adding them does.
+
+    Args:
+        model: holds the stack, already deepened.
+        container: path of the stack.
+        sources: for each layer the position of the one that it was, or is a copy of, before.
+    """
+    before = len(set(sources))
+    parts = container.split(".")
+    for path in (".".join(parts[:i]) for i in range(len(parts) + 1)):
+        config: Any = getattr(model.get_submodule(path), "config", None)
+        if not any(c.__module__.startswith("transformers.") for c in type(config).__mro__):
+            continue
+        key = getattr(config, "attribute_map", {}).get("num_hidden_layers", "num_hidden_layers")
+        if getattr(config, key, None) != before:
+            continue
+        own = copy.copy(config)
+        own.__dict__[key] = len(sources)
+        for name in PER_LAYER:
+            entries = getattr(own, name, None)
+            if isinstance(entries, (list, tuple)) and len(entries) == before:
+                own.__dict__[name] = type(entries)([entries[i] for i in sources])
+        for module in model.modules():
+            if module.__dict__.get("config") is config:
+                module.__dict__["config"] = own
 
 
 def describe(module: nn.Module) -> None:

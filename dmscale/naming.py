@@ -22,7 +22,7 @@ def name_axes(trace: Trace) -> dict[Axis, str]:
     makers: dict[Axis, dict[str, None]] = {}
     siblings: dict[Axis, list[Axis]] = {}
     for _, path, dim in trace.record.produced:
-        for factors in _products(dim):
+        for factors in products(dim):
             for a in factors:
                 siblings.setdefault(a, factors)
         for a in axes.atoms(dim):
@@ -41,11 +41,11 @@ def name_axes(trace: Trace) -> dict[Axis, str]:
     return _unique(names, makers)
 
 
-def _products(dim: axes.Dim) -> list[list[Axis]]:
+def products(dim: axes.Dim) -> list[list[Axis]]:
     """The products of atoms below `dim`, one for each part of a sum."""
     found = axes.factors(dim)
     if len(found) == 1 and found[0].sum is not None:
-        return [p for part in found[0].sum for p in _products(part)]
+        return [p for part in found[0].sum for p in products(part)]
     return [[a for f in found for a in axes.atoms((f,))]]
 
 

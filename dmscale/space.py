@@ -517,8 +517,8 @@ def _resolve(trace: tracing.Trace, model: nn.Module, options: Options) -> _Resol
         stacks = blocks.find(model, trace.record)
         if options.branches:
             stacks = branches.find(model, trace.record, stacks, options.no_depth)
+        options.no_depth |= {s.name: reason for s in stacks if (reason := options.refuses(s.name))}
         stacks = [s for s in stacks if s.name not in options.no_depth]
-        stacks = [s for s in stacks if not options.refuses(s.name)]
         sites = gates.plan(trace, stacks)
         solution = solve(trace.record.equations)
         if options.freeze or options.only:

@@ -157,6 +157,15 @@ class Step:
     writes: bool = False
 
 
+@dataclass(frozen=True, eq=False)
+class Addition:
+    """The sum of two tensors, by the operator number `op`."""
+
+    op: int
+    operands: tuple[Value, Value]
+    result: Value
+
+
 @dataclass(eq=False)
 class Call:
     """One call of a module: operators `start` to `end`, its first tensor in and out.
@@ -192,7 +201,7 @@ class Record:
     batched: list[Dim] = field(default_factory=list)
     equations: list[Equation] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
-    additions: list[tuple[int, frozenset[int]]] = field(default_factory=list)
+    additions: list[Addition] = field(default_factory=list)
     biases: list[tuple[int, str]] = field(default_factory=list)  # op, the parameter that it adds as it is
     activations: list[Activation] = field(default_factory=list)
     unknown: dict[str, dict[str, None]] = field(default_factory=dict)  # operator without a rule -> module paths
@@ -200,7 +209,7 @@ class Record:
     operators: dict[str, int] = field(default_factory=dict)
     multiples: list[tuple[Dim, int]] = field(default_factory=list)  # dim, what its size must be a multiple of
     by_products: dict[str, tuple[Dim, ...]] = field(default_factory=dict)  # outputs whose axes may shrink
-    read: set[str] = field(default_factory=set)  # parameters that some operator took
+    read: dict[str, int] = field(default_factory=dict)  # parameter -> the first operator that took it
     steps: dict[int, Step] = field(default_factory=dict)  # by operator number
     results: set[int] = field(default_factory=set)  # origins of what the model returns
 
@@ -465,8 +474,8 @@ class Tracer(TorchDispatchMode):
             return
         values = [self.value(t) for t in tensors]
         for v in values:
-            if v.params:
-                record.read.update(v.params)
+            for name in v.params:
+                record.read.setdefault(name, self.op)
         self._contracting = False
         found = self._apply_rule(func, args, kwargs, tensors, out, outs)
         data = any(v.data for v in values)
@@ -482,8 +491,8 @@ class Tracer(TorchDispatchMode):
             square = values[0].origin
         elif origin is not None:
             square = values[0].square
-        if func in (aten.add.Tensor, aten.add_.Tensor) and len(values) == 2:
-            record.additions.append((self.op, frozenset(v.origin for v in values)))
+        adds = func in (aten.add.Tensor, aten.add_.Tensor) and len(values) == 2
+        if adds:
             record.biases += [(self.op, n) for v in values if not v.data for n in v.params if len(v.params) == 1]
         is_view = func in _VIEWS
         repeated = _repetitions(func, tensors[0], outs[0], found[0]) if func in _REPEATING else ()
@@ -493,6 +502,8 @@ class Tracer(TorchDispatchMode):
         for o, dims in zip(outs, found):
             origin_of = origin or self._new_origin()
             self._store(o, Value(tuple(dims), params, data, origin_of, square, repeated, product))
+            if adds:
+                record.additions.append(Addition(self.op, (values[0], values[1]), self.value(o)))
             if data and not is_view:
                 record.activations.append(Activation(self.op, o.element_size(), tuple(dims), self.path))
         if self._contracting:

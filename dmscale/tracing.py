@@ -108,7 +108,7 @@ def _read(model: nn.Module, args: tuple, kwargs: dict, kind: str) -> Trace:
     _run(tracer, twin, args, kwargs, meta)
     trace = Trace(slots, aliases, tracer.record, kind)
     touched = _touched(tracer.record)
-    if parameters - tracer.record.read:
+    if parameters - tracer.record.read.keys():
         touched |= _read_training(tracer, twin, args, kwargs, meta, trace)
     for name in slots:
         if name not in tracer.record.read:
