@@ -313,9 +313,7 @@ class Tracer(TorchDispatchMode):
         instances = self.record.instances
         while instances and instances[-1].start >= start:
             instances.pop()
-        instances.append(
-            Instance(start, self.op, self.path, function.__name__, function, args, kwargs, self.dims(out))
-        )
+        instances.append(Instance(start, self.op, self.path, function.__name__, function, args, kwargs, self.dims(out)))
 
     def contracted(self, dim: Dim, operands: Sequence[tuple[Tensor, Dim]]) -> None:
         """Note that `dim` was summed over; each operand comes with its own dimension that was."""
