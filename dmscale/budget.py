@@ -139,7 +139,7 @@ def _term(text: str) -> tuple[str, float, bool]:
     key = _checked(metric_name(metric, scope))
     if unit == "%":
         return key, value / 100, True
-    known = _PREFIX if metric != "latency" else {"": 1}
+    known: dict[str, float] = dict(_PREFIX) if metric != "latency" else {"": 1}
     known = known | _BYTES if metric in _IN_BYTES else known | _TIME if metric == "latency" else known
     if unit not in known:
         raise BudgetError(f"cannot read the budget {text.strip()!r}: {unit} is no unit of {metric}")

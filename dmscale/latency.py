@@ -297,7 +297,7 @@ class Cache:
         if path is None or path is True:
             base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dmscale"
             path = False if folder.lower() == "off" else (Path(folder) if folder else base) / "latency.json"
-        self.path = None if path is False else Path(path)
+        self.path = None if isinstance(path, bool) else Path(path)
         self.machine = machine
         self.known: dict[str, float] = self._read().get(machine, {})
 
@@ -616,8 +616,8 @@ def _operands(tree: Any) -> Iterator[Operand]:
 
 def _range(space: SearchSpace, a: Axis) -> tuple[int, int]:
     """The smallest and the full size of a factor."""
-    lowest = {x: d.count(x.size, d.lowest) for d in space.dimensions.values() for x in d.axes}
-    return int(extent_in((a,), set(lowest)).evaluate(lowest)), a.size
+    lowest: dict[Hashable, int] = {x: d.count(x.size, d.lowest) for d in space.dimensions.values() for x in d.axes}
+    return int(extent_in((a,), space.free_axes).evaluate(lowest)), a.size
 
 
 def _spaced(low: int, high: int, points: int) -> np.ndarray:

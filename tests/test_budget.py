@@ -303,7 +303,7 @@ class _Residual(nn.Module):
 def test_the_end_of_the_range_is_met_whatever_blocks_score_highest(dearest):
     """With one block left it must be the cheapest one, even if another is the most important."""
     torch.manual_seed(0)
-    over = dmscale.trace(Uneven(), torch.randn(2, 6), freeze=["stem", "blocks.*.up"])
+    over = dmscale.trace(Uneven(), torch.randn(2, 6), only="blocks depth")
     depth = next(d for d in over.dimensions.values() if d.kind == "depth")
     wanted = over.cost(budgets.smallest(over, Budget({"macs": 1.0}))).macs
     scores = {m: np.ones(n) for d in over.dimensions.values() for m, n in over._members(d)}
