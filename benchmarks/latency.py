@@ -37,14 +37,18 @@ def structures(space: dmscale.SearchSpace, count: int) -> list[dmscale.Structure
 
 def main(networks: int = 30) -> None:
     """Print one row a model."""
-    print("| model | learnt in s | full ms | mean error | without common factor | rank correlation | of MACs | bound by |")
+    print(
+        "| model | learnt in s | full ms | mean error | without common factor | rank correlation | of MACs | bound by |"
+    )
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |")
     for name, size in MODELS.items():
         torch.manual_seed(0)
         model, inputs = timm_model(name, size)
         space = dmscale.trace(model.eval(), inputs, verify=False)
         start = time.perf_counter()
-        meter = Meter(torch.device("cpu"), clock=time.process_time if torch.get_num_threads() == 1 else time.perf_counter)
+        meter = Meter(
+            torch.device("cpu"), clock=time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+        )
         learnt = space.measure_latency(cache=False, meter=meter)
         seconds = time.perf_counter() - start
         tried = structures(space, networks)

@@ -297,6 +297,8 @@ class _Problem:
         self.is_depth = np.array([d.kind == "depth" for d in self.dimensions])
         self.full = np.array([d.size for d in self.dimensions])
         self.targets = dict(wanted.targets)
+        counted = all(split_name(m)[0] in METRICS for m in self.targets)
+        self.most_exchanges = _MOST_EXCHANGES if counted else _MOST_EXCHANGES // 4  # tables are slower than polynomials
         self.allowed = [_allowed(d) for d in self.dimensions]  # sizes of each dimension, ascending
         # importance of the first k elements of a dimension, best first; all dimensions behind one another
         self.kept = [np.concatenate([[0.0], np.cumsum(self._gains(d))]) for d in self.dimensions]
@@ -487,7 +489,7 @@ class _Problem:
             for _ in range(_MOST_ROUNDS):
                 if most >= 1 - SLACK:
                     return best
-                most_rows = _MOST_EXCHANGES if len(front) == 1 else _MOST_EXCHANGES // 4
+                most_rows = self.most_exchanges // (1 if len(front) == 1 else 4)
                 found = np.concatenate([self._exchanged(s, widths_only, most_rows) for s in front])
                 load = self.load(found)
                 found, load = found[load <= 1], load[load <= 1]
@@ -514,7 +516,7 @@ class _Problem:
         Of more than `most` such pairs some, spread evenly.
         """
         chosen = self._that_matter(sizes, widths_only)
-        reach = max(1, _MOST_EXCHANGES // (2 * max(len(chosen), 1) ** 2))
+        reach = max(1, self.most_exchanges // (2 * max(len(chosen), 1) ** 2))
         starts: list[np.ndarray] = [sizes[None]]
         fills: list[np.ndarray] = [chosen[:1]]
         for i in chosen:
@@ -528,7 +530,7 @@ class _Problem:
         found, other = np.concatenate(starts), np.concatenate(fills)
         if len(found) == 1:
             return sizes[None]
-        every = -(-len(found) // (most if reach == 1 else _MOST_EXCHANGES))
+        every = -(-len(found) // (most if reach == 1 else self.most_exchanges))
         return self._filled(found[::every], other[::every])
 
     def _that_matter(self, sizes: np.ndarray, widths_only: bool) -> np.ndarray:

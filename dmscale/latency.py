@@ -616,8 +616,8 @@ def _operands(tree: Any) -> Iterator[Operand]:
 
 def _range(space: SearchSpace, a: Axis) -> tuple[int, int]:
     """The smallest and the full size of a factor."""
-    lowest: dict[Any, int] = {x: d.count(x.size, d.lowest) for d in space.dimensions.values() for x in d.axes}
-    return int(extent_in((a,), set(lowest)).evaluate(lowest)), a.size
+    lowest: dict[Hashable, int] = {x: d.count(x.size, d.lowest) for d in space.dimensions.values() for x in d.axes}
+    return int(extent_in((a,), space.free_axes).evaluate(lowest)), a.size
 
 
 def _spaced(low: int, high: int, points: int) -> np.ndarray:

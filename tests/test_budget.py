@@ -168,6 +168,61 @@ def test_a_minimum_bounds_what_is_reachable():
         budgets.parse("5% macs", bounded)
 
 
+@pytest.mark.parametrize(
+    "written, key, share, value",
+    [
+        ("50% macs in middle", "macs in middle", 0.5, None),
+        ("50% MACs  in  up*", "macs in up*", 0.5, None),
+        ({"macs in middle": 0.5}, "macs in middle", 0.5, None),
+        ({"macs in middle": "50%"}, "macs in middle", 0.5, None),
+        (Budget({"params in middle": 100.0}), "params in middle", None, 100),
+        ("20kB bytes", "bytes", None, 20_000),
+        ("20 KiB bytes", "bytes", None, 20_480),
+        ("0.02MB bytes", "bytes", None, 20_000),
+    ],
+)
+def test_scopes_and_units_of_bytes_are_read(written, key, share, value):
+    found = budgets.parse(written, space())
+    assert found.targets == {key: pytest.approx(share * space().cost()[key] if share else value)}
+    assert budgets.parse(found, space()).targets == pytest.approx(found.targets)
+
+
+def test_keys_and_values_have_a_budget():
+    over = space("llama")
+    full = over.cost().kv_cache
+    for written in ("50% kv_cache", f"{full / 2} kv_cache", dict(kv_cache=0.5), f"{full / 2048}KiB kv_cache"):
+        assert budgets.parse(written, over).targets == {"kv_cache": pytest.approx(full / 2)}
+    assert over.cost(over.fit(over.full(), "50% kv_cache")).kv_cache <= full / 2
+    with pytest.raises(BudgetError, match="kv_cache is 0 in this model: there is nothing to bound"):
+        budgets.parse("50% kv_cache", space())
+
+
+@pytest.mark.parametrize(
+    "written, says",
+    [
+        ("50% macs in midle", "no module of the model matches 'midle'; did you mean 'middle"),
+        ("50% macs in", "cannot read the budget"),
+        ("50% mac in middle", "unknown metric 'mac'"),
+        ("50% macs in middle, 40% macs in middle", "names macs in middle twice"),
+        ("20MB macs", "MB is no unit of macs"),
+        ("3 ms macs", "ms is no unit of macs"),
+        ("150% macs in middle", "macs in middle.*1.5 times"),
+    ],
+)
+def test_a_wrong_scope_or_unit_is_refused(written, says):
+    with pytest.raises(BudgetError, match=says):
+        budgets.parse(written, space())
+
+
+def test_what_cannot_be_reached_in_a_scope_names_what_is_frozen_there():
+    over = dmscale.trace(*_unet(), freeze=["middle.0", "up2"])
+    with pytest.raises(BudgetError) as caught:
+        budgets.parse("1% params in middle", over)
+    message = str(caught.value)
+    assert "params in middle: " in message and "Frozen dimensions in middle that would have to thaw" in message
+    assert "middle.0" in message.partition("thaw")[2] and "up2" not in message.partition("thaw")[2]
+
+
 # -- meeting one ------------------------------------------------------------------------------------------------------
 
 
@@ -200,6 +255,65 @@ def test_the_fit_is_feasible_and_wastes_nothing(net, targets, multiple):
             assert k % d.multiple == 0 or k == d.size
             assert d.kind != "width" or d.multiple % multiple == 0
             assert len(found.kept[name]) == k == len(set(found.kept[name]))
+
+
+@pytest.mark.parametrize(
+    "net, targets",
+    [
+        ("llama", "50% macs in model.layers.*.mlp"),
+        ("llama", "60% params in model.layers.[01], 80% macs"),
+        ("llama", "40% kv_cache, 70% macs"),
+        ("resnet", "50% macs in 2, 60% params"),
+        ("resnet", "35% params in 2.[0-2]"),
+    ],
+)
+def test_a_part_of_the_model_meets_its_own_budget(net, targets):
+    over = space(net)
+    wanted = budgets.parse(targets, over).targets
+    for structure in starts(over, seed=len(targets)):
+        found = over.fit(structure, targets)
+        assert 1 - SLACK <= used(over.cost(found), wanted) <= 1
+
+
+class Uneven(nn.Module):
+    """Blocks on one residual axis, the later the wider."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.blocks = nn.ModuleList(_Residual(8, n) for n in (60, 30, 10))
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+class _Residual(nn.Module):
+    def __init__(self, width, hidden):
+        super().__init__()
+        self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
+
+    def forward(self, x):
+        return x + self.down(torch.relu(self.up(x)))
+
+
+@pytest.mark.parametrize("dearest", [0, 1, 2])
+def test_the_end_of_the_range_is_met_whatever_blocks_score_highest(dearest):
+    """With one block left it must be the cheapest one, even if another is the most important."""
+    torch.manual_seed(0)
+    over = dmscale.trace(Uneven(), torch.randn(2, 6), only="blocks depth")
+    depth = next(d for d in over.dimensions.values() if d.kind == "depth")
+    wanted = over.cost(budgets.smallest(over, Budget({"macs": 1.0}))).macs
+    scores = {m: np.ones(n) for d in over.dimensions.values() for m, n in over._members(d)}
+    scores[depth.name] = np.eye(3)[dearest]
+    found = over.fit(over.full(), {"macs": float(wanted)}, scores)
+    assert over.cost(found).macs == wanted and found.kept[depth.name] == (2,)
+    with pytest.raises(BudgetError):
+        over.fit(over.full(), {"macs": float(wanted - 1)}, scores)
+    with pytest.raises(BudgetError, match="no structure meets"):
+        budgets.fit(over, over.full(), Budget({"macs": float(wanted - 1)}), scores, None)
 
 
 def test_what_is_exported_is_on_budget():
