@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from nets import assert_same, fingerprint
 from torch.utils.data import DataLoader, TensorDataset
+from typer.testing import CliRunner
 
 import dmscale
 from dmscale import DmscaleError
+from dmscale.cli import app
 from dmscale.compare import Stream
 from dmscale.comparison import Comparison, Row, indistinguishable, judge
 from dmscale.demo import ResidualCNN
@@ -155,6 +157,35 @@ def test_bad_arguments_are_refused_before_any_training(tmp_path, options, messag
     with pytest.raises(DmscaleError, match=message):
         run(tmp_path, **options)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_command_compares_and_resumes(tmp_path):
+    net = tmp_path / "small_net.py"
+    net.write_text(
+        "import torch\nfrom dmscale.demo import ResidualCNN\n\n"
+        "def make():\n    return ResidualCNN((4, 6), 2), torch.randn(1, 1, 8, 8)\n"
+    )
+    arguments = [
+        "compare",
+        f"{net}:make",
+        "--data",
+        "digits",
+        "--budget",
+        "60% macs",
+        "--out",
+        tmp_path / "out",
+        "--seeds",
+        1,
+    ]
+    arguments += ["--strategies", "uniform", "--search-steps", 2, "--recovery-steps", 1, "--device", "cpu"]
+    first = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert first.exit_code == 0, first.output
+    table = json.loads((tmp_path / "out" / "table.json").read_text())
+    assert {r["strategy"] for r in table["rows"]} == {"uniform", "random"} and "uniform, seed 0" in first.output
+    again = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert again.exit_code == 0 and "uniform, seed 0" not in again.output
+    wrong = CliRunner().invoke(app, [str(a) for a in [*arguments, "--strategies", "unifrom"]])
+    assert wrong.exit_code == 2 and "knapsack" in wrong.stderr
 
 
 # -- data -------------------------------------------------------------------------------------------------------------
