@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -93,4 +94,4 @@ def parts(batches: Iterable[Batch], size: int) -> Iterator[Batch]:
             yield batch  # something in it has no batch axis
             continue
         for start in range(0, count, size):
-            yield running.map_tensors(lambda t, i=start: t[i : i + size], batch)
+            yield running.map_tensors(operator.itemgetter(slice(start, start + size)), batch)
