@@ -238,8 +238,8 @@ def test_indistinguishable_agrees_with_scipy():
         for shift in (0.0, 0.5, 1.0, 2.0, 4.0, 8.0):
             a, b = torch.randn(n, generator=generator).tolist(), (torch.randn(n, generator=generator) + shift).tolist()
             test = stats.ttest_ind(a, b, equal_var=False)
-            if 0.03 < test.pvalue < 0.08:
-                continue  # degrees of freedom are rounded down here
+            if 0.04 < test.pvalue < 0.06:
+                continue  # quantiles are interpolated here
             assert indistinguishable(a, b) == bool(test.pvalue > 0.05), (a, b, test)
             decided.add(indistinguishable(a, b))
     assert decided == {True, False}
