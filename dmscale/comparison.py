@@ -209,6 +209,7 @@ def indistinguishable(a: Sequence[float], b: Sequence[float]) -> bool:
 
 def _t95(freedom: float) -> float:
     """The quantile at a real number of degrees of freedom, at least one: linear in the inverse between whole ones."""
+    freedom = max(freedom, 1.0)  # it may round below
     whole = int(freedom)
     if whole >= len(_T95):
         return 1.96
