@@ -43,7 +43,7 @@ demo: $(VENV)/.installed
 
 # Real data in $DMSCALE_DATA, or in ../shared/data.  A run that is finished is not repeated.
 bench-small: $(VENV)/.dev-installed
-	$(BIN)/python -m benchmarks.real --size small --seeds 3 --out runs/real $(ARGS)
+	$(BIN)/python -m benchmarks.real --size small --strategies main --headline --seeds 3 --out runs/real $(ARGS)
 
 test: $(VENV)/.dev-installed
 	$(PYTEST) -q $(ARGS)

@@ -285,7 +285,7 @@ class _Runner:
         if not math.isfinite(value):
             raise DmscaleError(f"the metric is {value} after recovery; is the learning rate {recipe.lr} too high?")
         self._restore()
-        latency = compare_latency([self.space.model, small], self.space.example_inputs, repeats=20)
+        latency = compare_latency([self.space.model, small], self.space.example_inputs, repeats=50)
         storage.save(small, place / "weights.safetensors", found.structure)
         if found.structure is not None:
             _write(place / "structure.json", found.structure.to_json())
@@ -322,7 +322,7 @@ class _Runner:
             errors = [
                 (p / "error.txt").read_text().strip().splitlines()[-1] for p in places if (p / "error.txt").exists()
             ]
-            return Row(strategy.name, problem=errors[0] if errors else "not run")
+            return Row(strategy.name, problem=errors[0].removeprefix("dmscale.errors.") if errors else "not run")
         full = self.fixed["dense_cost"]
 
         def mean(values: Iterable[float]) -> float:

@@ -204,8 +204,17 @@ def indistinguishable(a: Sequence[float], b: Sequence[float]) -> bool:
     if va + vb == 0:
         return difference == 0
     freedom = (va + vb) ** 2 / (va**2 / (len(a) - 1) + vb**2 / (len(b) - 1))
-    t = _T95[max(int(freedom), 1) - 1] if freedom < 31 else 1.96
-    return difference <= t * math.sqrt(va + vb)
+    return difference <= _t95(freedom) * math.sqrt(va + vb)
+
+
+def _t95(freedom: float) -> float:
+    """The quantile at a real number of degrees of freedom, at least one: linear in the inverse between whole ones."""
+    freedom = max(freedom, 1.0)  # it may round below
+    whole = int(freedom)
+    if whole >= len(_T95):
+        return 1.96
+    share = (1 / whole - 1 / freedom) / (1 / whole - 1 / (whole + 1))
+    return _T95[whole - 1] + share * (_T95[whole] - _T95[whole - 1])
 
 
 def _short(value: float) -> str:

@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from nets import assert_same, fingerprint
 from torch.utils.data import DataLoader, TensorDataset
+from typer.testing import CliRunner
 
 import dmscale
 from dmscale import DmscaleError
+from dmscale.cli import app
 from dmscale.compare import Stream
 from dmscale.comparison import Comparison, Row, indistinguishable, judge
 from dmscale.demo import ResidualCNN
@@ -157,6 +159,35 @@ def test_bad_arguments_are_refused_before_any_training(tmp_path, options, messag
     assert not list(tmp_path.iterdir())
 
 
+def test_the_command_compares_and_resumes(tmp_path):
+    net = tmp_path / "small_net.py"
+    net.write_text(
+        "import torch\nfrom dmscale.demo import ResidualCNN\n\n"
+        "def make():\n    return ResidualCNN((4, 6), 2), torch.randn(1, 1, 8, 8)\n"
+    )
+    arguments = [
+        "compare",
+        f"{net}:make",
+        "--data",
+        "digits",
+        "--budget",
+        "60% macs",
+        "--out",
+        tmp_path / "out",
+        "--seeds",
+        1,
+    ]
+    arguments += ["--strategies", "uniform", "--search-steps", 2, "--recovery-steps", 1, "--device", "cpu"]
+    first = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert first.exit_code == 0, first.output
+    table = json.loads((tmp_path / "out" / "table.json").read_text())
+    assert {r["strategy"] for r in table["rows"]} == {"uniform", "random"} and "uniform, seed 0" in first.output
+    again = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert again.exit_code == 0 and "uniform, seed 0" not in again.output
+    wrong = CliRunner().invoke(app, [str(a) for a in [*arguments, "--strategies", "unifrom"]])
+    assert wrong.exit_code == 2 and "knapsack" in wrong.stderr
+
+
 # -- data -------------------------------------------------------------------------------------------------------------
 
 
@@ -207,8 +238,8 @@ def test_indistinguishable_agrees_with_scipy():
         for shift in (0.0, 0.5, 1.0, 2.0, 4.0, 8.0):
             a, b = torch.randn(n, generator=generator).tolist(), (torch.randn(n, generator=generator) + shift).tolist()
             test = stats.ttest_ind(a, b, equal_var=False)
-            if 0.03 < test.pvalue < 0.08:
-                continue  # degrees of freedom are rounded down here
+            if 0.04 < test.pvalue < 0.06:
+                continue  # quantiles are interpolated here
             assert indistinguishable(a, b) == bool(test.pvalue > 0.05), (a, b, test)
             decided.add(indistinguishable(a, b))
     assert decided == {True, False}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import operator
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -94,8 +94,4 @@ def parts(batches: Iterable[Batch], size: int) -> Iterator[Batch]:
             yield batch  # something in it has no batch axis
             continue
         for start in range(0, count, size):
-            yield running.map_tensors(functools.partial(_rows, start, start + size), batch)
-
-
-def _rows(first: int, last: int, t: Tensor) -> Tensor:
-    return t[first:last]
+            yield running.map_tensors(operator.itemgetter(slice(start, start + size)), batch)
