@@ -23,9 +23,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from . import axes, running
+from . import axes, calls, running
 from .axes import Axis, Dim
 from .blocks import Blocks
+from .calls import CallSite, GatedForward
 from .clone import clone
 from .tracer import Call, Contraction, Normalisation, Value
 from .tracing import Trace
@@ -74,6 +75,7 @@ class Sites:
     norms: tuple[NormSite, ...]
     blocks: tuple[Blocks, ...]
     by_products: tuple[tuple[str, tuple[Dim, ...]], ...] = ()
+    calls: tuple[CallSite, ...] = ()
 
 
 # -- planning: which places, or why an axis must stay ------------------------------------------------------------------
@@ -84,13 +86,16 @@ def plan(trace: Trace, blocks: Sequence[Blocks]) -> Sites:
     weights: dict[tuple[str, str], dict[int, Dim]] = {}
     inputs: dict[str, InputSite] = {}
     norms: dict[str, NormSite] = {}
+    functions = CallSites(trace)
     for norm in trace.record.normalisations:
         if norm.kind == "sum":
             for dim in norm.dims:
                 if axes.is_free(dim):
-                    _mask_producers(trace, dim, [norm.source], norm.path, norm.operator, weights)
+                    _mask_producers(trace, dim, [norm.source], norm.path, norm.operator, weights, functions, norm.op)
         elif any(axes.is_free(dim) for dim in norm.dims):
             site = _norm_site(trace, norm)
+            if isinstance(site, str) and functions.add(norm.op, [d for d in norm.dims if axes.is_free(d)], norm.source):
+                continue
             if isinstance(site, str):
                 for dim in norm.dims:
                     axes.freeze(dim, site)
@@ -103,7 +108,7 @@ def plan(trace: Trace, blocks: Sequence[Blocks]) -> Sites:
     }
     for contraction in trace.record.contractions:
         if axes.is_free(contraction.dim) and not _is_masked(contraction, masked):
-            _plan_contraction(trace, contraction, weights, inputs)
+            _plan_contraction(trace, contraction, weights, inputs, functions)
     sites = tuple(
         WeightSite(module, name, tuple(sorted((i, d) for i, d in dims.items() if axes.is_free(d))))
         for (module, name), dims in weights.items()
@@ -114,7 +119,34 @@ def plan(trace: Trace, blocks: Sequence[Blocks]) -> Sites:
         tuple(s for s in norms.values() if axes.is_free(s.dim)),
         tuple(blocks),
         tuple((k, dims) for k, dims in trace.record.by_products.items() if any(axes.is_free(d) for d in dims)),
+        functions.kept(),
     )
+
+
+class CallSites:
+    """The gates at calls of torch functions, as they are planned."""
+
+    def __init__(self, trace: Trace):
+        self.trace = trace
+        self.sites: dict[tuple[str, str, int], CallSite] = {}
+
+    def add(self, op: int, dims: Sequence[Dim], source: Value | None = None) -> bool:
+        """Gate the call that ran operator `op` along `dims`; False where there is none, or it cannot be told apart."""
+        call = calls.at(self.trace.record, op)
+        site = None if call is None else calls.site(call, dims, source)
+        if site is None:
+            return False
+        key = (site.module, site.name, site.number)
+        other = self.sites.setdefault(key, site)
+        return other is site or (
+            other.operand == site.operand
+            and len(other.dims) == len(site.dims)
+            and all(i == j and axes.same(p, q) for (i, p), (j, q) in zip(other.dims, site.dims))
+        )
+
+    def kept(self) -> tuple[CallSite, ...]:
+        """The sites whose axes are free in the end."""
+        return tuple(s for s in self.sites.values() if any(axes.is_free(d) for _, d in s.dims))
 
 
 def _is_masked(c: Contraction, masked: Mapping[int, Dim]) -> bool:
@@ -156,7 +188,11 @@ def _position(call: Call, dim: Dim) -> int | None:
 
 
 def _plan_contraction(
-    trace: Trace, c: Contraction, weights: dict[tuple[str, str], dict[int, Dim]], inputs: dict[str, InputSite]
+    trace: Trace,
+    c: Contraction,
+    weights: dict[tuple[str, str], dict[int, Dim]],
+    inputs: dict[str, InputSite],
+    functions: CallSites,
 ) -> None:
     consumers = [(value, own) for value, own in c.operands if not value.data and value.params]
     if consumers:
@@ -169,7 +205,7 @@ def _plan_contraction(
                 positions = [i for i, d in enumerate(trace.slots[name]) if d is own] or _holding(trace, name, c.dim)
                 _mask(trace, c.path, name, positions, weights)
         return
-    _mask_producers(trace, c.dim, [value for value, _ in c.operands], c.path, c.operator, weights)
+    _mask_producers(trace, c.dim, [value for value, _ in c.operands], c.path, c.operator, weights, functions, c.op)
 
 
 _TYPICAL_BATCH = 32  # of training, whatever batch the example has
@@ -201,9 +237,15 @@ def _mask_producers(
     path: str,
     operator: str,
     weights: dict[tuple[str, str], dict[int, Dim]],
+    functions: CallSites,
+    op: int,
 ) -> None:
-    """Make the removed elements of `dim` zero in one of `values`, at the weights that made them."""
-    producers = [v.params for v in values if any(_holding(trace, n, dim) for n in v.params)]
+    """Make the removed elements of `dim` zero in one of `values`: at the weights that made them, or where it is summed."""
+    made = [v for v in values if any(_holding(trace, n, dim) for n in v.params)]
+    producers = [v.params for v in made if v.zeroed]
+    if not producers and functions.add(op, [dim]):
+        return
+    producers = producers or [v.params for v in made]
     if not producers:
         axes.freeze(dim, f"summed over, with no weight to mask, in {path or 'the model'} ({operator})")
         return
@@ -311,6 +353,12 @@ def attach(
     for stack in sites.blocks:
         for i, path in enumerate(stack.paths):
             gated.get_submodule(path).register_forward_hook(BlockGate(masks, stack.name, i), with_kwargs=True)
+    in_module: dict[str, list[CallSite]] = {}
+    for call in sites.calls:
+        in_module.setdefault(call.module, []).append(call)
+    for path, found in in_module.items():
+        module = gated.get_submodule(path)
+        module.__dict__["forward"] = GatedForward(module, masks, found)
     if sites.by_products and not trainable:
         gated.register_forward_hook(KeptByProducts(masks, sites.by_products))
     return gated

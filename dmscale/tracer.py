@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import axes
 from .axes import Axis, Conflict, Dim
+from .calls import Counting, FunctionCall
 from .rules import RULES
 from .sizes import Equation, Expression, Extent, Operation, SizedInt, expression_of, listening
 
@@ -36,6 +37,7 @@ class Value:
     data: whether it depends on the model's input (a weight does not).
     origin: equal for tensors that hold the same elements (views, copies, casts).
     square: origin of the tensor that it is the square of.
+    zeroed: whether it is zero where those parameters are.
     """
 
     dims: tuple[Dim, ...]
@@ -43,6 +45,7 @@ class Value:
     data: bool = False
     origin: int = 0
     square: int | None = None
+    zeroed: bool = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,6 +112,7 @@ class Record:
     batched: list[Dim] = field(default_factory=list)
     equations: list[Equation] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
+    functions: list[FunctionCall] = field(default_factory=list)  # torch functions that can be gated, in order
     additions: list[tuple[int, frozenset[int]]] = field(default_factory=list)
     activations: list[tuple[int, int, tuple[Dim, ...]]] = field(default_factory=list)  # op, bytes an element, dims
     unknown: dict[str, dict[str, None]] = field(default_factory=dict)  # operator without a rule -> module paths
@@ -137,6 +141,13 @@ _POINTWISE = [
     aten.complex, aten.polar, aten.fake_quantize_per_tensor_affine,
 ]  # fmt: skip
 POINTWISE = {getattr(packet, name) for packet in _POINTWISE for name in packet.overloads()}
+_LEAVES_ZERO = {
+    getattr(packet, name)
+    for packet in (aten.exp, aten.sigmoid, aten._softmax, aten._log_softmax, aten.cos, aten.softplus, aten.rsub,
+                   aten.log_sigmoid_forward, aten.hardsigmoid)
+    for name in packet.overloads()
+}  # fmt: skip
+"""Operators that do not give zero for zero: a row of zero weights does not stay zero behind them."""
 _NAME = "_dmscale_value"
 
 
@@ -152,6 +163,7 @@ class Tracer(TorchDispatchMode):
         self.meta = meta
         self.op = 0
         self.path = ""  # of the innermost module that runs
+        self.counting = Counting()
         self.making_sized = False  # a factory is being called with sizes that `arrivals` will equate
         self._adopted: dict[int, tuple[Tensor, Value]] = {}
         self._names: dict[str, Value] = {}
@@ -366,9 +378,10 @@ class Tracer(TorchDispatchMode):
             square = values[0].square
         if func in (aten.add.Tensor, aten.add_.Tensor) and len(values) == 2:
             record.additions.append((self.op, frozenset(v.origin for v in values)))
+        zeroed = func not in _LEAVES_ZERO and all(v.zeroed for v in values if not (self._contracting and v.data))
         is_view = func in _VIEWS
         for o, dims in zip(outs, found):
-            self._store(o, Value(tuple(dims), params, data, origin or self._new_origin(), square))
+            self._store(o, Value(tuple(dims), params, data, origin or self._new_origin(), square, zeroed))
             if data and not is_view:
                 record.activations.append((self.op, o.element_size(), tuple(dims)))
 

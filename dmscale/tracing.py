@@ -136,6 +136,7 @@ def _read_training(tracer: Tracer, twin: nn.Module, args: tuple, kwargs: dict, m
     """
     record = tracer.record
     terms, activations, calls = len(record.terms), len(record.activations), len(record.calls)
+    functions = len(record.functions)
     twin.train()
     try:
         _run(tracer, twin, args, kwargs, meta)
@@ -143,6 +144,7 @@ def _read_training(tracer: Tracer, twin: nn.Module, args: tuple, kwargs: dict, m
         trace.notes.append(f"not traced in training mode ({type(error).__name__}: {error})")
     touched = _touched(record)
     del record.terms[terms:], record.activations[activations:], record.calls[calls:]
+    del record.functions[functions:]
     return touched
 
 
@@ -238,12 +240,14 @@ def _following_calls(tracer: Tracer, twin: nn.Module) -> Iterator[None]:
             open_calls.append(call)
             paths.append(path)
             tracer.path = path
+            tracer.counting.enter(module)
 
         return hook
 
     def leave(module: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
         paths.pop()
         tracer.path = paths[-1]
+        tracer.counting.leave(module)
         call = open_calls.pop()
         call.end = tracer.op
         tensors = running.tensors_in(out)
