@@ -255,6 +255,7 @@ def _ultralytics(config: str) -> Built:
 
 
 def _unet2d() -> Built:
+    allow_missing_torchvision_operators()
     diffusers = require("diffusers", "zoo", "UNet2DModel")
     model = diffusers.UNet2DModel(
         sample_size=16, layers_per_block=1, block_out_channels=(32, 64), norm_num_groups=8,
@@ -264,6 +265,7 @@ def _unet2d() -> Built:
 
 
 def _dit() -> Built:
+    allow_missing_torchvision_operators()
     diffusers = require("diffusers", "zoo", "DiTTransformer2DModel")
     model = diffusers.DiTTransformer2DModel(
         num_attention_heads=4, attention_head_dim=16, num_layers=2, sample_size=16, num_embeds_ada_norm=10
