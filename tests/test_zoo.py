@@ -42,8 +42,8 @@ def entry(name, build=None, requires=""):
 
 
 FAST = [
-    "own:graph network", "own:Conv3d video network", "own:Conv1d temporal network",
-    "own:GRU classifier", "own:LSTM classifier, bidirectional", "timm:starnet_s050", "timm:test_vit4", "torchvision:shufflenet_v2_x0_5",
+    "own:graph network", "own:Conv3d video network", "own:Conv1d temporal network", "own:GRU classifier",
+    "own:LSTM classifier, bidirectional", "timm:starnet_s050", "timm:test_vit4", "torchvision:shufflenet_v2_x0_5",
 ]  # fmt: skip
 
 
@@ -212,7 +212,9 @@ def test_pages_show_every_row():
     line = next(x for x in page.splitlines() if x.startswith("| m1 "))
     assert "| 25.6M |" in line and "| 3 / 2 / 0 |" in line and "softmax over it: 60%" in line
     assert "**timeout**" in page and "exported and gated differ" in page
-    assert len({x.count("|") for x in page.splitlines() if x[:3] in ("| m", "| -") and "--: |" not in x[:40]} - {3}) == 1
+    assert (
+        len({x.count("|") for x in page.splitlines() if x[:3] in ("| m", "| -") and "--: |" not in x[:40]} - {3}) == 1
+    )
     unsupported = pages.unsupported_page(rows)
     assert "| `foo` | m4 | 2: a of m4 ... |" in unsupported
 
