@@ -74,7 +74,7 @@ def test_names_are_unique_and_the_list_is_sorted(monkeypatch):
 def test_the_baseline_names_models_of_the_list():
     names = {e.name for e in entries()}
     known = [name for name in zoo.read_baseline() if name.partition(":")[0] != "hf"]
-    assert len(known) > 140 and set(known) <= names
+    assert len(known) > 40 and set(known) <= names
 
 
 # -- measuring -------------------------------------------------------------------------------------------------
