@@ -18,9 +18,9 @@ from torch.overrides import TorchFunctionMode
 
 from . import axes
 from .axes import Dim
-from .reductions import FUNCTIONS
+from .calls import NAMES, FunctionCall
 from .sizes import Extent, SizedInt
-from .tracer import Tracer, _constant, operands_of, shape_of
+from .tracer import Tracer, _constant, _tensors, operands_of, shape_of
 
 Tensor = torch.Tensor
 _SHAPE = torch.Tensor.shape  # the getset descriptor behind `x.shape`
@@ -43,12 +43,32 @@ class Arrivals(TorchFunctionMode):
             return shape if position is None else shape[position]
         if func is torch.Tensor.numel or func is torch.Tensor.nelement:
             return _numel(self.tracer, args[0])
+        name = getattr(func, "__name__", "")
+        counted = NAMES.get(name)
+        if counted is not None:
+            return self._counted(counted, func, args, kwargs)
+        return self._call(func, args, kwargs)
+
+    def _counted(self, counted: str, func: Any, args: Any, kwargs: Any) -> Any:
+        """A call that a gate may have to find again."""
+        tracer = self.tracer
+        number, start = tracer.counting.count(counted), tracer.op
+        operands = tuple(tracer.value(t) for t in _tensors((*args, *kwargs.values()), []))
+        out = self._call(func, args, kwargs)
+        if number is not None and tracer.op > start:
+            first = next(iter(_tensors([out], [])), None)
+            result = None if first is None else tracer.value(first)
+            call = FunctionCall(tracer.path, counted, number, start, tracer.op, operands, result)
+            tracer.record.functions.append(call)
+        return out
+
+    def _call(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func is F.scaled_dot_product_attention:
             return _attention(self.tracer, *args, **kwargs)
         name = getattr(func, "__name__", "")
         handler = _HANDLERS.get(name)
         if handler is None:
-            out = self._reduced(func, args, kwargs) if name in FUNCTIONS else func(*args, **kwargs)
+            out = func(*args, **kwargs)
             for value in _sized(args, kwargs):
                 self.tracer.equate(value, _constant(int(value)))
             return out
@@ -59,17 +79,6 @@ class Arrivals(TorchFunctionMode):
             self.tracer.making_sized = False
         handler(self.tracer, out, *args, **kwargs)
         return out
-
-    def _reduced(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """A reduction: what it notes can be found again by the place of this call."""
-        place = self.tracer.numbering.place(func.__name__)
-        x = args[0] if args else kwargs.get("input")
-        if place is not None and isinstance(x, Tensor):
-            self.tracer.reduction = place, self.tracer.dims(x)
-        try:
-            return func(*args, **kwargs)
-        finally:
-            self.tracer.reduction = None
 
 
 def _numel(tracer: Tracer, x: Tensor) -> int:
@@ -118,10 +127,8 @@ def _attention(
     start = tracer.op
     given = (query, key, value, attn_mask, dropout_p, is_causal)
     as_called = operands_of(tracer, given), {"scale": scale, "enable_gqa": enable_gqa}
+    by_size = scale is None
     if scale is None:
-        # sliced to fewer head dims the kernel would scale by the new size, masked by the old one
-        tracer._operator = "scaled_dot_product_attention"
-        tracer.freeze(tracer.dims(query)[-1], "the default scale of attention depends on the head size")
         scale = 1 / math.sqrt(query.size(-1))
     if enable_gqa:
         repeats = query.size(-3) // key.size(-3)
@@ -129,6 +136,9 @@ def _attention(
             t.unsqueeze(-3).expand(*t.shape[:-2], repeats, *t.shape[-2:]).flatten(-4, -3) for t in (key, value)
         )
     scores = query @ key.transpose(-2, -1) * scale
+    if by_size:  # sliced to fewer head dims the kernel scales by the new size
+        tracer._operator = "scaled_dot_product_attention"
+        tracer.normalised("attention scale", [tracer.dims(query)[-1]], query)
     if is_causal:
         allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril()
         scores = scores.masked_fill(~allowed, float("-inf"))

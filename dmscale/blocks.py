@@ -38,9 +38,13 @@ def find(model: nn.Module, record: Record) -> list[Blocks]:
     times = Counter(call.path for call in record.calls)
     removable = {call.path: call for call in record.calls if times[call.path] == 1 and _is_residual(call, record)}
     runs: list[tuple[str, list[Call]]] = []
+    reached = _reached_into(record, removable)
+    called = {call.path: call for call in record.calls if times[call.path] == 1}
     for path, module in model.named_modules():
         if isinstance(module, (nn.ModuleList, nn.Sequential)):
-            runs += [(path, run) for run in _runs(path, module, removable)]
+            counts = isinstance(module, nn.ModuleList) and _counts_its_blocks(path, module, called, removable, record)
+            if path not in reached and not counts:
+                runs += [(path, run) for run in _runs(path, module, removable)]
     runs.sort(key=lambda r: (len(r[1]) < 2, r[0].count(".")))  # real stacks first, then outermost
     taken: list[str] = []
     found: list[Blocks] = []
@@ -60,6 +64,44 @@ def find(model: nn.Module, record: Record) -> list[Blocks]:
             )
         )  # fmt: skip
     return sorted(found, key=lambda b: b.ranges[0])
+
+
+def _reached_into(record: Record, removable: dict[str, Call]) -> set[str]:
+    """Containers of which something outside calls a part of a block, as in `self.blocks[0].norm.embed(t)`.
+
+    With a block gone, that would be a part of another one.
+    """
+    found: set[str] = set()
+    for call in record.calls:
+        path = call.path.rpartition(".")[0]
+        while path:
+            block = removable.get(path)
+            if block is not None and not (block.start <= call.start and call.end <= block.end):
+                found.add(path.rpartition(".")[0])
+            path = path.rpartition(".")[0]
+    return found
+
+
+def _counts_its_blocks(
+    path: str, module: nn.Module, called: dict[str, Call], removable: dict[str, Call], record: Record
+) -> bool:
+    """Whether the loop over a list does something of its own between some blocks and not between others.
+
+    As in `if i == 10: x = cat([token, x])`: with a block gone it would do so elsewhere.
+    """
+    paths = [f"{path}.{name}" if path else name for name, _ in module.named_children()]
+    children = [called[p] for p in paths if p in called]
+    if len(children) < 3 or not any(c.path in removable for c in children):
+        return False
+    own = set()
+    for before, after in zip(children, children[1:]):
+        inside = [c for c in record.calls if before.end <= c.start and c.end <= after.start]
+        gap, end = after.start - before.end, before.end
+        for c in sorted(inside, key=lambda c: (c.start, -c.end)):
+            if c.start >= end:  # not inside one that was subtracted
+                gap, end = gap - (c.end - c.start), c.end
+        own.add(gap)
+    return len(own) > 1
 
 
 def _runs(container: str, module: nn.Module, removable: dict[str, Call]) -> list[list[Call]]:

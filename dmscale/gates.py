@@ -7,7 +7,7 @@ linear or convolution that sums over it (`W * m`, O(weights)) equals masking its
 - a normalisation over a gated axis: its kept-count form.  For x' = m (x - mean_kept) sqrt(N / k) the full-size operator
   computes exactly the statistics of the k kept elements, and its scale is corrected by sqrt(k / N): true of LayerNorm,
   GroupNorm and every RMSNorm, whatever class implements it;
-- a mean, variance or maximum anywhere in a forward: the same over what is kept (`reductions.py`);
+- a mean, variance or maximum anywhere in a forward: the same over what is kept (`calls.py`);
 - a block: lerp(input, block(input), gate); a branch of a block: lerp(0, branch(input), gate).
 
 All of it lives on a clone of the module tree that shares the user's parameters.
@@ -24,11 +24,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from . import axes, reductions, running
+from . import axes, calls, running
 from .axes import Axis, Dim
 from .blocks import Blocks
+from .calls import CallSite, GatedForward
 from .clone import clone
-from .reductions import Place, ReductionSite
 from .tracer import Call, Contraction, Normalisation, Value
 from .tracing import Trace
 
@@ -80,7 +80,7 @@ class Sites:
     norms: tuple[NormSite, ...]
     blocks: tuple[Blocks, ...]
     by_products: tuple[tuple[str, tuple[Dim, ...]], ...] = ()
-    reductions: tuple[ReductionSite, ...] = ()
+    calls: tuple[CallSite, ...] = ()
 
 
 # -- planning: which places, or why an axis must stay ------------------------------------------------------------------
@@ -91,32 +91,35 @@ def plan(trace: Trace, blocks: Sequence[Blocks]) -> Sites:
     weights: dict[tuple[str, str], dict[int, Dim]] = {}
     inputs: dict[str, InputSite] = {}
     norms: dict[str, NormSite] = {}
-    reduced: dict[Place, ReductionSite] = {}
+    functions = CallSites(trace)
     matters: set[int] | None = None
-    places = _places(trace)
     for norm in trace.record.normalisations:
-        if any(axes.is_free(dim) for dim in norm.dims):
-            if matters is None:
-                matters = trace.record.matters()
-            site = _norm_site(trace, norm)
-            # a normalisation written out is masked where it takes its statistics, if these calls can be found again
-            by_parts = isinstance(site, str) or bool(_other_parts(trace, norm))
-            if by_parts and norm.place is not None and _is_reducible(trace, norm, places, matters):
-                reduced[norm.place] = reductions.site_of(norm.place, norm.source.dims, norm.dims)
-            elif matters.isdisjoint(trace.record.steps[norm.op].gives):
-                continue  # nobody reads it: the mean over the heads of scores that nobody asked for
-            elif norm.kind == "sum":
-                for dim in norm.dims:
-                    if axes.is_free(dim):
-                        _mask_producers(trace, dim, [norm.source], norm.path, norm.operator, weights)
-            elif isinstance(site, str):
-                for dim in norm.dims:
-                    axes.freeze(dim, site)
-            else:
-                norms[norm.path] = site
-                bias = _bias_of(trace, norm)
-                if bias is not None and bias in trace.slots:  # so that what is removed leaves as zero
-                    _mask(trace, norm.path, bias, _holding(trace, bias, norm.dims[0]), weights)
+        free = [dim for dim in norm.dims if axes.is_free(dim)]
+        if not free:
+            continue
+        if matters is None:
+            matters = trace.record.matters()
+        gives = trace.record.steps[norm.op].gives if norm.op in trace.record.steps else ()
+        if gives and matters.isdisjoint(gives):
+            continue  # nobody reads it: the mean over the heads of scores that nobody asked for
+        if norm.kind == "sum":
+            for dim in free:
+                _mask_producers(trace, dim, [norm.source], norm.path, norm.operator, weights, functions, norm.op)
+            continue
+        site = _norm_site(trace, norm)
+        # a normalisation written out is masked where it takes its statistics, if these calls can be found again
+        by_parts = isinstance(site, str) or bool(_other_parts(trace, norm))
+        positions_read = norm.kind == "reduced" and any(g in matters for g in gives[1:])  # which one is the largest
+        if by_parts and not positions_read and functions.add(norm.op, free, norm.source):
+            continue
+        if isinstance(site, str):
+            for dim in norm.dims:
+                axes.freeze(dim, site)
+        else:
+            norms[norm.path] = site
+            bias = _bias_of(trace, norm)
+            if bias is not None and bias in trace.slots:  # so that what is removed leaves as zero
+                _mask(trace, norm.path, bias, _holding(trace, bias, norm.dims[0]), weights)
     masked = {
         c.result.origin: norms[c.path].dim for c in trace.record.calls if c.path in norms and c.result is not None
     }
@@ -127,7 +130,7 @@ def plan(trace: Trace, blocks: Sequence[Blocks]) -> Sites:
             masked.pop(call.result.origin, None)
     for contraction in trace.record.contractions:
         if axes.is_free(contraction.dim) and not _is_masked(contraction, masked):
-            _plan_contraction(trace, contraction, weights, inputs)
+            _plan_contraction(trace, contraction, weights, inputs, functions)
     sites = tuple(
         WeightSite(module, name, tuple(sorted((i, d) for i, d in dims.items() if axes.is_free(d))))
         for (module, name), dims in weights.items()
@@ -138,32 +141,43 @@ def plan(trace: Trace, blocks: Sequence[Blocks]) -> Sites:
         tuple(s for s in norms.values() if axes.is_free(s.dim)),
         tuple(blocks),
         tuple((k, dims) for k, dims in trace.record.by_products.items() if any(axes.is_free(d) for d in dims)),
-        tuple(s for s in reduced.values() if any(axes.is_free(d) for _, d in s.dims)),
+        functions.kept(),
     )
 
 
-def _places(trace: Trace) -> dict[Place, list[Normalisation]]:
-    found: dict[Place, list[Normalisation]] = {}
-    for norm in trace.record.normalisations:
-        if norm.place is not None:
-            found.setdefault(norm.place, []).append(norm)
-    return found
+def _alike(a: Sequence[Value], b: Sequence[Value]) -> bool:
+    """Whether two calls of one function took tensors of the same axes."""
+    return len(a) == len(b) and all(
+        len(v.dims) == len(w.dims) and all(map(axes.same, v.dims, w.dims)) for v, w in zip(a, b)
+    )
 
 
-def _is_reducible(
-    trace: Trace, norm: Normalisation, places: Mapping[Place, list[Normalisation]], matters: set[int]
-) -> bool:
-    """Whether `norm` is one call of a function that has a form for a part of its axes, the same on every forward."""
-    assert norm.place is not None
-    every = places[norm.place]
-    alike = all(
-        len(n.source.dims) == len(norm.source.dims) and len(n.dims) == len(norm.dims)
-        and all(map(axes.same, n.source.dims, norm.source.dims)) and all(map(axes.same, n.dims, norm.dims))
-        for n in every
-    )  # fmt: skip
-    gives = trace.record.steps[norm.op].gives
-    positions_read = len(gives) > 1 and norm.place.function in reductions.EXTREMA and gives[1] in matters
-    return alike and norm.source.data and not positions_read
+class CallSites:
+    """The gates at calls of torch functions, as they are planned."""
+
+    def __init__(self, trace: Trace):
+        self.trace = trace
+        self.sites: dict[tuple[str, str, int], CallSite] = {}
+
+    def add(self, op: int, dims: Sequence[Dim], source: Value | None = None) -> bool:
+        """Gate the call that ran operator `op` along `dims`; False where there is none, or it cannot be told apart."""
+        call = calls.at(self.trace.record, op)
+        site = None if call is None else calls.site(call, dims, source)
+        if site is None:
+            return False
+        key = (site.module, site.name, site.number)
+        if not all(_alike(f.operands, call.operands) for f in self.trace.record.functions if f.key == key):
+            return False  # a module called twice, and not with the same axes
+        other = self.sites.setdefault(key, site)
+        return other is site or (
+            other.operand == site.operand
+            and len(other.dims) == len(site.dims)
+            and all(i == j and axes.same(p, q) for (i, p), (j, q) in zip(other.dims, site.dims))
+        )
+
+    def kept(self) -> tuple[CallSite, ...]:
+        """The sites whose axes are free in the end."""
+        return tuple(s for s in self.sites.values() if any(axes.is_free(d) for _, d in s.dims))
 
 
 def _is_masked(c: Contraction, masked: Mapping[int, Dim]) -> bool:
@@ -240,7 +254,11 @@ def _position(call: Call, dim: Dim) -> int | None:
 
 
 def _plan_contraction(
-    trace: Trace, c: Contraction, weights: dict[tuple[str, str], dict[int, Dim]], inputs: dict[str, InputSite]
+    trace: Trace,
+    c: Contraction,
+    weights: dict[tuple[str, str], dict[int, Dim]],
+    inputs: dict[str, InputSite],
+    functions: CallSites,
 ) -> None:
     consumers = [(value, own) for value, own in c.operands if not value.data and value.params]
     if consumers:
@@ -253,7 +271,7 @@ def _plan_contraction(
                 positions = [i for i, d in enumerate(trace.slots[name]) if d is own] or _holding(trace, name, c.dim)
                 _mask(trace, c.path, name, positions, weights)
         return
-    _mask_producers(trace, c.dim, [value for value, _ in c.operands], c.path, c.operator, weights)
+    _mask_producers(trace, c.dim, [value for value, _ in c.operands], c.path, c.operator, weights, functions, c.op)
 
 
 _TYPICAL_BATCH = 32  # of training, whatever batch the example has
@@ -285,9 +303,15 @@ def _mask_producers(
     path: str,
     operator: str,
     weights: dict[tuple[str, str], dict[int, Dim]],
+    functions: CallSites,
+    op: int,
 ) -> None:
-    """Make the removed elements of `dim` zero in one of `values`, at the weights that made them."""
-    producers = [v.params for v in values if any(_holding(trace, n, dim) for n in v.params)]
+    """Make the removed elements of `dim` zero in one of `values`: at the weights that made them, or where it is summed."""
+    made = [v for v in values if any(_holding(trace, n, dim) for n in v.params)]
+    producers = [v.params for v in made if v.zeroed]
+    if not producers and functions.add(op, [dim]):
+        return
+    producers = producers or [v.params for v in made]
     if not producers:
         axes.freeze(dim, f"summed over, with no weight to mask, in {path or 'the model'} ({operator})")
         return
@@ -362,7 +386,8 @@ class NormScale:
     dim: Dim
 
     def __call__(self) -> Tensor:
-        return torch.sqrt(self.masks(self.dim).sum() / axes.size(self.dim))
+        with calls.unseen():
+            return torch.sqrt(self.masks(self.dim).sum() / axes.size(self.dim))
 
 
 def attach(
@@ -399,8 +424,12 @@ def attach(
         for i, path in enumerate(stack.paths):
             gate = BlockGate(masks, stack.name, i, bool(stack.forms))
             gated.get_submodule(path).register_forward_hook(gate, with_kwargs=True)
-    for path in dict.fromkeys(s.place.module for s in sites.reductions):
-        reductions.attach(gated.get_submodule(path), masks, [s for s in sites.reductions if s.place.module == path])
+    in_module: dict[str, list[CallSite]] = {}
+    for call in sites.calls:
+        in_module.setdefault(call.module, []).append(call)
+    for path, found in in_module.items():
+        module = gated.get_submodule(path)
+        module.__dict__["forward"] = GatedForward(module, masks, found)
     if sites.by_products and not trainable:
         gated.register_forward_hook(KeptByProducts(masks, sites.by_products))
     return gated
@@ -456,7 +485,8 @@ class KeptCount:
         x = x.reshape(
             *shape[:at], axes.size(self.site.group), mask.numel(), *shape[at + 1 :]
         )  # (..., group, inner, ...)
-        return _KeptCount.apply(x, mask, at + 1, self.site.centred, self.site.over_space).reshape(shape)
+        with calls.unseen():
+            return _KeptCount.apply(x, mask, at + 1, self.site.centred, self.site.over_space).reshape(shape)
 
 
 class _KeptCount(torch.autograd.Function):

@@ -541,6 +541,8 @@ def _dimensions(
     heads = {a for dim in trace.record.batched for a in axes.atoms(dim)}
     groups = _groups([a for a in names if not a.reasons], resolved.solution.links)
     steps = _steps(trace.record.multiples)
+    # of one element there is no variance: the unbiased one divides by k - 1
+    spread = {a for n in trace.record.normalisations if n.kind == "variance" for d in n.dims for a in axes.atoms(d)}
     dimensions: dict[str, Dimension] = {}
     for group in groups:
         group = sorted(group, key=lambda a: (names[a].count("."), a.size))  # the widest scope names the dimension
@@ -553,7 +555,7 @@ def _dimensions(
             step = math.lcm(step, steps.get(a, 1) * size // math.gcd(steps.get(a, 1) * size, a.size))
         wanted = _bound(options.multiple, name, 1) if kind == "width" else 1
         dimensions[name] = Dimension(
-            name, kind, size, _bound(options.minimum, name, 1), math.lcm(step, wanted),
+            name, kind, size, max(_bound(options.minimum, name, 1), 2 if spread & set(group) else 1), math.lcm(step, wanted),
             tuple(group), tuple(names[a] for a in group),
         )  # fmt: skip
     for stack in resolved.stacks:

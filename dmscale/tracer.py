@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import axes
 from .axes import Axis, Conflict, Dim
-from .reductions import Numbering, Place
+from .calls import Counting, FunctionCall
 from .rules import RULES
 from .sizes import Equation, Expression, Extent, Operation, SizedInt, expression_of, listening
 
@@ -39,6 +39,7 @@ class Value:
     square: origin of the tensor that it is the square of.
     repeated: dimensions along which it was repeated (`expand`, `repeat`): its elements differ only beside them.
     product: the product of two activations that it was computed from, element by element or by a softmax.
+    zeroed: whether it is zero where those parameters are.
     """
 
     dims: tuple[Dim, ...]
@@ -48,6 +49,7 @@ class Value:
     square: int | None = None
     repeated: tuple[Dim, ...] = ()
     product: Product | None = None
+    zeroed: bool = True
 
 
 @dataclass(eq=False)
@@ -144,7 +146,6 @@ class Normalisation:
     weight: str | None = None
     bias: str | None = None
     group: Dim = ()
-    place: Place | None = None  # where a forward calls it as a function, if that can be found again
 
 
 @dataclass(frozen=True)
@@ -201,6 +202,7 @@ class Record:
     batched: list[Dim] = field(default_factory=list)
     equations: list[Equation] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
+    functions: list[FunctionCall] = field(default_factory=list)  # torch functions that can be gated, in order
     additions: list[Addition] = field(default_factory=list)
     biases: list[tuple[int, str]] = field(default_factory=list)  # op, the parameter that it adds as it is
     activations: list[Activation] = field(default_factory=list)
@@ -243,6 +245,13 @@ _POINTWISE = [
 POINTWISE = {getattr(packet, name) for packet in _POINTWISE for name in packet.overloads()}
 _SOFTMAX = {getattr(p, n) for p in (aten._softmax, aten._safe_softmax, aten.softmax) for n in p.overloads()}
 _REPEATING = {getattr(p, n) for p in (aten.expand, aten.repeat) for n in p.overloads()}
+_LEAVES_ZERO = {
+    getattr(packet, name)
+    for packet in (aten.exp, aten.sigmoid, aten._softmax, aten._log_softmax, aten.cos, aten.softplus, aten.rsub,
+                   aten.log_sigmoid_forward, aten.hardsigmoid)
+    for name in packet.overloads()
+}  # fmt: skip
+"""Operators that do not give zero for zero: a row of zero weights does not stay zero behind them."""
 _NAME = "_dmscale_value"
 
 
@@ -258,9 +267,8 @@ class Tracer(TorchDispatchMode):
         self.meta = meta
         self.op = 0
         self.path = ""  # of the innermost module that runs
+        self.counting = Counting()
         self.making_sized = False  # a factory is being called with sizes that `arrivals` will equate
-        self.numbering = Numbering()
-        self.reduction: tuple[Place, tuple[Dim, ...]] | None = None  # being called, and the dimensions of its input
         self._adopted: dict[int, tuple[Tensor, Value]] = {}
         self._names: dict[str, Value] = {}
         self._contracting = False
@@ -379,11 +387,8 @@ class Tracer(TorchDispatchMode):
         w, b = (next(iter(self.value(p).params), None) if p is not None else None for p in (weight, bias))
         if weight is not None and w is not None and self._names[w] is not self.value(weight):
             w = None  # made from a parameter (1 + w): scaling the parameter would not scale the result
-        place = None
-        if self.reduction is not None and all(map(axes.same, self.reduction[1], self.dims(x))):
-            place = self.reduction[0]
         self.record.normalisations.append(
-            Normalisation(self.op, self.path, self._operator, kind, tuple(dims), self.value(x), w, b, group, place)
+            Normalisation(self.op, self.path, self._operator, kind, tuple(dims), self.value(x), w, b, group)
         )
 
     def multiple_of(self, dim: Dim, step: int) -> None:
@@ -494,6 +499,7 @@ class Tracer(TorchDispatchMode):
         adds = func in (aten.add.Tensor, aten.add_.Tensor) and len(values) == 2
         if adds:
             record.biases += [(self.op, n) for v in values if not v.data for n in v.params if len(v.params) == 1]
+        zeroed = func not in _LEAVES_ZERO and all(v.zeroed for v in values if not (self._contracting and v.data))
         is_view = func in _VIEWS
         repeated = _repetitions(func, tensors[0], outs[0], found[0]) if func in _REPEATING else ()
         if is_view or len(tensors) == 1:
@@ -501,7 +507,7 @@ class Tracer(TorchDispatchMode):
         product = self._attend(func, args, tensors, values)
         for o, dims in zip(outs, found):
             origin_of = origin or self._new_origin()
-            self._store(o, Value(tuple(dims), params, data, origin_of, square, repeated, product))
+            self._store(o, Value(tuple(dims), params, data, origin_of, square, repeated, product, zeroed))
             if adds:
                 record.additions.append(Addition(self.op, (values[0], values[1]), self.value(o)))
             if data and not is_view:

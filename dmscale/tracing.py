@@ -136,7 +136,7 @@ def _read_training(tracer: Tracer, twin: nn.Module, args: tuple, kwargs: dict, m
     Returns the dimensions of what was computed then.
     """
     record = tracer.record
-    costs = (record.terms, record.activations, record.calls, record.instances, record.cached)
+    costs = (record.terms, record.activations, record.calls, record.instances, record.cached, record.functions)
     before = [len(noted) for noted in costs]
     twin.train()
     try:
@@ -256,14 +256,14 @@ def _following_calls(tracer: Tracer, twin: nn.Module) -> Iterator[None]:
             open_calls.append(call)
             paths.append(path)
             tracer.path = path
-            tracer.numbering.enter(path)
+            tracer.counting.enter()
 
         return hook
 
     def leave(module: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
         paths.pop()
-        tracer.numbering.leave()
         tracer.path = paths[-1]
+        tracer.counting.leave()
         call, taken = open_calls.pop(), arguments.pop()
         call.end = tracer.op
         tensors = running.tensors_in(out)

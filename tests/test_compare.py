@@ -34,7 +34,13 @@ def data(n=64):
 def run(out, **options):
     torch.manual_seed(0)
     model = options.pop("model", None) or ResidualCNN((6, 8), 2)
-    arguments = {"strategies": "dmscale,knapsack", "seeds": 2, "search_steps": 4, "recovery_steps": 3, "lr": 1e-3} | options
+    arguments = {
+        "strategies": "dmscale,knapsack",
+        "seeds": 2,
+        "search_steps": 4,
+        "recovery_steps": 3,
+        "lr": 1e-3,
+    } | options
     return dmscale.compare(
         model, torch.zeros(1, 1, 8, 8), arguments.pop("train", lambda seed: DataLoader(data(), 16, shuffle=True)),
         F.cross_entropy, lambda net: 100 * accuracy(net, DataLoader(data(), 32)), budget="50% macs", out=out,

@@ -23,7 +23,7 @@ from .data import NoData
 from .tasks import SIZES, TASKS, Problem, Setup
 
 MAIN = (
-    "dms", "dms-paper", "uniform", "uniform-depth", "random", "magnitude-l2", "taylor", "isomorphic", "knapsack",
+    "dmscale", "dms", "uniform", "uniform-depth", "random", "magnitude-l2", "taylor", "isomorphic", "knapsack",
     "knapsack-exact", "skip-contribution", "torch-pruning-taylor", "torch-pruning-norm",
 )  # fmt: skip
 """What the small table of all tasks compares: one of each family.  All of them would take days on two cores."""

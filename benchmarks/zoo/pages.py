@@ -28,18 +28,21 @@ that PyTorch counts, to the last one.
 """
 
 
-def zoo_page(rows: Rows, structures: int, peers: str = "") -> str:
+def zoo_page(rows: Rows, structures: int, peers: str = "", missing: Sequence[str] = ()) -> str:
     """docs/zoo.md from the rows of a whole run.
 
     Args:
         rows: as `measure.Row.to_dict` gives them.
         structures: random structures tried on each model.
         peers: a section that compares with other libraries, in Markdown.
+        missing: entries of the list that have no row.
     """
     rows = sorted(rows, key=lambda r: (r["family"], r["name"]))
     parts = [_INTRODUCTION.format(structures=structures), _summary(rows)]
     for family in dict.fromkeys(r["family"] for r in rows):
         parts.append(f"## {family}\n\n" + _table([r for r in rows if r["family"] == family]))
+    if missing:
+        parts.append(f"## Not measured yet\n\n{len(missing)} entries: {', '.join(sorted(missing))}.\n")
     return "\n".join([*parts, *([peers] if peers else [])])
 
 

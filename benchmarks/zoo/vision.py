@@ -43,7 +43,7 @@ TIMM: dict[str, tuple[str, int, dict[str, Any]]] = {
     "cspnet": ("cs3darknet_focus_s", 64, {}),
     "cspnext": ("cspnext_tiny", 64, {}),
     "davit": ("davit_tiny", 64, {}),
-    "deepseek_vit": ("deepseek_vit_412m", 84, {"img_size": 84, **SMALL}),
+    "deepseek_vit": ("deepseek_vit_412m", 84, {"num_classes": 100, "img_size": 84, **SMALL}),
     "deit": ("deit_tiny_patch16_224", 64, {"img_size": 64}),
     "densenet": ("densenet121", 64, {}),
     "dla": ("dla46x_c", 64, {}),
@@ -55,12 +55,12 @@ TIMM: dict[str, tuple[str, int, dict[str, Any]]] = {
     "efficientvim": ("efficientvim_m1", 64, {}),
     "efficientvit_mit": ("efficientvit_b0", 64, {}),
     "efficientvit_msra": ("efficientvit_m0", 64, {"img_size": 64}),
-    "eva": ("vit_tiny_patch16_dinov3_qkvb", 64, {"img_size": 64}),
+    "eva": ("vit_tiny_patch16_dinov3_qkvb", 64, {"num_classes": 100, "img_size": 64}),
     "fasternet": ("fasternet_t0", 64, {}),
     "fastvit": ("fastvit_t8", 64, {}),
     "focalnet": ("focalnet_tiny_srf", 64, {}),
     "gcvit": ("gcvit_xxtiny", 64, {"img_size": 64}),
-    "gemma4_vit": ("gemma4_vit_167m", 64, {"img_size": 64, **SMALL}),
+    "gemma4_vit": ("gemma4_vit_167m", 64, {"num_classes": 100, "img_size": 64, **SMALL}),
     "ghostnet": ("ghostnet_050", 64, {}),
     "hardcorenas": ("hardcorenas_b", 64, {}),
     "hgnet": ("hgnetv2_b0", 64, {}),
@@ -91,7 +91,7 @@ TIMM: dict[str, tuple[str, int, dict[str, Any]]] = {
     "pit": ("pit_ti_224", 64, {"img_size": 64}),
     "pnasnet": ("pnasnet5large", 64, {}),
     "pvt_v2": ("pvt_v2_b0", 64, {}),
-    "qwen3_vit": ("qwen3_vit_88m", 64, {"img_size": 64, **SMALL}),
+    "qwen3_vit": ("qwen3_vit_88m", 64, {"num_classes": 100, "img_size": 64, **SMALL}),
     "rdnet": ("rdnet_tiny", 64, {}),
     "regnet": ("regnetx_002", 64, {}),
     "repghost": ("repghostnet_050", 64, {}),
@@ -255,6 +255,7 @@ def _ultralytics(config: str) -> Built:
 
 
 def _unet2d() -> Built:
+    allow_missing_torchvision_operators()
     diffusers = require("diffusers", "zoo", "UNet2DModel")
     model = diffusers.UNet2DModel(
         sample_size=16, layers_per_block=1, block_out_channels=(32, 64), norm_num_groups=8,
@@ -264,6 +265,7 @@ def _unet2d() -> Built:
 
 
 def _dit() -> Built:
+    allow_missing_torchvision_operators()
     diffusers = require("diffusers", "zoo", "DiTTransformer2DModel")
     model = diffusers.DiTTransformer2DModel(
         num_attention_heads=4, attention_head_dim=16, num_layers=2, sample_size=16, num_embeds_ada_norm=10

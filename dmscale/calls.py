@@ -1,0 +1,311 @@
+"""Gates at one call of a torch function, where no module of its own does what must be gated.
+
+A mean over channels written in a forward, a softmax over a head dimension, attention that scales by the size of its heads:
+what these compute depends on how many elements there are, and no layer stands around them that a hook could be put on.
+During a trace every call of such a function is numbered within the module that makes it.  In a gated model that module runs
+under a `TorchFunctionMode` which gives the numbered calls their kept-count form, with mask m over N elements, k kept:
+
+    mean      sum(m x) / k                       variance   sum(m (x - mean)^2) / (k - correction)
+    softmax   m exp(x) / sum(m exp(x))           attention  q sqrt(N / k), so that the default scale becomes 1 / sqrt(k)
+    largest   of the kept                        sums, norms and products   of m x
+
+A function with a Python body (`F.normalize`, `torch.norm`) is one call in a gated model, while a trace sees through it: what
+its body calls is not numbered, unless it is the function itself by another name.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from . import axes
+from .axes import Dim
+
+if TYPE_CHECKING:
+    from .tracer import Record, Value
+
+_PRODUCTS = ("matmul", "bmm", "einsum")
+NAMES = {
+    "mean": "mean", "var": "var", "std": "std", "var_mean": "var_mean", "std_mean": "std_mean", "softmax": "softmax",
+    "log_softmax": "log_softmax", "amax": "amax", "amin": "amin", "scaled_dot_product_attention": "attention",
+    "sum": "sum", "nansum": "sum", "norm": "norm", "linalg_vector_norm": "norm", "vector_norm": "norm",
+    "max": "max", "min": "min", "matmul": "matmul", "__matmul__": "matmul", "bmm": "bmm", "einsum": "einsum",
+}  # fmt: skip
+"""Name of a torch function or method -> what its calls are counted as."""
+
+_COMPOSITE = ("torch.functional", "torch.nn.functional")  # Python bodies: one call outside a trace, many inside
+
+
+@dataclass(frozen=True, eq=False)
+class FunctionCall:
+    """Call number `number` of functions counted as `name` in one call of module `path`; it ran operators start+1 to end.
+
+    operands: its tensor arguments, in order, as they were.  result: its first output.
+    """
+
+    path: str
+    name: str
+    number: int
+    start: int
+    end: int
+    operands: tuple[Value, ...]
+    result: Value | None
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        """What names the call, whichever time its module runs."""
+        return self.path, self.name, self.number
+
+
+@dataclass(frozen=True, eq=False)
+class CallSite:
+    """Gate call `number` of functions counted as `name` in module `module`: its tensor `operand` along `dims`.
+
+    dims: (position in that tensor, axes).
+    """
+
+    module: str
+    name: str
+    number: int
+    operand: int
+    dims: tuple[tuple[int, Dim], ...]
+
+
+@dataclass
+class Counting:
+    """Numbers the calls of a trace: one counter for each module call that is open, innermost last."""
+
+    open: list[Counter[str]] = field(default_factory=list)
+
+    def enter(self) -> None:
+        """A module is called."""
+        self.open.append(Counter())
+
+    def leave(self) -> None:
+        """It has returned."""
+        self.open.pop()
+
+    def count(self, name: str) -> int | None:
+        """The number of this call in the innermost module; None where it has none."""
+        if not self.open or _inside_another(name):
+            return None
+        for counter in self.open:
+            counter[name] += 1
+        return self.open[-1][name] - 1
+
+
+def _inside_another(name: str) -> bool:
+    """Whether the call comes from the body of a function of PyTorch's that is not itself counted as `name`."""
+    frame: Any = sys._getframe(2)
+    while frame is not None and frame.f_code.co_name not in ("_call_impl", "forward"):
+        if frame.f_globals.get("__name__") in _COMPOSITE and NAMES.get(frame.f_code.co_name) != name:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def at(record: Record, op: int) -> FunctionCall | None:
+    """The function call that ran operator number `op`."""
+    i = bisect.bisect_left(record.functions, op, key=lambda f: f.end)
+    found = record.functions[i] if i < len(record.functions) else None
+    return found if found is not None and found.start < op <= found.end else None
+
+
+def site(call: FunctionCall, dims: Sequence[Dim], source: Value | None = None) -> CallSite | None:
+    """The gate of `call` along `dims`, in the operand that is `source` (any that has them by default); None if none does."""
+    for i, operand in enumerate(call.operands):
+        if source is not None and not _same(operand, source):
+            continue
+        found = [_position(operand, dim) for dim in dims]
+        if all(p is not None for p in found) and len(set(found)) == len(found):
+            return CallSite(call.path, call.name, call.number, i, tuple(zip(found, dims)))  # type: ignore[arg-type]
+    return None
+
+
+def _same(a: Value, b: Value) -> bool:
+    return a is b or (len(a.dims) == len(b.dims) and all(axes.same(p, q) for p, q in zip(a.dims, b.dims)))
+
+
+def _position(value: Value, dim: Dim) -> int | None:
+    found = [i for i, d in enumerate(value.dims) if d is dim] or [
+        i for i, d in enumerate(value.dims) if axes.same(d, dim)
+    ]
+    return found[0] if len(found) == 1 else None
+
+
+# -- acting -----------------------------------------------------------------------------------------------------------
+
+_OPEN: list[_Gated] = []  # the gated forwards that are running, outermost first
+
+
+def unseen() -> contextlib.AbstractContextManager[None]:
+    """Inside, nothing is counted: for what gates compute around the user's own calls."""
+    return torch._C.DisableTorchFunction() if _OPEN else contextlib.nullcontext()  # type: ignore[return-value]
+
+
+class GatedForward:
+    """Stands for the forward of a module that has call sites."""
+
+    def __init__(self, module: nn.Module, masks: Any, sites: Sequence[CallSite]):
+        self.module, self.masks = [module], masks  # in a list: not a child of itself
+        self.own = module.__dict__.get("forward")  # of a module whose forward was replaced before
+        self.sites = {(s.name, s.number): s for s in sites}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        module = self.module[0]
+        with _Gated(self.sites, self.masks):
+            if self.own is not None:
+                return self.own(*args, **kwargs)
+            return type(module).forward(module, *args, **kwargs)
+
+
+class _Gated(TorchFunctionMode):
+    """Counts calls as the trace did, and gives those that have a site their kept-count form."""
+
+    def __init__(self, sites: Mapping[tuple[str, int], CallSite], masks: Any):
+        super().__init__()
+        self.sites, self.masks, self.counter = sites, masks, Counter[str]()
+
+    def __enter__(self) -> _Gated:
+        _OPEN.append(self)
+        return super().__enter__()
+
+    def __exit__(self, *exc: Any) -> None:
+        super().__exit__(*exc)
+        _OPEN.pop()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = NAMES.get(getattr(func, "__name__", ""))
+        with torch._C.DisableTorchFunction():  # what its body calls is not counted, here or by the forwards around
+            if name is None:
+                return func(*args, **kwargs)
+            for mode in _OPEN:
+                mode.counter[name] += 1
+            for mode in _OPEN:
+                found = mode.sites.get((name, mode.counter[name] - 1))
+                if found is not None:
+                    return _FORMS[name](func, args, kwargs, found, mode.masks)
+            return func(*args, **kwargs)
+
+
+def _along(x: Tensor, found: CallSite, masks: Any) -> Tensor:
+    """The mask of a site, broadcast against `x`."""
+    out = torch.ones((), device=x.device)
+    for position, dim in found.dims:
+        shape = [1] * x.dim()
+        shape[position] = -1
+        out = out * masks(dim).view(shape)
+    return out
+
+
+def _argument(args: Any, kwargs: Any, position: int, *names: str) -> Any:
+    return next((kwargs[n] for n in names if n in kwargs), args[position] if len(args) > position else None)
+
+
+def _dims_of(x: Tensor, dim: Any) -> list[int]:
+    if dim is None or (isinstance(dim, (tuple, list)) and not dim):
+        return list(range(x.dim()))
+    return [d % x.dim() for d in (dim if isinstance(dim, (tuple, list)) else [dim])]
+
+
+def _count(x: Tensor, m: Tensor, over: Sequence[int]) -> Tensor:
+    """How many elements are kept in a reduction of `x` over `over`, (); soft where the mask is."""
+    return m.sum() * (torch.Size(x.shape[i] for i in over if m.dim() == 0 or m.shape[i] == 1).numel())
+
+
+def _mean(func: Any, args: Any, kwargs: Any, found: CallSite, masks: Any) -> Tensor:
+    x = args[0] if args else kwargs["input"]
+    dim, keepdim = _argument(args, kwargs, 1, "dim", "axis"), bool(_argument(args, kwargs, 2, "keepdim"))
+    x = x if kwargs.get("dtype") is None else x.to(kwargs["dtype"])
+    over, m = _dims_of(x, dim), _along(x, found, masks)
+    return ((x * m).sum(over, keepdim=keepdim) / _count(x, m, over)).to(x.dtype)
+
+
+def _moments(func: Any, args: Any, kwargs: Any, found: CallSite, masks: Any) -> tuple[Tensor, Tensor]:
+    x = args[0] if args else kwargs["input"]
+    dim = _argument(args, kwargs, 1, "dim", "axis")
+    unbiased = _argument(args, kwargs, 2, "unbiased")
+    if isinstance(dim, bool):
+        dim, unbiased = None, dim
+    correction = kwargs.get("correction", 1 if unbiased is None else int(unbiased))
+    correction = 1 if correction is None else correction
+    keepdim = bool(_argument(args, kwargs, 3, "keepdim"))
+    over, m = _dims_of(x, dim), _along(x, found, masks)
+    count = _count(x, m, over)
+    mean = (x * m).sum(over, keepdim=True) / count
+    variance = ((x - mean).square() * m).sum(over, keepdim=True) / (count - correction)
+    if not keepdim:
+        mean, variance = (t.squeeze(over) for t in (mean, variance))
+    return variance.to(x.dtype), mean.to(x.dtype)
+
+
+def _variance(*call: Any) -> Tensor:
+    return _moments(*call)[0]
+
+
+def _deviation(*call: Any) -> Tensor:
+    return _moments(*call)[0].sqrt()
+
+
+def _deviation_and_mean(*call: Any) -> tuple[Tensor, Tensor]:
+    variance, mean = _moments(*call)
+    return variance.sqrt(), mean
+
+
+def _softmax(func: Any, args: Any, kwargs: Any, found: CallSite, masks: Any) -> Tensor:
+    x = args[0] if args else kwargs["input"]
+    dim, dtype = _argument(args, kwargs, 1, "dim"), kwargs.get("dtype")
+    x = x if dtype is None else x.to(dtype)
+    m = _along(x, found, masks)
+    kept = torch.where(m > 0, x, torch.finfo(x.dtype).min)
+    e = (x - kept.amax(dim, keepdim=True).detach()).clamp(max=60).exp() * m  # clamp: what is removed may be larger
+    return (e / e.sum(dim, keepdim=True)).to(x.dtype)
+
+
+def _log_softmax(*call: Any) -> Tensor:
+    return _softmax(*call).log()
+
+
+def _extreme(func: Any, args: Any, kwargs: Any, found: CallSite, masks: Any) -> Tensor:
+    x = args[0] if args else kwargs["input"]
+    worst = torch.finfo(x.dtype).min if "max" in func.__name__ else torch.finfo(x.dtype).max
+    x = torch.where(_along(x, found, masks) > 0, x, worst)
+    return func(x, *args[1:], **{k: v for k, v in kwargs.items() if k != "input"})
+
+
+def _attention(func: Any, args: Any, kwargs: Any, found: CallSite, masks: Any) -> Tensor:
+    query = args[0] if args else kwargs.pop("query")
+    (_, dim), *_ = found.dims
+    query = query * torch.sqrt(axes.size(dim) / masks(dim).sum()).to(query.dtype)
+    return func(query, *args[1:], **kwargs)
+
+
+def _masked(func: Any, args: Any, kwargs: Any, found: CallSite, masks: Any) -> Tensor:
+    seen = -1
+
+    def visit(node: Any) -> Any:
+        nonlocal seen
+        if isinstance(node, Tensor):
+            seen += 1
+            return node * _along(node, found, masks).to(node.dtype) if seen == found.operand else node
+        return type(node)(visit(n) for n in node) if isinstance(node, (tuple, list)) else node
+
+    args = tuple(visit(a) for a in args)
+    return func(*args, **{k: visit(v) for k, v in kwargs.items()})
+
+
+_FORMS: dict[str, Callable[..., Any]] = {
+    "mean": _mean, "var": _variance, "std": _deviation, "var_mean": _moments, "std_mean": _deviation_and_mean,
+    "softmax": _softmax, "log_softmax": _log_softmax, "amax": _extreme, "amin": _extreme, "max": _extreme, "min": _extreme,
+    "sum": _masked, "norm": _masked, "attention": _attention, **dict.fromkeys(_PRODUCTS, _masked),
+}  # fmt: skip

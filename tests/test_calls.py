@@ -1,0 +1,233 @@
+"""Gates at calls of torch functions: what depends on the size of an axis, written in a forward and not as a layer."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from nets import counted_macs, difference, non_trivial, outputs
+from torch import nn
+
+from dmscale import trace
+
+
+class Between(nn.Module):
+    """conv -> `middle` -> conv: all that `middle` does is over the channels, which are free."""
+
+    def __init__(self, middle, width=8):
+        super().__init__()
+        self.first, self.middle, self.last = nn.Conv2d(3, width, 1), middle, nn.Conv2d(width, 4, 1)
+
+    def forward(self, x):
+        return self.last(self.middle(self.first(x)))
+
+
+class Does(nn.Module):
+    """A module whose forward is one function of its input."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+class LayerNormByHand(nn.Module):
+    """Mean and variance over channels, as ConvNeXt's first code has it."""
+
+    def __init__(self, width=8):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
+
+    def forward(self, x):
+        mean = x.mean(1, keepdim=True)
+        variance = (x - mean).pow(2).mean(1, keepdim=True)
+        return (x - mean) / torch.sqrt(variance + 1e-6) * self.weight[:, None, None] + self.bias[:, None, None]
+
+
+class GlobalResponse(nn.Module):
+    """Global response normalisation (ConvNeXt V2, equation 3)."""
+
+    def __init__(self, width=8):
+        super().__init__()
+        self.weight, self.bias = (nn.Parameter(torch.zeros(1, width, 1, 1)) for _ in range(2))
+
+    def forward(self, x):
+        norm = x.norm(p=2, dim=(2, 3), keepdim=True)
+        return x + self.bias + self.weight * (x * (norm / (norm.mean(dim=1, keepdim=True) + 1e-6)))
+
+
+class Attention(nn.Module):
+    """Attention with the default scale; the value's size is its own, so that head sizes are free."""
+
+    def __init__(self, width=12, heads=2, size=6):
+        super().__init__()
+        self.heads, self.size = heads, size
+        self.q, self.k, self.v = (nn.Linear(width, heads * size) for _ in range(3))
+        self.out = nn.Linear(heads * size, width)
+
+    def forward(self, x):
+        q, k, v = (t(x).unflatten(-1, (self.heads, self.size)).transpose(1, 2) for t in (self.q, self.k, self.v))
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Linear(nn.Module):
+    """Linear attention: softmax over the head size of the queries, over the tokens of the keys."""
+
+    def __init__(self, width=12):
+        super().__init__()
+        self.q, self.k, self.v, self.out = (
+            nn.Linear(width, 8),
+            nn.Linear(width, 8),
+            nn.Linear(width, 10),
+            nn.Linear(10, 12),
+        )
+
+    def forward(self, x):
+        q, k, v = self.q(x).softmax(-1), self.k(x).softmax(1), self.v(x)
+        return self.out(q @ (k.transpose(1, 2) @ v))
+
+
+FUNCTIONS = {
+    "mean": lambda x: x * x.mean(1, keepdim=True),
+    "mean over channels and space": lambda x: x / (1 + x.square().mean((1, 2, 3), keepdim=True)),
+    "var": lambda x: x * torch.rsqrt(torch.var(x, 1, keepdim=True) + 1),
+    "var, the old arguments": lambda x: x * (x.var(1, False, True) + 1),
+    "var_mean": lambda x: (x - torch.var_mean(x, dim=1, correction=0, keepdim=True)[1]) * 2,
+    "std": lambda x: x + x.std(dim=1, keepdim=True),
+    "softmax": lambda x: x * x.softmax(1),
+    "F.softmax": lambda x: x * F.softmax(x, dim=1),
+    "log_softmax": lambda x: x * F.log_softmax(x, 1).clamp(min=-50),
+    "amax": lambda x: x - x.amax(1, keepdim=True),
+    "several in one forward": lambda x: (
+        x.softmax(1) + x.mean(1, keepdim=True) * x.mean((2, 3), keepdim=True) + x.softmax(2)
+    ),
+}
+MODELS = {
+    **{name: lambda f=f: Between(Does(f)) for name, f in FUNCTIONS.items()},
+    "layer norm by hand": lambda: Between(LayerNormByHand()),
+    "global response": lambda: Between(GlobalResponse()),
+}
+
+
+def kept_word(model, x, structures=4):
+    """Exported equals gated on random structures, with the counted MACs; returns the space."""
+    space = trace(non_trivial(model), x)
+    for seed in range(structures):
+        structure = space.sample(seed=seed)
+        small = space.export(structure)
+        assert difference(outputs(small, x), outputs(space.gate(structure), x)) <= 1e-4
+        assert space.cost(structure).macs == counted_macs(small, x)
+    return space
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_depends_on_the_number_of_channels_is_gated(name):
+    space = kept_word(MODELS[name](), torch.randn(2, 3, 5, 5))
+    assert space.dimensions["first"].size == 8
+
+
+def test_head_sizes_are_free_under_the_default_scale():
+    model = nn.Sequential(nn.Linear(3, 12), Attention(), nn.Linear(12, 2))
+    space = kept_word(model, torch.randn(2, 5, 3))
+    kinds = sorted(d.kind for d in space.dimensions.values() if "1" in d.name)
+    assert kinds == ["heads", "width", "width"]  # the size of q and k, that of v
+
+
+def test_a_product_masks_what_no_weight_can_make_zero():
+    """A row of zero weights is no zero behind a softmax over tokens: the product of activations is masked itself."""
+    space = kept_word(nn.Sequential(nn.Linear(3, 12), Linear(), nn.Linear(12, 2)), torch.randn(2, 5, 3))
+    assert {d.size for d in space.dimensions.values()} == {12, 8, 10}
+
+
+def test_masks_of_calls_learn():
+    x = torch.randn(2, 3, 5, 5)
+    space = trace(non_trivial(Between(LayerNormByHand())), x)
+    (width,) = (d.axes[0] for d in space.dimensions.values())
+
+    from dmscale import gates
+
+    def loss(mask):
+        gated = gates.attach(space.model, space.sites, {width: mask}, {}, trainable=True)
+        return gated(x).square().sum(), gates.masks_of(gated).widths[width]
+
+    mask = torch.rand(8) * 0.5 + 0.5
+    value, parameter = loss(mask)
+    value.backward()
+    step = torch.zeros(8)
+    step[3] = 1e-3
+    slope = (loss(mask + step)[0].item() - loss(mask - step)[0].item()) / 2e-3
+    assert float(parameter.grad[3]) == pytest.approx(slope, rel=0.02)
+
+
+def test_a_copy_of_a_gated_model_runs_alone():
+    x = torch.randn(2, 3, 5, 5)
+    space = trace(non_trivial(Between(LayerNormByHand())), x)
+    gated = space.gate(space.uniform(0.5))
+    twin = copy.deepcopy(gated)
+    with torch.no_grad():
+        expected = gated(x)
+        for p in gated.parameters():
+            p.zero_()
+        assert torch.equal(twin(x), expected)
+
+
+def test_calls_inside_attention_layers_of_torch_are_not_counted():
+    """Run by itself `nn.MultiheadAttention` shows a mode nothing of its inside: the softmax behind it is still the first."""
+
+    class Behind(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.attention = nn.Linear(3, 8), nn.MultiheadAttention(8, 2, batch_first=True)
+            self.wide, self.last = nn.Linear(8, 10), nn.Linear(10, 2)
+
+        def forward(self, x):
+            x = self.inner(x)
+            x = x + self.attention(x, x, x, need_weights=True)[0]
+            return self.last(self.wide(x).softmax(-1))
+
+    space = kept_word(Behind(), torch.randn(2, 5, 3))
+    assert space.dimensions["wide"].size == 10
+
+
+# -- depth that a forward counts on --------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    def __init__(self, width=8):
+        super().__init__()
+        self.embed, self.linear = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x):
+        return x + self.linear(torch.relu(self.embed(x)))
+
+
+class Stack(nn.Module):
+    """Four blocks; `between(model, i, x)` is what the loop does before block i."""
+
+    def __init__(self, between):
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 8), nn.Linear(8, 2)
+        self.blocks = nn.ModuleList(Block() for _ in range(4))
+        self.between = between
+
+    def forward(self, x):
+        x = self.first(x)
+        for i, block in enumerate(self.blocks):
+            x = block(self.between(self, i, x))
+        return self.last(x)
+
+
+@pytest.mark.parametrize(
+    "between, depth",
+    [
+        (lambda model, i, x: x, True),
+        (lambda model, i, x: x * 2, False),  # as often as there are blocks: the trial tells
+        (lambda model, i, x: torch.cat([x, x[:, :1]], 1) if i == 2 else x, False),  # tokens that join half-way
+        (lambda model, i, x: x + model.blocks[0].embed(x) if i == 0 else x, False),
+    ],
+)
+def test_blocks_that_a_forward_counts_or_reaches_into_stay(between, depth):
+    space = kept_word(Stack(between), torch.randn(2, 5, 3))
+    assert ("blocks depth" in space.dimensions) == depth
