@@ -428,8 +428,8 @@ def attach(
     for call in sites.calls:
         in_module.setdefault(call.module, []).append(call)
     for path, found in in_module.items():
-        module = gated.get_submodule(path)
-        module.__dict__["forward"] = GatedForward(module, masks, found)
+        owner = gated.get_submodule(path)
+        owner.__dict__["forward"] = GatedForward(owner, masks, found)
     if sites.by_products and not trainable:
         gated.register_forward_hook(KeptByProducts(masks, sites.by_products))
     return gated
