@@ -13,18 +13,23 @@ from dataclasses import dataclass
 from torch import nn
 
 from . import axes
+from .sizes import Attribute
 from .tracer import Call, Record
 
 
 @dataclass(frozen=True, eq=False)
 class Blocks:
-    """The removable blocks of one container: `paths` in order, `ranges` the operators that each one runs."""
+    """The removable blocks of one container: `paths` in order, `ranges` the operators that each one runs.
+
+    lists: those that hold an entry for each child of the container, which the forward takes by its position.
+    """
 
     name: str
     container: str
     paths: tuple[str, ...]
     ranges: tuple[tuple[int, int], ...]
     minimum: int  # a container whose every child is removable keeps one
+    lists: tuple[Attribute, ...] = ()
 
 
 def find(model: nn.Module, record: Record) -> list[Blocks]:
@@ -51,9 +56,26 @@ def find(model: nn.Module, record: Record) -> list[Blocks]:
             Blocks(
                 f"{container}{span} depth".strip(), container, tuple(paths),
                 tuple((call.start, call.end) for call in run), int(len(run) == len(children)),
+                _lists(container, children, record),
             )
         )  # fmt: skip
     return sorted(found, key=lambda b: b.ranges[0])
+
+
+def _lists(container: str, children: list[str], record: Record) -> tuple[Attribute, ...]:
+    """The lists of which the forward takes entry i, and no other, in or right before child i of the container."""
+    prefix = f"{container}." if container else ""
+    position = {f"{prefix}{name}": i for i, name in enumerate(children)}
+    calls = sorted((c for c in record.calls if c.path in position), key=lambda c: c.start)
+    taken: dict[Attribute, list[tuple[int, int]]] = {}
+    for op, attribute, index in record.taken:
+        taken.setdefault(attribute, []).append((op, index))
+    found = []
+    for attribute, entries in taken.items():
+        nearest = [next((position[c.path] for c in calls if c.end > op), None) for op, _ in entries]
+        if {i for _, i in entries} == set(range(len(children))) and nearest == [i for _, i in entries]:
+            found.append(attribute)
+    return tuple(found)
 
 
 def _runs(container: str, module: nn.Module, removable: dict[str, Call]) -> list[list[Call]]:

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from . import axes
 from .axes import Axis, Conflict, Dim
 from .rules import RULES
-from .sizes import Equation, Expression, Extent, Operation, SizedInt, expression_of, listening
+from .sizes import Attribute, Equation, Expression, Extent, Operation, SizedInt, expression_of, listening
 
 aten = torch.ops.aten
 Tensor = torch.Tensor
@@ -109,6 +109,7 @@ class Record:
     batched: list[Dim] = field(default_factory=list)
     equations: list[Equation] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
+    taken: list[tuple[int, Attribute, int]] = field(default_factory=list)  # op before it, list, which entry
     additions: list[tuple[int, frozenset[int]]] = field(default_factory=list)
     biases: list[tuple[int, str]] = field(default_factory=list)  # op, the parameter that it adds as it is
     activations: list[tuple[int, int, tuple[Dim, ...]]] = field(default_factory=list)  # op, bytes an element, dims
@@ -287,7 +288,7 @@ class Tracer(TorchDispatchMode):
     # -- running ------------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Tracer:
-        self._listening = listening(self._found_equal, self._escaped)
+        self._listening = listening(self._found_equal, self._escaped, self._taken)
         self._listening.__enter__()
         return super().__enter__()
 
@@ -302,6 +303,9 @@ class Tracer(TorchDispatchMode):
 
     def _escaped(self, value: SizedInt, how: str) -> None:
         self.record.equations.append(Equation(value.expression, _constant(int(value)), f"{self.path} ({how})"))
+
+    def _taken(self, attribute: Attribute, index: int) -> None:
+        self.record.taken.append((self.op, attribute, index))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
