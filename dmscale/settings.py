@@ -2,32 +2,37 @@
 
 A model whose class builds it from one settings object (`type(model)(model.config)`) can be saved and loaded by its own
 library only if those settings describe it.  Which number is called what is not looked up but tried: a number of the
-settings is set to a size that such a number has become, the class builds the model anew without elements, and the change
-stays if every shape that it moves is then the exported one.  So what layers do not agree on keeps its old value.
+settings is set to a size that such a number has become, the class builds the model anew without parameters, and the change
+stays if all that it moves (shapes, buffers, scales) is then as exported.  So what layers do not agree on keeps its old
+value, and so does what the class would read otherwise: a smaller head has other rotary frequencies than a part of a
+larger one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from . import axes
+from . import axes, certify
 from .axes import Axis, Dim
 from .known import builds_from
 
-Shapes = dict[str, tuple[int, ...]]
-_MOST_TRIES = 96  # of building the model anew, some milliseconds each for a small one
+Outline = dict[str, Any]
+"""Of a model: parameter -> shape; buffer -> its elements; attribute -> its value, where that is a float."""
+
+_MOST_TRIES = 32  # of building the model anew, some milliseconds each for a small one
 _TOGETHER = 4  # numbers that only fit together: heads, key-value heads, head size, and one more
 
 
 def settle(
     model: nn.Module, small: nn.Module, slots: Mapping[str, tuple[Dim, ...]], sizes: Mapping[Axis, int],
-    stacks: Mapping[int, Sequence[int]],
+    stacks: Mapping[int, Sequence[int]], example_inputs: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Set in `small.config`, and in what shares it, every number that describes `small`.
 
@@ -37,6 +42,7 @@ def settle(
         slots: parameter -> its dimensions.
         sizes: free axis -> its size in `small`.
         stacks: number of children of a container -> positions of those that stay.
+        example_inputs: what a model built from settings that fit in full is compared on.
     Returns:
         what changed, field -> value; nothing where the class does not build the model from its config.
     """
@@ -45,11 +51,13 @@ def settle(
         return {}
     before = getattr(model, name)
     candidates = _candidates(before, slots, sizes, stacks)
-    full = _shapes(type(model), before) if candidates else None
-    if full is None or full != _own_shapes(model):
+    full = _built(type(model), before) if candidates else None
+    if full is None or _moved(_outline(full), _outline(model), parameters_only=True):
         return {}
-    changes = _agreeing(type(model), before, full, _own_shapes(small), candidates, stacks)
+    changes, built = _agreeing(type(model), before, full, _outline(small), candidates, stacks)
     after = _changed(before, changes)
+    if not _moved(_outline(built), _outline(small), parameters_only=True) and _differs(built, small, example_inputs):
+        return {}  # better settings that do not fit than such that fit another model
     for path, module in model.named_modules():
         twin = _find(small, path)
         if twin is not None and getattr(module, name, None) is before:
@@ -95,27 +103,34 @@ def _runs(dim: Dim) -> Iterator[Dim]:
 
 
 def _agreeing(
-    cls: type, settings: Any, full: Shapes, wanted: Shapes, candidates: Mapping[str, list[int]],
+    cls: type, settings: Any, full: nn.Module, wanted: Outline, candidates: Mapping[str, list[int]],
     stacks: Mapping[int, Sequence[int]],
-) -> dict[str, Any]:  # fmt: skip
-    """The changes, found alone or a few together, that make what they move as it is wanted."""
+) -> tuple[dict[str, Any], nn.Module]:  # fmt: skip
+    """The changes, found alone or a few together, that make what they move as it is wanted; and the model so built."""
     changes: dict[str, Any] = {}
-    now, tries = full, 0
+    built, now, tries = full, _outline(full), 0
+    for fields, values in _combinations(candidates):
+        if any(f in changes for f in fields):
+            continue
+        if tries >= _MOST_TRIES or not _moved(now, wanted, parameters_only=True):
+            break
+        for lists in _cut_lists(settings, fields, values, stacks):
+            tried = changes | dict(zip(fields, values)) | lists
+            tries += 1
+            model = _built(cls, _changed(settings, tried))
+            then = {} if model is None else _outline(model)
+            moved = _moved(now, then)
+            if model is not None and moved and not _misses(moved, now, then, wanted):
+                changes, built, now = tried, model, then
+                break
+    return changes, built
+
+
+def _combinations(candidates: Mapping[str, list[int]]) -> Iterator[tuple[tuple[str, ...], tuple[int, ...]]]:
     for together in range(1, _TOGETHER + 1):
         for fields in itertools.combinations(candidates, together):
             for values in itertools.product(*(candidates[f] for f in fields)):
-                if tries == _MOST_TRIES or now == wanted:
-                    return changes
-                if any(f in changes for f in fields):
-                    break
-                tried = changes | dict(zip(fields, values))
-                for lists in _cut_lists(settings, fields, values, stacks):
-                    tries += 1
-                    shapes = _shapes(cls, _changed(settings, tried | lists))
-                    if shapes is not None and _fits(now, shapes, wanted):
-                        changes, now = tried | lists, shapes
-                        break
-    return changes
+                yield fields, values
 
 
 def _cut_lists(
@@ -132,20 +147,28 @@ def _cut_lists(
     return [cut, {}] if cut else [{}]
 
 
-def _fits(now: Shapes, then: Shapes, wanted: Shapes) -> bool:
-    """Whether something moved, and all that did moved to where it is wanted."""
-    moved = False
-    for name in now.keys() | then.keys():
+def _moved(now: Outline, then: Outline, parameters_only: bool = False) -> list[str]:
+    """The names under which two outlines differ."""
+    names = [n for n in now.keys() | then.keys() if not parameters_only or isinstance(now.get(n, then.get(n)), tuple)]
+    return [n for n in names if not _same(now.get(n), then.get(n))]
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and bool(torch.allclose(a.double(), b.double(), rtol=1e-6))
+    return type(a) is type(b) and a == b
+
+
+def _misses(moved: Sequence[str], now: Outline, then: Outline, wanted: Outline) -> bool:
+    """Whether anything moved to where it is not wanted; of a parameter each dimension counts for itself."""
+    for name in moved:
         a, b, c = now.get(name), then.get(name), wanted.get(name)
-        if a == b:
-            continue
-        moved = True
-        if a is None or b is None:
-            if b is not None or c is not None:
-                return False
-        elif c is None or len(a) != len(b) or any(x != y and y != z for x, y, z in zip(a, b, c)):
-            return False
-    return moved
+        if all(isinstance(x, tuple) and len(x) == len(a) for x in (a, b, c)):
+            if any(x != y and y != z for x, y, z in zip(a, b, c)):  # type: ignore[arg-type]
+                return True
+        elif not _same(b, c):
+            return True
+    return False
 
 
 def _changed(settings: Any, changes: Mapping[str, Any]) -> Any:
@@ -155,14 +178,43 @@ def _changed(settings: Any, changes: Mapping[str, Any]) -> Any:
     return own
 
 
-def _own_shapes(model: nn.Module) -> Shapes:
-    return {n: tuple(t.shape) for n, t in model.named_parameters(remove_duplicate=False)}
+def _outline(model: nn.Module) -> Outline:
+    found: Outline = {n: tuple(t.shape) for n, t in model.named_parameters(remove_duplicate=False)}
+    found |= {n: t.detach().cpu() for n, t in model.named_buffers(remove_duplicate=False) if not t.is_meta}
+    for path, module in model.named_modules():
+        found |= {f"{path}.{k}": v for k, v in vars(module).items() if type(v) is float}
+    return found
 
 
-def _shapes(cls: type, settings: Any) -> Shapes | None:
-    """The shapes of a model built from `settings`; None where they do not go together."""
+def _built(cls: type, settings: Any) -> nn.Module | None:
+    """A model built from `settings`, its parameters without elements; None where the numbers do not go together."""
     try:
-        with torch.device("meta"), torch.random.fork_rng([]):
-            return _own_shapes(cls(copy.deepcopy(settings)))
+        with _empty_parameters(), torch.random.fork_rng([]):
+            return cls(copy.deepcopy(settings))
     except Exception:  # whatever a constructor raises on numbers that do not divide
         return None
+
+
+@contextlib.contextmanager
+def _empty_parameters() -> Iterator[None]:
+    """Every parameter that a module registers meanwhile is moved to the meta device; buffers keep their elements."""
+    register = nn.Module.register_parameter
+
+    def without_elements(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:
+            parameter = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = without_elements  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def _differs(built: nn.Module, small: nn.Module, example_inputs: Any) -> bool:
+    """Whether a built model with the parameters of the exported one gives other outputs."""
+    if any(p.is_meta for p in small.parameters()):
+        return False
+    built.load_state_dict(small.state_dict(), assign=True)
+    return not certify.compare(small, built.eval(), example_inputs) <= certify.tolerance(small)

@@ -321,7 +321,7 @@ class SearchSpace:
             lost = {p.rpartition(".")[2] for i, p in enumerate(stack.paths) if i not in structure.kept[stack.name]}
             if lost:
                 stacks[len(children)] = [i for i, name in enumerate(children) if name not in lost]
-        changes = settings.settle(self.model, small, self.trace.slots, sizes, stacks)
+        changes = settings.settle(self.model, small, self.trace.slots, sizes, stacks, self.example_inputs)
         plan = getattr(small, export.PLAN)
         plan["attributes"] += [["", ["config", field], value] for field, value in changes.items()]
 
