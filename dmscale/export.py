@@ -116,7 +116,7 @@ def get_attribute(model: nn.Module, attribute: Attribute) -> Any:
 
 
 def set_attribute(model: nn.Module, attribute: Attribute, value: int | list) -> None:
-    """Set an int or a list that a module holds: directly, in a tuple, or in a config, of which the module gets a copy of its own."""
+    """Set an int or a list that a module holds: directly, in a tuple, or in a config, of which it gets its own copy."""
     module = model.get_submodule(attribute.module)
     name, *rest = attribute.key
     assert isinstance(name, str)

@@ -164,7 +164,9 @@ def _bias_of(trace: Trace, norm: Normalisation) -> str | None:
     """The parameter that the module of `norm` adds to the result, by its operator or in an addition of its own."""
     if norm.bias is not None:
         return norm.bias
-    added = [n for op, n in trace.record.biases if n.rpartition(".")[0] == norm.path and _holding(trace, n, norm.dims[0])]
+    added = [
+        n for op, n in trace.record.biases if n.rpartition(".")[0] == norm.path and _holding(trace, n, norm.dims[0])
+    ]
     return added[0] if added else None
 
 

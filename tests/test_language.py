@@ -59,7 +59,9 @@ def test_entries_of_a_layer_list_go_with_their_layers():
     kinds = model.config.layer_types
     assert len(set(kinds)) == 2
     for kept in ((0, 2), (1, 2), (1,)):
-        chosen = space.structure({"model.layers depth": len(kept)}, {"model.layers depth": [i in kept for i in range(3)]})
+        chosen = space.structure(
+            {"model.layers depth": len(kept)}, {"model.layers depth": [i in kept for i in range(3)]}
+        )
         small = space.export(chosen)
         assert small.config.layer_types == small.model.config.layer_types == [kinds[i] for i in kept]
         assert small.config.num_hidden_layers == len(small.model.layers) == len(kept)
@@ -94,7 +96,9 @@ def _greedy(model, tokens, steps):
 def test_settings_of_a_uniform_export_describe_it(name, tmp_path):
     model, inputs = built(name)
     before = dict(vars(model.config))
-    space = dmscale.trace(model, inputs, freeze=("*head_dim*",) if name == "gpt2" else ("*head_dim*", "*heads per group*"))
+    space = dmscale.trace(
+        model, inputs, freeze=("*head_dim*",) if name == "gpt2" else ("*head_dim*", "*heads per group*")
+    )
     wanted = {n: d.size // 2 if d.size > 3 else d.size - 1 for n, d in space.dimensions.items()}
     small = space.export(space.structure(wanted))
     assert vars(model.config) == before

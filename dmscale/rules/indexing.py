@@ -99,7 +99,12 @@ def masked_scatter(trace: Tracer, out: Tensor, x: Tensor, mask: Tensor, source: 
     """Elements of `source`, one after another, where the mask says: whole rows where it says the same all along them."""
     dims = list(trace.broadcast([x, mask], out.shape))
     given = list(trace.dims(source))
-    while dims and given and axes.size(dims[-1]) == axes.size(given[-1]) and _is_constant_along_last(mask, out.dim(), len(dims)):
+    while (
+        dims
+        and given
+        and axes.size(dims[-1]) == axes.size(given[-1])
+        and _is_constant_along_last(mask, out.dim(), len(dims))
+    ):
         axes.unify(dims.pop(), given.pop())
     trace.freeze_dims([*dims, *given], "picked by a mask")
     return trace.broadcast([x, mask], out.shape)
