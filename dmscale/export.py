@@ -82,9 +82,9 @@ def build(
         plan["blocks"].append([container, sorted(lost)])
         stay = [i for i, name in enumerate(children) if name not in lost]
         for attribute in sorted(lists[container], key=str):
-            value = [get_attribute(small, attribute)[i] for i in stay]
-            set_attribute(small, attribute, value)
-            plan["attributes"].append([attribute.module, list(attribute.key), value])
+            entries = [get_attribute(small, attribute)[i] for i in stay]
+            set_attribute(small, attribute, entries)
+            plan["attributes"].append([attribute.module, list(attribute.key), entries])
     setattr(small, PLAN, plan)
     return small
 

@@ -163,7 +163,7 @@ def _misses(moved: Sequence[str], now: Outline, then: Outline, wanted: Outline) 
     """Whether anything moved to where it is not wanted; of a parameter each dimension counts for itself."""
     for name in moved:
         a, b, c = now.get(name), then.get(name), wanted.get(name)
-        if all(isinstance(x, tuple) and len(x) == len(a) for x in (a, b, c)):
+        if isinstance(a, tuple) and all(isinstance(x, tuple) and len(x) == len(a) for x in (b, c)):
             if any(x != y and y != z for x, y, z in zip(a, b, c)):  # type: ignore[arg-type]
                 return True
         elif not _same(b, c):
@@ -205,7 +205,7 @@ def _empty_parameters() -> Iterator[None]:
             parameter = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
         register(module, name, parameter)
 
-    nn.Module.register_parameter = without_elements  # type: ignore[method-assign]
+    nn.Module.register_parameter = without_elements  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
