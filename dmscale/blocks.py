@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from . import axes
+from .sizes import Attribute
 from .tracer import Call, Record, Value
 
 
@@ -23,6 +24,7 @@ class Blocks:
     """The removable blocks of one container: `paths` in order, `ranges` the operators that each one runs.
 
     forms: for branches, the argument and the form of the output of each (see `branches.zero`); empty for whole blocks.
+    lists: those that hold an entry for each child of the container, which the forward takes by its position.
     """
 
     name: str
@@ -31,6 +33,7 @@ class Blocks:
     ranges: tuple[tuple[int, int], ...]
     minimum: int  # a container whose every child is removable keeps one
     forms: tuple[tuple[Any, Any], ...] = ()
+    lists: tuple[Attribute, ...] = ()
 
 
 def find(model: nn.Module, record: Record) -> list[Blocks]:
@@ -61,6 +64,7 @@ def find(model: nn.Module, record: Record) -> list[Blocks]:
             Blocks(
                 f"{container}{span} depth".strip(), container, tuple(paths),
                 tuple((call.start, call.end) for call in run), int(len(run) == len(children)),
+                _lists(container, children, record),
             )
         )  # fmt: skip
     return sorted(found, key=lambda b: b.ranges[0])
@@ -102,6 +106,22 @@ def _counts_its_blocks(
                 gap, end = gap - (c.end - c.start), c.end
         own.add(gap)
     return len(own) > 1
+
+
+def _lists(container: str, children: list[str], record: Record) -> tuple[Attribute, ...]:
+    """The lists of which the forward takes entry i, and no other, in or right before child i of the container."""
+    prefix = f"{container}." if container else ""
+    position = {f"{prefix}{name}": i for i, name in enumerate(children)}
+    calls = sorted((c for c in record.calls if c.path in position), key=lambda c: c.start)
+    taken: dict[Attribute, list[tuple[int, int]]] = {}
+    for op, attribute, index in record.taken:
+        taken.setdefault(attribute, []).append((op, index))
+    found = []
+    for attribute, entries in taken.items():
+        nearest = [next((position[c.path] for c in calls if c.end > op), None) for op, _ in entries]
+        if {i for _, i in entries} == set(range(len(children))) and nearest == [i for _, i in entries]:
+            found.append(attribute)
+    return tuple(found)
 
 
 def _runs(container: str, module: nn.Module, removable: dict[str, Call]) -> list[list[Call]]:

@@ -54,6 +54,7 @@ def build(
         "branches": {"gone": [], "groups": []},
     }
     modules = dict(small.named_modules())  # under the names of the full model
+    lists: dict[str, set[Attribute]] = {}
     gone: dict[str, set[str]] = {}  # a container may hold several stacks: take all their blocks out at once
     for name, stack in stacks.items():
         kept = depths.get(name, tuple(range(len(stack.paths))))
@@ -64,10 +65,17 @@ def build(
             plan["branches"]["groups"].append(list(stack.paths))
         elif lost:
             gone.setdefault(stack.container, set()).update(lost)
+            lists.setdefault(stack.container, set()).update(stack.lists)
     branches.remove(modules, **plan["branches"])
     for container, lost in sorted(gone.items(), key=lambda c: -c[0].count(".")):  # inner first: outer ones renumber
+        children = [name for name, _ in small.get_submodule(container).named_children()]
         blocks.remove(small, container, lost)
         plan["blocks"].append([container, sorted(lost)])
+        stay = [i for i, name in enumerate(children) if name not in lost]
+        for attribute in sorted(lists[container], key=str):
+            entries = [get_attribute(small, attribute)[i] for i in stay]
+            set_attribute(small, attribute, entries)
+            plan["attributes"].append([attribute.module, list(attribute.key), entries])
     setattr(small, PLAN, plan)
     small.__dict__.pop(EXPANSION, None)  # what it says of elements holds for the larger model
     return small
@@ -134,16 +142,16 @@ def _attribute_values(
     return out
 
 
-def get_attribute(model: nn.Module, attribute: Attribute) -> int:
-    """The value of an int that a module holds."""
+def get_attribute(model: nn.Module, attribute: Attribute) -> Any:
+    """The value of an int or a list that a module holds."""
     value: Any = model.get_submodule(attribute.module)
     for key in attribute.key:
         value = value[key] if isinstance(key, int) else getattr(value, key)
     return value
 
 
-def set_attribute(model: nn.Module, attribute: Attribute, value: int) -> None:
-    """Set an int that a module holds: directly, in a tuple, or in a config, of which the module gets a copy of its own."""
+def set_attribute(model: nn.Module, attribute: Attribute, value: int | list) -> None:
+    """Set an int or a list that a module holds: directly, in a tuple, or in a config, of which it gets its own copy."""
     module = model.get_submodule(attribute.module)
     name, *rest = attribute.key
     assert isinstance(name, str)

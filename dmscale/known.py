@@ -101,3 +101,12 @@ stay free; a gated model hands out the kept elements, as the exported one does.
 def is_by_product(output: Any, key: str) -> bool:
     """Whether field `key` of a model's `output` is an inner activation and not a result."""
     return key in BY_PRODUCTS and type(output).__module__.startswith("transformers.") and "logits" in output
+
+
+def builds_from(model: nn.Module) -> str | None:
+    """The attribute that holds the one settings object from which the class of `model` builds it, if it is such a class.
+
+    Only the library can say that its constructors take nothing else: those of transformers do.
+    """
+    config_class = getattr(type(model), "config_class", None)
+    return "config" if config_class is not None and isinstance(getattr(model, "config", None), config_class) else None

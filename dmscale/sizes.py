@@ -74,20 +74,45 @@ class _Listener:
 
     equal: Callable[[SizedInt, SizedInt], None] | None = None
     escaped: Callable[[SizedInt, str], None] | None = None
+    taken: Callable[[Attribute, int], None] | None = None
 
 
 _listener = _Listener()
 
 
 @contextmanager
-def listening(equal: Callable[[SizedInt, SizedInt], None], escaped: Callable[[SizedInt, str], None]) -> Iterator[None]:
-    """Report comparisons and escapes of `SizedInt`s to a trace while the context lasts."""
-    before = _listener.equal, _listener.escaped
-    _listener.equal, _listener.escaped = equal, escaped
+def listening(
+    equal: Callable[[SizedInt, SizedInt], None], escaped: Callable[[SizedInt, str], None],
+    taken: Callable[[Attribute, int], None] | None = None,
+) -> Iterator[None]:  # fmt: skip
+    """Report comparisons and escapes of `SizedInt`s, and entries taken from `Listed`, while the context lasts."""
+    before = _listener.equal, _listener.escaped, _listener.taken
+    _listener.equal, _listener.escaped, _listener.taken = equal, escaped, taken
     try:
         yield
     finally:
-        _listener.equal, _listener.escaped = before
+        _listener.equal, _listener.escaped, _listener.taken = before
+
+
+class Listed(list):
+    """A list that a module holds, and which reports the entries that are taken by number: kinds of layers, say."""
+
+    attribute: Attribute | None = None
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, int) and self.attribute is not None and _listener.taken:
+            _listener.taken(self.attribute, index % len(self))
+        return list.__getitem__(self, index)
+
+    def __reduce__(self) -> tuple:
+        return list, (list(self),)
+
+
+def listed(values: list, attribute: Attribute) -> Listed:
+    """`values`, of which `attribute` is the name."""
+    out = Listed(values)
+    out.attribute = attribute
+    return out
 
 
 class SizedInt(int):

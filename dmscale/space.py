@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import axes, blocks, branches, budget, causes, certify, export, gates, latency, naming, tracing
+from . import axes, blocks, branches, budget, causes, certify, export, gates, latency, naming, settings, tracing
 from .axes import Axis
 from .cost import METRICS, Cost, CostModel, CostTerm, product
 from .errors import DmscaleError, ExportError
@@ -368,6 +368,7 @@ class SearchSpace:
             ExportError: the exported model fails or differs; the space and the user's model stay usable.
         """
         small = self.build(structure)
+        self._settle(small, structure)
         if verify and not any(p.is_meta for p in self.model.parameters()):
             error = certify.compare(self.gate(structure), small, self.example_inputs)
             tolerance = certify.tolerance(self.model)
@@ -377,6 +378,19 @@ class SearchSpace:
                     f"{tolerance:.0e}). Please report it; space.freeze([...], 'reason') takes dimensions out meanwhile."
                 )
         return small
+
+    def _settle(self, small: nn.Module, structure: Structure) -> None:
+        """Let the settings object of an exported model say what it is; what changed goes into its plan too."""
+        sizes = {a: len(kept) for a, kept in self.widths_of(structure).items()}
+        stacks: dict[int, list[int]] = {}
+        for stack in self.stacks.values():
+            children = [name for name, _ in self.model.get_submodule(stack.container).named_children()]
+            lost = {p.rpartition(".")[2] for i, p in enumerate(stack.paths) if i not in structure.kept[stack.name]}
+            if lost:
+                stacks[len(children)] = [i for i, name in enumerate(children) if name not in lost]
+        changes = settings.settle(self.model, small, self.trace.slots, sizes, stacks, self.example_inputs)
+        plan = getattr(small, export.PLAN)
+        plan["attributes"] += [["", ["config", field], value] for field, value in changes.items()]
 
     def _check_structure(self, structure: Structure) -> None:
         missing = [n for n in self.dimensions if n not in structure.sizes]

@@ -22,7 +22,7 @@ from . import axes
 from .axes import Axis, Conflict, Dim
 from .calls import Counting, FunctionCall
 from .rules import RULES
-from .sizes import Equation, Expression, Extent, Operation, SizedInt, expression_of, listening
+from .sizes import Attribute, Equation, Expression, Extent, Operation, SizedInt, expression_of, listening
 
 aten = torch.ops.aten
 Tensor = torch.Tensor
@@ -204,6 +204,7 @@ class Record:
     calls: list[Call] = field(default_factory=list)
     functions: list[FunctionCall] = field(default_factory=list)  # torch functions that can be gated, in order
     additions: list[Addition] = field(default_factory=list)
+    taken: list[tuple[int, Attribute, int]] = field(default_factory=list)  # op before it, list, which entry
     biases: list[tuple[int, str]] = field(default_factory=list)  # op, the parameter that it adds as it is
     activations: list[Activation] = field(default_factory=list)
     unknown: dict[str, dict[str, None]] = field(default_factory=dict)  # operator without a rule -> module paths
@@ -408,7 +409,7 @@ class Tracer(TorchDispatchMode):
     # -- running ------------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Tracer:
-        self._listening = listening(self._found_equal, self._escaped)
+        self._listening = listening(self._found_equal, self._escaped, self._taken)
         self._listening.__enter__()
         return super().__enter__()
 
@@ -423,6 +424,9 @@ class Tracer(TorchDispatchMode):
 
     def _escaped(self, value: SizedInt, how: str) -> None:
         self.record.equations.append(Equation(value.expression, _constant(int(value)), f"{self.path} ({how})"))
+
+    def _taken(self, attribute: Attribute, index: int) -> None:
+        self.record.taken.append((self.op, attribute, index))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -21,7 +21,7 @@ from .axes import Dim
 from .clone import alias, clone, on_meta
 from .errors import TraceError
 from .known import is_by_product, quiet
-from .sizes import Attribute, SizedInt
+from .sizes import Attribute, SizedInt, listed
 from .tracer import Call, Record, Tracer
 
 _GEOMETRY = {
@@ -203,6 +203,8 @@ def _tag_sizes(twin: nn.Module) -> None:
             elif type(value) in (tuple, list) and value and all(type(v) is int for v in value):
                 tagged = (SizedInt(v, Attribute(path, (key, i))) if v > 1 else v for i, v in enumerate(value))
                 module.__dict__[key] = type(value)(tagged)
+            elif type(value) is list and value and all(isinstance(v, (str, bool)) for v in value):
+                module.__dict__[key] = listed(value, Attribute(path, (key,)))
             elif is_settings(value):
                 module.__dict__[key] = _tagged_settings(value, path, key)
 
@@ -224,6 +226,8 @@ def _tagged_settings(settings: Any, path: str, key: str) -> Any:
     for name, value in settings.__dict__.items():
         if type(value) is int and value > 1:
             mine.__dict__[name] = SizedInt(value, Attribute(path, (key, name)))
+        elif type(value) is list and value and all(isinstance(v, (str, bool, int)) for v in value):
+            mine.__dict__[name] = listed(value, Attribute(path, (key, name)))
     return mine
 
 

@@ -94,6 +94,27 @@ def bucketize(trace: Tracer, out: Tensor, x: Any, boundaries: Tensor, **kwargs: 
     return trace.dims(x) if isinstance(x, Tensor) else []
 
 
+@rule(aten.masked_scatter, aten.masked_scatter_)
+def masked_scatter(trace: Tracer, out: Tensor, x: Tensor, mask: Tensor, source: Tensor) -> Sequence[Dim]:
+    """Elements of `source`, one after another, where the mask says: whole rows where it says the same all along them."""
+    dims = list(trace.broadcast([x, mask], out.shape))
+    given = list(trace.dims(source))
+    while (
+        dims
+        and given
+        and axes.size(dims[-1]) == axes.size(given[-1])
+        and _is_constant_along_last(mask, out.dim(), len(dims))
+    ):
+        axes.unify(dims.pop(), given.pop())
+    trace.freeze_dims([*dims, *given], "picked by a mask")
+    return trace.broadcast([x, mask], out.shape)
+
+
+def _is_constant_along_last(mask: Tensor, rank: int, position: int) -> bool:
+    at = position - 1 - (rank - mask.dim())
+    return at < 0 or mask.shape[at] == 1 or mask.stride(at) == 0
+
+
 @rule(aten.topk, aten.sort, aten.argsort)
 def ordered(trace: Tracer, out: Any, x: Tensor, *args: Any, **kwargs: Any) -> Sequence[Any]:
     """Sorted axes are fixed."""

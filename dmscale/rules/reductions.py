@@ -112,6 +112,17 @@ def cumulative(trace: Tracer, out: Any, x: Tensor, dim: int, *args: Any, **kwarg
     return trace.dims(x) if isinstance(out, Tensor) else [trace.dims(x)] * len(out)
 
 
+@rule(aten._fft_c2c, aten._fft_r2c, aten._fft_c2r)
+def fourier(trace: Tracer, out: Tensor, x: Tensor, dim: Sequence[int], *args: Any) -> Sequence[Dim]:
+    """Every frequency depends on all elements of the axes that are transformed, and on how many there are."""
+    dims = list(trace.dims(x))
+    for i in dim:
+        trace.freeze(dims[i], "a Fourier transform over it")
+        if out.shape[i] != x.shape[i]:
+            dims[i] = axes.axis(out.shape[i], "frequencies")
+    return dims
+
+
 def _reduced_positions(x: Tensor, dim: Any) -> set[int]:
     if dim is None or (isinstance(dim, (list, tuple)) and not dim):
         return set(range(x.dim()))

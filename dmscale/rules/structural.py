@@ -196,6 +196,15 @@ def unbind(trace: Tracer, out: Sequence[Tensor], x: Tensor, dim: int = 0) -> Seq
     return [dims for _ in out]
 
 
+@rule(aten.glu)
+def glu(trace: Tracer, out: Tensor, x: Tensor, dim: int = -1) -> Sequence[Dim]:
+    """The first half times a gate from the second: two equal pieces of one axis."""
+    dims = trace.dims(x)
+    value, gate = axes.cut(dims[dim], [out.shape[dim]] * 2)
+    axes.unify(value, gate)
+    return _replaced(dims, dim % x.dim(), value)
+
+
 @rule(aten.constant_pad_nd)
 def constant_pad_nd(trace: Tracer, out: Tensor, x: Tensor, padding: Sequence[int], *args: Any) -> Sequence[Dim]:
     """Padding is a sum with frozen ends (the channel padding of a parameter-free shortcut); cropping is a slice."""
