@@ -87,7 +87,7 @@ def compare(gated: nn.Module, small: nn.Module, example_inputs: Any) -> float:
     found = []
     for model in (gated, small):
         plain = torch.autocast(_device_type(model), enabled=False)
-        with running.evaluating(model), torch.random.fork_rng([]), plain:
+        with running.uncompiled(), running.evaluating(model), torch.random.fork_rng([]), plain:
             torch.manual_seed(0)
             found.append(running.outputs(model, example_inputs))
     return running.relative_error(found[1], found[0])

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from . import axes, blocks, branches, budget, causes, certify, export, gates, naming, tracing
 from .axes import Axis
+from .clone import alias, clone
 from .cost import METRICS, Cost, CostModel, product
 from .errors import DmscaleError, ExportError
 from .polynomial import Poly
@@ -217,7 +218,7 @@ class SearchSpace:
             t = tensors.get(name)
             if t is None or t.is_meta:
                 continue
-            square = t.detach().float().square()
+            square = t.detach().abs().float().square()
             for position, dim in enumerate(dims):
                 inside = [a for a in axes.atoms(dim) if a in index]
                 if not inside:
@@ -294,6 +295,7 @@ class SearchSpace:
             {n: structure.kept[n] for n in self.stacks},
         )  # fmt: skip
 
+    @torch.inference_mode(False)
     def export(self, structure: Structure, verify: bool = True) -> nn.Module:
         """A plain, smaller model of the user's class, proven equal to the gated one on the example inputs.
 
@@ -302,7 +304,9 @@ class SearchSpace:
         """
         small = self.build(structure)
         if verify and not any(p.is_meta for p in self.model.parameters()):
-            error = certify.compare(self.gate(structure), small, self.example_inputs)
+            # copies: a forward may write to buffers and attributes, and these are the user's
+            gated = self._gate(clone(self.model, alias), structure)
+            error = certify.compare(gated, clone(small, alias), self.example_inputs)
             tolerance = certify.tolerance(self.model)
             if not error <= tolerance:
                 raise ExportError(
@@ -372,6 +376,7 @@ class Options:
         return None
 
 
+@torch.inference_mode(False)
 def trace(
     model: nn.Module,
     example_inputs: Any,
@@ -394,7 +399,7 @@ def trace(
         {'0': 32}
 
     Args:
-        model: any module; it is left as it is.
+        model: any module; it is left as it is.  Of one that `torch.compile` made the module inside is traced.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments, on the model's device.  Costs are
             those of one forward on them.
         freeze: globs of dimensions to leave alone.
@@ -405,9 +410,13 @@ def trace(
             whole blocks.
         verify: whether to run the trial; without it an export is still verified.
     Raises:
-        TraceError: the model does not run on the example inputs.
+        TraceError: the model does not run on the example inputs, or has a form that cannot be resized (wrapped by DDP,
+            TorchScript, lazy, packed by quantisation); the message says what to trace instead.
         DmscaleError: a glob matches nothing.
     """
+    # known by its name, since importing its class takes seconds
+    while isinstance(model, nn.Module) and type(model).__name__ == "OptimizedModule":
+        model = model._orig_mod
     options = Options(_globs(freeze), _globs(only), _by_glob(minimum), _by_glob(multiple), branches=branches)
     space = SearchSpace(model, example_inputs, tracing.read(model, example_inputs), options)
     _check_globs(space)

@@ -409,9 +409,7 @@ class Tracer(TorchDispatchMode):
             if data and not is_view:
                 record.activations.append((self.op, o.element_size(), tuple(dims)))
         given = tuple(self.value(o).origin for o in outs)
-        record.steps[self.op] = Step(
-            self._operator, tuple(v.origin for v in values), given, func._schema.is_mutable
-        )
+        record.steps[self.op] = Step(self._operator, tuple(v.origin for v in values), given, func._schema.is_mutable)
 
     def _apply_rule(
         self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor], out: Any, outs: list[Tensor]

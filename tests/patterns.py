@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from nets import GroupedAttention, MultiheadAttention, PreNorm
+from nets import GroupedAttention, PreNorm
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
@@ -111,7 +111,9 @@ class Tree(nn.Module):
 
 
 def tree_aggregation():
-    return nn.Sequential(conv(3, 6), Tree(2, 6, 10), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(10, 4)), picture(6)
+    return nn.Sequential(conv(3, 6), Tree(2, 6, 10), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(10, 4)), picture(
+        6
+    )
 
 
 class TwoInputCell(nn.Module):
@@ -233,7 +235,9 @@ class Haar(nn.Module):
     def __init__(self, channels):
         super().__init__()
         low, high = torch.tensor([1.0, 1.0]), torch.tensor([1.0, -1.0])
-        filters = torch.stack([torch.outer(a, b) / 2 for a in (low, high) for b in (low, high)])[:, None]  # (4, 1, 2, 2)
+        filters = torch.stack([torch.outer(a, b) / 2 for a in (low, high) for b in (low, high)])[
+            :, None
+        ]  # (4, 1, 2, 2)
         self.channels = channels
         self.register_buffer("filters", filters.repeat(channels, 1, 1, 1))
 
@@ -247,7 +251,9 @@ class HaarFromOne(nn.Module):
     def __init__(self):
         super().__init__()
         low, high = torch.tensor([1.0, 1.0]), torch.tensor([1.0, -1.0])
-        self.register_buffer("filters", torch.stack([torch.outer(a, b) / 2 for a in (low, high) for b in (low, high)])[:, None])
+        self.register_buffer(
+            "filters", torch.stack([torch.outer(a, b) / 2 for a in (low, high) for b in (low, high)])[:, None]
+        )
 
     def forward(self, x):
         return F.conv2d(x, self.filters.repeat(x.shape[1], 1, 1, 1), stride=2, groups=x.shape[1])
@@ -295,7 +301,11 @@ class ManualLayerNorm(nn.Module):
 
     def __init__(self, width, form):
         super().__init__()
-        self.form, self.weight, self.bias = form, nn.Parameter(torch.rand(width) + 0.5), nn.Parameter(torch.randn(width))
+        self.form, self.weight, self.bias = (
+            form,
+            nn.Parameter(torch.rand(width) + 0.5),
+            nn.Parameter(torch.randn(width)),
+        )
 
     def forward(self, x):
         mean = x.mean(-1, keepdim=True)
@@ -359,7 +369,9 @@ def weight_norm():
 
 def spectral_norm():
     first, second = nn.Linear(8, 12), parametrizations.spectral_norm(nn.Linear(12, 15))
-    return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.Linear(15, 11), nn.ReLU(), nn.Linear(11, 4)), torch.randn(3, 8)
+    return nn.Sequential(
+        first, nn.ReLU(), second, nn.ReLU(), nn.Linear(15, 11), nn.ReLU(), nn.Linear(11, 4)
+    ), torch.randn(3, 8)
 
 
 # -- attention --------------------------------------------------------------------------------------------------------
@@ -621,7 +633,10 @@ class NestedOutput(nn.Module):
 
     def forward(self, x):
         x = self.stem(x)
-        return {"detection": {"boxes": [self.boxes(x)], "classes": (self.classes(x), {"size": 6})}, "masks": {"low": self.mask(x)}}
+        return {
+            "detection": {"boxes": [self.boxes(x)], "classes": (self.classes(x), {"size": 6})},
+            "masks": {"low": self.mask(x)},
+        }
 
 
 def nested_output():

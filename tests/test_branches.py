@@ -198,6 +198,4 @@ def test_generation_with_a_cache_is_the_same_as_without():
     assert [n for n, d in space.dimensions.items() if d.kind == "depth"] == names
     small = space.export(space.structure(dict.fromkeys(names, 2), {names[0]: [0, 1, 0, 1], names[1]: [1, 0, 1, 0]}))
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
-    assert torch.equal(
-        small.generate(ids, use_cache=True, **options), small.generate(ids, use_cache=False, **options)
-    )
+    assert torch.equal(small.generate(ids, use_cache=True, **options), small.generate(ids, use_cache=False, **options))
