@@ -91,8 +91,8 @@ def find(space: SearchSpace) -> list[Cause]:
     causes = []
     for reason, frozen in held.items():
         inside = set(frozen)
-        shares = [_share(terms, inside) for terms in (macs, params)]
-        causes.append(Cause(reason, tuple(names[a] for a in frozen), *shares, remedy(reason)))
+        held_by = tuple(names[a] for a in frozen)
+        causes.append(Cause(reason, held_by, _share(macs, inside), _share(params, inside), remedy(reason)))
     return sorted(causes, key=lambda c: -(c.macs + c.params))
 
 

@@ -416,7 +416,7 @@ def trace(
     """
     # known by its name, since importing its class takes seconds
     while isinstance(model, nn.Module) and type(model).__name__ == "OptimizedModule":
-        model = model._orig_mod
+        model = model.get_submodule("_orig_mod")
     options = Options(_globs(freeze), _globs(only), _by_glob(minimum), _by_glob(multiple), branches=branches)
     space = SearchSpace(model, example_inputs, tracing.read(model, example_inputs), options)
     _check_globs(space)
