@@ -23,6 +23,7 @@ from .sizes import Extent, SizedInt
 from .tracer import Tracer, _constant, _tensors, operands_of, shape_of
 
 Tensor = torch.Tensor
+_TO_PYTHON = {"tolist", "numpy", "__array__"}  # what becomes of the elements no operator shows
 _SHAPE = torch.Tensor.shape  # the getset descriptor behind `x.shape`
 
 
@@ -66,6 +67,9 @@ class Arrivals(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             return _attention(self.tracer, *args, **kwargs)
         name = getattr(func, "__name__", "")
+        if name in _TO_PYTHON:
+            self.tracer._operator = name
+            self.tracer.freeze_dims(self.tracer.dims(args[0]), "its elements are read by Python")
         handler = _HANDLERS.get(name)
         if handler is None:
             out = func(*args, **kwargs)

@@ -21,6 +21,7 @@ REMEDIES: dict[str, str] = {
     "frozen by freeze=": "freeze= names it",
     "not named in only=": "only= does not name it",
     "vocabulary": "its elements are picked by token number: build the model with a smaller vocabulary",
+    "empty": "it has no elements",
     "kernel size": "a kernel keeps its size",
     "the forward never reads it": "give example inputs that use it, or take it out of the model",
     "failed its trial": "please report it, with the model",
@@ -46,6 +47,7 @@ REMEDIES: dict[str, str] = {
     "a constant": "make the constant that it meets a buffer, or from x.shape",
     "made by": "make the constant that it meets a buffer, or from x.shape",
     "conflict": "sizes meet there in two ways that do not fit: please report it, with the model",
+    "its elements are read by": "do it with tensors: what Python makes of the elements cannot be followed",
     "statistics are taken": "it is a batch or spatial axis",
 }
 OTHERWISE = "its operator depends on the order or number of its elements: replace the operator, or keep the size"
@@ -89,8 +91,8 @@ def find(space: SearchSpace) -> list[Cause]:
     causes = []
     for reason, frozen in held.items():
         inside = set(frozen)
-        held_macs, held_params = (_share(terms, inside) for terms in (macs, params))
-        causes.append(Cause(reason, tuple(names[a] for a in frozen), held_macs, held_params, remedy(reason)))
+        held_by = tuple(names[a] for a in frozen)
+        causes.append(Cause(reason, held_by, _share(macs, inside), _share(params, inside), remedy(reason)))
     return sorted(causes, key=lambda c: -(c.macs + c.params))
 
 

@@ -14,10 +14,16 @@ from torch import Tensor, nn
 from .errors import TraceError
 
 
-def clone(model: nn.Module, replace: Callable[[Tensor], Tensor] = lambda t: t) -> nn.Module:
+def same(t: Tensor) -> Tensor:
+    """`t`."""
+    return t
+
+
+def clone(model: nn.Module, replace: Callable[[Tensor], Tensor] = same) -> nn.Module:
     """A deep copy of `model` in which every parameter and buffer `t` is `replace(t)`; by default `t` itself.
 
-    Tensors that a module holds as plain attributes are shared.  Tied parameters stay tied.
+    Tensors that a module holds as plain attributes are shared where parameters are, else copied.  Tied parameters stay
+    tied.  Of a module that was compiled in place the copy is not.
 
     Raises:
         TraceError: an attribute of the model cannot be copied.
@@ -29,7 +35,7 @@ def clone(model: nn.Module, replace: Callable[[Tensor], Tensor] = lambda t: t) -
                 memo[id(t)] = replace(t)
         for v in vars(module).values():
             if isinstance(v, Tensor) and id(v) not in memo:
-                memo[id(v)] = v
+                memo[id(v)] = v if replace is same else v.detach().clone()
     try:
         return _copy(model, memo)
     except Exception as error:
@@ -49,6 +55,8 @@ def _copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     twin = cls.__new__(cls)
     memo[id(module)] = twin
     for key, value in module.__dict__.items():
+        if key == "_compiled_call_impl":
+            continue
         if type(value) in _ATOMIC:
             twin.__dict__[key] = value
         elif key == "_modules":

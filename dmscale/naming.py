@@ -8,7 +8,7 @@ from . import axes
 from .axes import Axis
 from .tracing import Trace
 
-_CONSTANTS = ("selected by index", "index of a concatenation", "kernel size")  # three of q, k, v: never a width
+_CONSTANTS = ("index of a concatenation", "kernel size")  # three of q, k, v: never a width
 
 
 def name_axes(trace: Trace) -> dict[Axis, str]:
@@ -34,11 +34,18 @@ def name_axes(trace: Trace) -> dict[Axis, str]:
                 if not a.reasons and a not in makers:
                     makers[a] = {name.rpartition(".")[0] or name: None}
     names: dict[Axis, str] = {}
-    makers = {a: paths for a, paths in makers.items() if not any(r.startswith(_CONSTANTS) for r in a.reasons)}
+    whole = {f[0] for dims in trace.slots.values() for dim in dims for f in products(dim) if len(f) == 1}
+    makers = {a: paths for a, paths in makers.items() if not _is_constant(a, a in whole)}
     for a, paths in makers.items():
         near = siblings.get(a, [a])
         names[a] = _name(a, list(paths), [s for s in near if s is not a], heads)
     return _unique(names, makers)
+
+
+def _is_constant(a: Axis, whole: bool) -> bool:
+    """Whether a fixed axis is a mere number in the layout of a parameter; all outputs of a layer are none."""
+    constants = _CONSTANTS if whole else (*_CONSTANTS, "selected by index")
+    return any(r.startswith(constants) for r in a.reasons)
 
 
 def products(dim: axes.Dim) -> list[list[Axis]]:

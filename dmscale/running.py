@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -56,6 +57,11 @@ def tensors_in(tree: Any) -> list[Tensor]:
     if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
         return [t for f in dataclasses.fields(tree) for t in tensors_in(getattr(tree, f.name, None))]
     return []
+
+
+def uncompiled() -> contextlib.AbstractContextManager[Any]:
+    """Run what `torch.compile` made as plain Python; nothing can be compiled where its module was never imported."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from . import axes, blocks, branches, budget, causes, certify, export, gates, latency, naming, settings, tracing
 from .axes import Axis
+from .clone import alias, clone
 from .cost import METRICS, Cost, CostModel, CostTerm, product
 from .errors import DmscaleError, ExportError
 from .polynomial import Poly
@@ -226,7 +227,7 @@ class SearchSpace:
 
     def magnitudes(self) -> dict[str, Tensor]:
         """Member -> the L2 norm of all weights at each of its elements: a score without data."""
-        squares = {n: p.detach().float().square() for n, p in self.model.named_parameters() if not p.is_meta}
+        squares = {n: p.detach().abs().float().square() for n, p in self.model.named_parameters() if not p.is_meta}
         return {m: s.sqrt() for m, s in self.project(squares).items()}
 
     def project(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -250,8 +251,8 @@ class SearchSpace:
                 along = t.sum([i for i in range(t.dim()) if i != position]).cpu() if t.dim() > 1 else t.cpu()
                 for a in inside:
                     member, size = index[a]
-                    at = axes.kept(dim, {a: torch.arange(1, size + 1)})  # which element each position belongs to
-                    total = torch.zeros(size).index_add_(0, (at - 1).clamp(min=0), along * (at > 0))
+                    at = axes.coordinates(dim, a)  # which element each position belongs to; -1: none
+                    total = torch.zeros(size).index_add_(0, at.clamp(min=0), along * (at >= 0))
                     scores[member] = scores.get(member, torch.zeros(size)) + total
         for stack in self.stacks.values():
             scores[stack.name] = torch.tensor([self._inside(path, values) for path in stack.paths])
@@ -361,6 +362,7 @@ class SearchSpace:
             {n: structure.kept[n] for n in self.stacks},
         )  # fmt: skip
 
+    @torch.inference_mode(False)
     def export(self, structure: Structure, verify: bool = True) -> nn.Module:
         """A plain, smaller model of the user's class, proven equal to the gated one on the example inputs.
 
@@ -370,7 +372,9 @@ class SearchSpace:
         small = self.build(structure)
         self._settle(small, structure)
         if verify and not any(p.is_meta for p in self.model.parameters()):
-            error = certify.compare(self.gate(structure), small, self.example_inputs)
+            # copies: a forward may write to buffers and attributes, and these are the user's
+            gated = self._gate(clone(self.model, alias), structure)
+            error = certify.compare(gated, clone(small, alias), self.example_inputs)
             tolerance = certify.tolerance(self.model)
             if not error <= tolerance:
                 raise ExportError(
@@ -453,6 +457,7 @@ class Options:
         return None
 
 
+@torch.inference_mode(False)
 def trace(
     model: nn.Module,
     example_inputs: Any,
@@ -475,7 +480,7 @@ def trace(
         {'0': 32}
 
     Args:
-        model: any module; it is left as it is.
+        model: any module; it is left as it is.  Of one that `torch.compile` made the module inside is traced.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments, on the model's device.  Costs are
             those of one forward on them.
         freeze: globs of dimensions to leave alone.
@@ -486,9 +491,13 @@ def trace(
             whole blocks.
         verify: whether to run the trial; without it an export is still verified.
     Raises:
-        TraceError: the model does not run on the example inputs.
+        TraceError: the model does not run on the example inputs, or has a form that cannot be resized (wrapped by DDP,
+            TorchScript, lazy, packed by quantisation); the message says what to trace instead.
         DmscaleError: a glob matches nothing.
     """
+    # known by its name, since importing its class takes seconds
+    while isinstance(model, nn.Module) and type(model).__name__ == "OptimizedModule":
+        model = model.get_submodule("_orig_mod")
     options = Options(_globs(freeze), _globs(only), _by_glob(minimum), _by_glob(multiple), branches=branches)
     space = SearchSpace(model, example_inputs, tracing.read(model, example_inputs), options)
     _check_globs(space)

@@ -63,9 +63,10 @@ def read(model: nn.Module, example_inputs: Any) -> Trace:
     if not isinstance(model, nn.Module):
         what = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
         raise TraceError(f"model is {what}; give an instance of torch.nn.Module")
+    _check_model(model)
     args, kwargs = running.arguments(example_inputs)
     attachment.refuse_sharded(model, TraceError)
-    _check_devices(model, args, kwargs)
+    _check_inputs(model, args, kwargs)
     failure: Exception | None = None
     for kind in ("meta", "values"):
         try:
@@ -88,9 +89,47 @@ def failed_forward(model: nn.Module, failure: Exception) -> TraceError:
     )
 
 
-def _check_devices(model: nn.Module, args: tuple, kwargs: dict) -> None:
+def _check_model(model: nn.Module) -> None:
+    """Refuse what can be traced in another form only, with that form."""
+    for path, module in model.named_modules():
+        where = f"module '{path}'" if path else "the model"
+        kind = type(module).__name__
+        parallel = isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel))
+        if parallel or kind == "FullyShardedDataParallel":
+            raise TraceError(
+                f"{where} is a {kind}; trace the module inside it ({path or 'model'}.module) and wrap search.model"
+            )
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TraceError(
+                f"{where} is a TorchScript module, which cannot be resized; use the Python module it was made of"
+            )
+        for name, p in module.named_parameters(recurse=False):
+            if torch.nn.parameter.is_lazy(p):
+                raise TraceError(
+                    f"{where} ({kind}) is lazy and its {name} has no shape yet; call model(*example_inputs) once before"
+                )
+            if p.is_inference():
+                raise TraceError(
+                    f"{name} of {where} was made under torch.inference_mode and can neither be trained nor masked; build or "
+                    "load the model outside of it"
+                )
+    packed = [path for path, module in model.named_modules() if hasattr(module, "_packed_params")]
+    if packed and next(model.parameters(), None) is None:
+        raise TraceError(
+            f"the weights of {type(model).__name__} are packed by quantisation (module '{packed[0]}'); trace the float model "
+            "and quantise the smaller one"
+        )
+
+
+def _check_inputs(model: nn.Module, args: tuple, kwargs: dict) -> None:
+    tensors = running.tensors_in((args, kwargs))
+    if not any(t.numel() for t in tensors):
+        raise TraceError(
+            f"example_inputs hold no element (shape {tuple(tensors[0].shape)}); give at least one example, so that an export "
+            "can be compared"
+        )
     own = {t.device for t in (*model.parameters(), *model.buffers())}
-    given = {t.device for t in running.tensors_in((args, kwargs))}
+    given = {t.device for t in tensors}
     if len(own) == 1 and given and given != own:
         raise TraceError(
             f"the model is on {next(iter(own))} and example_inputs on {', '.join(sorted(map(str, given)))}; "
@@ -159,12 +198,17 @@ def _run(tracer: Tracer, twin: nn.Module, args: tuple, kwargs: dict, meta: bool)
     try:
         with (
             torch.random.fork_rng(generators), torch.no_grad(), _following_calls(tracer, twin),
-            transparent_functional(), tracer, Arrivals(tracer),
+            transparent_functional(), running.uncompiled(), tracer, Arrivals(tracer),
         ):  # fmt: skip
             out = twin(*args, **kwargs)
     except Exception as error:
         error._dmscale_path = tracer.path  # type: ignore[attr-defined]
         raise
+    if not running.tensors_in(out):
+        raise TraceError(
+            f"{type(twin).__name__}.forward returns a {type(out).__name__} in which no tensor is found; return tensors, or a "
+            "tuple, list, dict or dataclass of them"
+        )
     tracer.record.results.update(tracer.value(t).origin for t in running.tensors_in(out))
     fields = dict(out.items()) if isinstance(out, Mapping) else {"": out}
     for key, value in fields.items():

@@ -324,3 +324,347 @@ def test_random_numbers_are_left_alone(training):
     space.export(space.sample(seed=1))
     space.export(space.uniform(0.5))
     assert torch.equal(state, torch.random.get_rng_state())
+
+
+# -- models with a state of their own ---------------------------------------------------------------------------------
+
+
+class Trunk(nn.Module):
+    """Two hidden layers; what happens between them is up to `inner`."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.hidden, self.head = nn.Linear(8, 16), nn.Linear(16, 12), nn.Linear(12, 4)
+
+    def forward(self, x):
+        return self.head(self.hidden(self.inner(self.stem(x).relu())).relu())
+
+    def inner(self, h):
+        return h
+
+
+class Remembers(Trunk):
+    """Counts its calls, keeps tensors in attributes and lists, moves and replaces buffers."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.history, self.last, self.running = 0, [], None, torch.ones(3)
+        self.register_buffer("mean", torch.zeros(16))
+        self.register_buffer("moved", torch.zeros(16))
+
+    def inner(self, h):
+        self.calls += 1
+        self.history.append(h.shape)
+        self.running.mul_(0.5)
+        self.mean.mul_(0.9).add_(h.detach().mean(0), alpha=0.1)
+        self.moved = 0.9 * self.moved + 0.1 * h.detach().mean(0)
+        h = h if self.last is None else h + self.last
+        self.last = h.detach()
+        return h + self.mean + self.moved * self.running.sum()
+
+
+def test_a_forward_that_changes_its_module_leaves_the_users_alone():
+    """Trace, trial, gate and verification run on copies; an exported model begins where the user's stands."""
+    model, x = non_trivial(Remembers()), torch.randn(3, 8)
+    before, running = fingerprint(model), model.running.clone()
+    space = dmscale.trace(model, x)
+    assert kinds(space) == {("width", 16): 1, ("width", 12): 1}
+    for structure in (space.sample(seed=0), space.uniform(0.5)):
+        small = space.export(structure)
+        assert (small.calls, small.history, small.last) == (0, [], None) and torch.equal(small.running, running)
+        assert_same(before, fingerprint(model))
+        assert (model.calls, model.history, model.last) == (0, [], None) and torch.equal(model.running, running)
+        gated = dmscale.trace(copy.deepcopy(model), x).gate(structure)
+        for _ in range(2):  # state of their own, alike
+            assert difference(outputs(small, x), outputs(gated, x)) <= 1e-4
+            gated.running, small.running = running.clone(), running.clone()
+
+
+# -- shapes and branches that depend on data --------------------------------------------------------------------------
+
+
+class PicksRows(Trunk):
+    def inner(self, h):
+        return h[(h.sum(1) > 0).nonzero()[:, 0]]
+
+
+class PicksColumns(Trunk):
+    def inner(self, h):
+        columns = (h.sum(0) > 0).nonzero()[:, 0]
+        return torch.zeros_like(h).index_copy(1, columns, h[:, columns])
+
+
+def test_shapes_that_depend_on_data():
+    """Rows may be picked by what they hold; channels that are picked so stay as they are."""
+    x = torch.randn(6, 8)
+    assert kinds(works(non_trivial(PicksRows()), x)) == {("width", 16): 1, ("width", 12): 1}
+    space = works(non_trivial(PicksColumns()), x)
+    assert kinds(space) == {("width", 12): 1} and space.frozen["stem"]
+
+
+class FirstChannel(Trunk):
+    def inner(self, h):
+        return h * (h[:, :1] + h[:, 3].unsqueeze(1)).sigmoid()
+
+
+def test_a_layer_whose_outputs_are_taken_by_number_is_listed():
+    space = works(non_trivial(FirstChannel()), torch.randn(3, 8))
+    assert kinds(space) == {("width", 12): 1} and "selected by index" in space.frozen["stem"]
+
+
+class Controlled(Trunk):
+    def forward(self, x, mode, extra=None, *, double=False, sizes=()):
+        h = self.stem(x)
+        h = {"relu": torch.relu, "tanh": torch.tanh}[mode](h) * (2 if double else 1)
+        assert extra is None and len(sizes) in (0, 2)
+        return self.head(self.hidden(h).relu())
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        (torch.ones(3, 8), "tanh"), (torch.ones(3, 8), "relu", None),
+        {"x": torch.ones(3, 8), "mode": "relu", "extra": None, "double": True, "sizes": (3, 8)},
+    ],
+)  # fmt: skip
+def test_arguments_that_are_no_tensors(inputs):
+    assert kinds(works(non_trivial(Controlled()), inputs)) == {("width", 16): 1, ("width", 12): 1}
+
+
+class ReadsValues(Trunk):
+    def inner(self, h):
+        return h * float(h.detach().numpy().mean())
+
+
+def test_what_python_makes_of_the_elements_cannot_be_followed():
+    space = works(non_trivial(ReadsValues()), torch.randn(3, 8))
+    assert kinds(space) == {("width", 12): 1}
+    assert "read by Python in the model (numpy)" in space.frozen["stem"]
+
+
+# -- operators of one's own -------------------------------------------------------------------------------------------
+
+
+class Square(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * grad * ctx.saved_tensors[0]
+
+
+class OwnFunction(Trunk):
+    def inner(self, h):
+        return Square.apply(h)
+
+
+def test_an_autograd_function_is_what_it_runs():
+    assert kinds(works(non_trivial(OwnFunction()), torch.randn(3, 8))) == {("width", 16): 1, ("width", 12): 1}
+
+
+@torch.library.custom_op("dmscale_tests::twice", mutates_args=())
+def twice(x: torch.Tensor) -> torch.Tensor:
+    return x * 2
+
+
+@torch.library.custom_op("dmscale_tests::thrice", mutates_args=())
+def thrice(x: torch.Tensor) -> torch.Tensor:
+    return x * 3
+
+
+@thrice.register_fake
+def _(x):
+    return torch.empty_like(x)
+
+
+for _operator, _factor in ((twice, 2), (thrice, 3)):
+    _operator.register_autograd(lambda ctx, grad, factor=_factor: grad * factor)
+
+
+class OwnOperator(Trunk):
+    def __init__(self, operator):
+        super().__init__()
+        self.operator = operator
+
+    def inner(self, h):
+        return getattr(torch.ops.dmscale_tests, self.operator)(h)
+
+
+@pytest.mark.parametrize("operator", ["twice", "thrice"])
+def test_a_registered_operator_freezes_what_passes_through_it(operator):
+    """With and without an implementation for tensors that have no elements; a rule for it frees the axis."""
+    space = works(non_trivial(OwnOperator(operator)), torch.randn(3, 8))
+    assert kinds(space) == {("width", 12): 1}
+    assert space.frozen["stem"] == f"no rule for the operator in the model ({operator})"
+    assert "register a rule" in str(space)
+
+
+def test_a_rule_for_a_registered_operator_frees_the_axis(monkeypatch):
+    from dmscale.rules import RULES
+
+    monkeypatch.setitem(RULES, torch.ops.dmscale_tests.thrice.default, lambda trace, out, x: trace.dims(x))
+    space = works(non_trivial(OwnOperator("thrice")), torch.randn(3, 8))
+    assert kinds(space) == {("width", 16): 1, ("width", 12): 1}
+
+
+# -- weights of other kinds -------------------------------------------------------------------------------------------
+
+
+class Int8Linear(nn.Module):
+    """Weights as integers with a scale for each row, as buffers."""
+
+    def __init__(self, linear):
+        super().__init__()
+        weight = linear.weight.detach()
+        self.register_buffer("scale", weight.abs().amax(1, keepdim=True) / 127)
+        self.register_buffer("weight", (weight / self.scale).round().to(torch.int8))
+        self.register_buffer("bias", linear.bias.detach().clone())
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype) * self.scale, self.bias)
+
+
+def test_weights_of_integers_shrink():
+    model = Trunk()
+    model.hidden = Int8Linear(model.hidden)
+    space = works(model, torch.randn(3, 8))
+    assert kinds(space) == {("width", 16): 1, ("width", 12): 1}
+    small = space.export(space.uniform(0.5))
+    assert small.hidden.weight.shape == (6, 8) and small.hidden.weight.dtype == torch.int8
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_packed_weights_are_refused_with_the_remedy():
+    quantised = torch.ao.quantization.quantize_dynamic(Trunk().eval(), {nn.Linear}, torch.qint8)
+    with pytest.raises(TraceError, match="packed by quantisation.*'stem'.*trace the float model"):
+        dmscale.trace(quantised, torch.randn(3, 8))
+
+
+class Complex(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.hidden = (nn.Linear(n, m, dtype=torch.complex64) for n, m in ((8, 16), (16, 12)))
+        self.head = nn.Linear(12, 4)
+
+    def forward(self, x):
+        z = torch.fft.fft(x, dim=0) * torch.exp(1j * x)
+        return self.head(self.hidden(self.stem(z)).abs())
+
+
+def test_complex_weights_shrink():
+    space = works(non_trivial(Complex()), torch.randn(3, 8))
+    assert kinds(space) == {("width", 16): 1, ("width", 12): 1}
+    structure = space.uniform(0.5)
+    assert space.cost(structure).bytes == sum(
+        p.numel() * p.element_size() for p in space.export(structure).parameters()
+    )
+
+
+class Empty(Trunk):
+    """A parameter and a layer without elements, joined to what has some."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows, self.none = nn.Parameter(torch.zeros(0, 16)), nn.Linear(16, 0)
+
+    def inner(self, h):
+        h = torch.cat([h, self.rows])
+        return torch.cat([h, self.none(h)], 1)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+def test_dimensions_of_size_zero_stay():
+    assert kinds(works(Empty(), torch.randn(3, 8))) == {("width", 16): 1, ("width", 12): 1}
+
+
+def test_an_example_without_elements_is_refused():
+    assert "hold no element (shape (0, 8)); give at least one example" in refused(net()[0], torch.randn(0, 8))
+
+
+def test_layers_without_a_shape_are_refused():
+    model = nn.Sequential(nn.LazyLinear(16), nn.ReLU(), nn.Linear(16, 4))
+    with pytest.raises(TraceError, match=r"module '0' \(LazyLinear\) is lazy.*call model\(\*example_inputs\) once"):
+        dmscale.trace(model, torch.randn(3, 8))
+    model(torch.randn(3, 8))
+    assert kinds(works(model, torch.randn(3, 8))) == {("width", 16): 1}
+
+
+def test_tensors_of_inference_mode():
+    """As inputs they do; as weights they can neither be trained nor masked; around a trace the mode does not matter."""
+    with torch.inference_mode():
+        x, model = torch.randn(3, 8), Trunk()
+    works(Trunk(), x.clone())
+    space = dmscale.trace(Trunk(), x)
+    assert kinds(space) == {("width", 16): 1, ("width", 12): 1}
+    assert "weight of module 'stem' was made under torch.inference_mode" in refused(model, x)
+    plain = Trunk()
+    with torch.inference_mode():
+        inside = dmscale.trace(plain, x)
+        assert not any(p.is_inference() for p in inside.export(inside.uniform(0.5)).parameters())
+    assert kinds(inside) == kinds(space)
+
+
+# -- models in the hands of others ------------------------------------------------------------------------------------
+
+
+def test_of_a_compiled_model_the_module_inside_is_traced():
+    model, x = non_trivial(Trunk()), torch.randn(3, 8)
+    space = dmscale.trace(torch.compile(model, backend="eager"), x)
+    assert space.model is model and kinds(space) == {("width", 16): 1, ("width", 12): 1}
+    assert type(space.export(space.uniform(0.5))) is Trunk
+
+
+@pytest.mark.parametrize("what", ["a part", "in place"])
+def test_a_model_that_is_compiled_in_part_or_in_place(what):
+    model, x = non_trivial(Trunk()), torch.randn(3, 8)
+    if what == "a part":
+        model.hidden = torch.compile(model.hidden, backend="eager")
+    else:
+        model.compile(backend="eager")
+    space = dmscale.trace(model, x)
+    assert kinds(space) == {("width", 16): 1, ("width", 12): 1}
+    structure = space.uniform(0.5)
+    assert difference(outputs(space.export(structure), x), outputs(space.gate(structure), x)) <= 1e-4
+    assert (model._compiled_call_impl is not None) == (what == "in place")
+
+
+def test_wrappers_of_parallel_training_are_refused_with_the_remedy():
+    assert "the model is a DataParallel; trace the module inside it (model.module)" in refused(
+        nn.DataParallel(Trunk()), torch.randn(3, 8)
+    )
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(Trunk())
+        assert "is a DistributedDataParallel; trace the module inside it" in refused(wrapped, torch.randn(3, 8))
+        space = dmscale.trace(wrapped.module, torch.randn(3, 8))
+        gated = nn.parallel.DistributedDataParallel(dmscale.Search(space, "60% macs", 2).model)
+        gated(torch.randn(3, 8)).sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_torchscript_is_refused_with_the_remedy():
+    x = torch.randn(3, 8)
+    inside = Trunk()
+    inside.hidden = torch.jit.trace(inside.hidden, torch.randn(3, 16))
+    for model, where in ((torch.jit.trace(Trunk(), x), "the model"), (inside, "module 'hidden'")):
+        with pytest.raises(TraceError, match=f"{where} is a TorchScript module.*use the Python module"):
+            dmscale.trace(model, x)
+
+
+def test_a_graph_module_works():
+    assert kinds(works(torch.fx.symbolic_trace(Trunk()), torch.randn(3, 8))) == {("width", 16): 1, ("width", 12): 1}
+
+
+class Opaque(Trunk):
+    def forward(self, x):
+        return type("Result", (), {"scores": super().forward(x)})()
+
+
+def test_an_output_in_which_no_tensor_is_found_is_refused():
+    message = refused(Opaque(), torch.randn(3, 8))
+    assert "Opaque.forward returns a Result in which no tensor is found; return tensors" in message
