@@ -64,7 +64,7 @@ def find(model: nn.Module, record: Record) -> list[Blocks]:
             Blocks(
                 f"{container}{span} depth".strip(), container, tuple(paths),
                 tuple((call.start, call.end) for call in run), int(len(run) == len(children)),
-                _lists(container, children, record),
+                lists=_lists(container, children, record),
             )
         )  # fmt: skip
     return sorted(found, key=lambda b: b.ranges[0])

@@ -163,7 +163,7 @@ class CallSites:
         """Gate the call that ran operator `op` along `dims`; False where there is none, or it cannot be told apart."""
         call = calls.at(self.trace.record, op)
         site = None if call is None else calls.site(call, dims, source)
-        if site is None:
+        if call is None or site is None:
             return False
         key = (site.module, site.name, site.number)
         if not all(_alike(f.operands, call.operands) for f in self.trace.record.functions if f.key == key):
