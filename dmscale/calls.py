@@ -71,6 +71,7 @@ class CallSite:
     """Gate call `number` of functions counted as `name` in module `module`: its tensor `operand` along `dims`.
 
     dims: (position in that tensor, axes).
+    zero: of attention, whether the query is not zero yet where it is masked.
     """
 
     module: str
@@ -78,6 +79,7 @@ class CallSite:
     number: int
     operand: int
     dims: tuple[tuple[int, Dim], ...]
+    zero: bool = False
 
 
 @dataclass
@@ -284,9 +286,13 @@ def _extreme(func: Any, args: Any, kwargs: Any, found: CallSite, masks: Any) -> 
 
 
 def _attention(func: Any, args: Any, kwargs: Any, found: CallSite, masks: Any) -> Tensor:
-    query = args[0] if args else kwargs.pop("query")
+    query = args[0] if args else kwargs["query"]
+    kwargs = {k: v for k, v in kwargs.items() if k != "query"}
     (_, dim), *_ = found.dims
-    query = query * torch.sqrt(axes.size(dim) / masks(dim).sum()).to(query.dtype)
+    if found.zero:
+        query = query * _along(query, found, masks).to(query.dtype)
+    if _argument(args, kwargs, 6, "scale") is None:
+        query = query * torch.sqrt(axes.size(dim) / masks(dim).sum()).to(query.dtype)
     return func(query, *args[1:], **kwargs)
 
 

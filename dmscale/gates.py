@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -159,8 +159,11 @@ class CallSites:
         self.trace = trace
         self.sites: dict[tuple[str, str, int], CallSite] = {}
 
-    def add(self, op: int, dims: Sequence[Dim], source: Value | None = None) -> bool:
-        """Gate the call that ran operator `op` along `dims`; False where there is none, or it cannot be told apart."""
+    def add(self, op: int, dims: Sequence[Dim], source: Value | None = None, zero: bool = False) -> bool:
+        """Gate the call that ran operator `op` along `dims`; False where there is none, or it cannot be told apart.
+
+        With `zero` it must also make zero what is masked: there were no weights to do so.
+        """
         call = calls.at(self.trace.record, op)
         site = None if call is None else calls.site(call, dims, source)
         if call is None or site is None:
@@ -168,12 +171,15 @@ class CallSites:
         key = (site.module, site.name, site.number)
         if not all(_alike(f.operands, call.operands) for f in self.trace.record.functions if f.key == key):
             return False  # a module called twice, and not with the same axes
-        other = self.sites.setdefault(key, site)
-        return other is site or (
+        other = self.sites.get(key, site)
+        alike = (
             other.operand == site.operand
             and len(other.dims) == len(site.dims)
             and all(i == j and axes.same(p, q) for (i, p), (j, q) in zip(other.dims, site.dims))
         )
+        if alike:
+            self.sites[key] = replace(other, zero=other.zero or zero)
+        return alike
 
     def kept(self) -> tuple[CallSite, ...]:
         """The sites whose axes are free in the end."""
@@ -309,7 +315,7 @@ def _mask_producers(
     """Make the removed elements of `dim` zero in one of `values`: at the weights that made them, or where it is summed."""
     made = [v for v in values if any(_holding(trace, n, dim) for n in v.params)]
     producers = [v.params for v in made if v.zeroed]
-    if not producers and functions.add(op, [dim]):
+    if not producers and functions.add(op, [dim], zero=True):
         return
     producers = producers or [v.params for v in made]
     if not producers:

@@ -246,6 +246,8 @@ _POINTWISE = [
 POINTWISE = {getattr(packet, name) for packet in _POINTWISE for name in packet.overloads()}
 _SOFTMAX = {getattr(p, n) for p in (aten._softmax, aten._safe_softmax, aten.softmax) for n in p.overloads()}
 _REPEATING = {getattr(p, n) for p in (aten.expand, aten.repeat) for n in p.overloads()}
+_TIMES = {aten.mul.Tensor, aten.mul_.Tensor}
+"""Products are zero where one factor is; the masked factor of a rotary embedding is enough."""
 _LEAVES_ZERO = {
     getattr(packet, name)
     for packet in (aten.exp, aten.sigmoid, aten._softmax, aten._log_softmax, aten.cos, aten.softplus, aten.rsub,
@@ -504,6 +506,8 @@ class Tracer(TorchDispatchMode):
         if adds:
             record.biases += [(self.op, n) for v in values if not v.data for n in v.params if len(v.params) == 1]
         zeroed = func not in _LEAVES_ZERO and all(v.zeroed for v in values if not (self._contracting and v.data))
+        if func in _TIMES:
+            zeroed = any(v.zeroed for v in values if v.params)
         is_view = func in _VIEWS
         repeated = _repetitions(func, tensors[0], outs[0], found[0]) if func in _REPEATING else ()
         if is_view or len(tensors) == 1:
