@@ -139,7 +139,7 @@ class Search:
 
     def _plan_schedule(self, budget: Any, several: Sequence[Any]) -> None:
         """The times at which the target reaches each budget, loosest first, on a straight line in the log of the cost."""
-        if (budget is None) == (not several):
+        if budget is not None and several:
             raise SearchError("give a budget, or a sequence of budgets=, and not both")
         found = [_budgets.parse(b, self.space) for b in (several or [budget])]
         metrics = {m for b in found for m in b.targets}

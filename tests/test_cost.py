@@ -134,7 +134,7 @@ def test_many_are_what_each_is(name, metric):
     many = over.cost_of_many(structures, metric)
     assert many.dtype == np.int64
     assert many.tolist() == [over.cost(s)[metric] for s in structures]
-    assert len(set(many.tolist())) > 10 or (metric == "kv_cache" and name not in ATTENTION)
+    assert len(set(many.tolist())) > 5 or (metric == "kv_cache" and name not in ATTENTION)
 
 
 @pytest.mark.parametrize("name", SOME)

@@ -581,11 +581,11 @@ def test_a_resumed_search_keeps_the_family_that_it_had():
 
 @pytest.mark.parametrize(
     "budgets, says",
-    [(["50% macs", "50% macs"], "the same"), (["50% macs", "40% params"], "same metrics"), ([], "and not both")],
+    [(["50% macs", "50% macs"], "the same"), (["50% macs", "40% params"], "same metrics"), ([], "not None")],
 )
 def test_a_family_that_makes_no_sense_is_refused(budgets, says):
     model, inputs, _ = problem("mlp")
-    with pytest.raises(SearchError, match=says):
+    with pytest.raises(dmscale.DmscaleError, match=says):
         dmscale.Search(dmscale.trace(model, inputs), steps=10, budgets=budgets)
 
 

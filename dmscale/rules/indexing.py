@@ -94,7 +94,7 @@ def bucketize(trace: Tracer, out: Tensor, x: Any, boundaries: Tensor, **kwargs: 
     return trace.dims(x) if isinstance(x, Tensor) else []
 
 
-@rule(aten.masked_scatter, aten.masked_scatter_)
+@rule(aten.masked_scatter)
 def masked_scatter(trace: Tracer, out: Tensor, x: Tensor, mask: Tensor, source: Tensor) -> Sequence[Dim]:
     """Elements of `source`, one after another, where the mask says: whole rows where it says the same all along them."""
     dims = list(trace.broadcast([x, mask], out.shape))
