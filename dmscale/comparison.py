@@ -132,7 +132,7 @@ class Comparison:
     def _row_cells(self, r: Row, timing: bool) -> list[str]:
         if not r.values:
             return [r.strategy, f"no result: {r.problem}", *[""] * (8 if timing else 5)]
-        spread = "" if r.spread is None else f" ± {_short(r.spread)}"
+        spread = "" if r.spread is None else f" ± {_short(r.spread, like=r.mean)}"
         gain = "" if r.gain is None else f"{r.gain:+.1f}%"
         cells = [r.strategy, _short(r.mean) + spread, r.verdict, _short(statistics.fmean(r.before)), gain]
         cells += [f"{r.macs:.1%}", f"{r.params:.1%}"]
@@ -217,11 +217,12 @@ def _t95(freedom: float) -> float:
     return _T95[whole - 1] + share * (_T95[whole] - _T95[whole - 1])
 
 
-def _short(value: float) -> str:
-    """Four figures: 91.73, 5.213, 0.8412."""
+def _short(value: float, like: float | None = None) -> str:
+    """Four figures: 91.73, 5.213, 0.8412; or as many decimals as another number has."""
     if not math.isfinite(value):
         return str(value)
-    return f"{value:.2f}" if abs(value) >= 10 else f"{value:.3f}" if abs(value) >= 1 else f"{value:.4f}"
+    size = abs(value if like is None else like)
+    return f"{value:.2f}" if size >= 10 else f"{value:.3f}" if size >= 1 else f"{value:.4f}"
 
 
 def _plain(value: Any) -> Any:
