@@ -163,7 +163,7 @@ class Recipe:
 
 
 RECIPES: Mapping[str, Recipe] = {
-    "cnn": Recipe(ResidualCNN, train_steps=500, search_steps=120, finetune_steps=180),
+    "cnn": Recipe(ResidualCNN, train_steps=500, search_steps=60, finetune_steps=240, search_rate=1e-2),
     "vit": Recipe(VisionTransformer, train_steps=600, search_steps=120, finetune_steps=240),
 }
 
