@@ -265,6 +265,9 @@ def _plan_contraction(
     functions: CallSites,
 ) -> None:
     consumers = [(value, own) for value, own in c.operands if not value.data and value.params]
+    # a table of positions that meets a weight is left alone: one mask will do, and the forward may write to a buffer
+    weight = [(v, own) for v, own in consumers if any(n.rpartition(".")[0] == c.path for n in v.params)]
+    consumers = weight or consumers
     if consumers:
         site = _input_site(trace, c, consumers)
         if site is not None:
