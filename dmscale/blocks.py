@@ -109,7 +109,8 @@ def _counts_its_blocks(
         own.add(gap)
         others.add(tuple(between))
     called_once = any(p in called for between in others for p in between)  # which block it follows, only the loop knows
-    return len(own) > 1 or len(others) > 1 or called_once
+    untold = len(own) == 1 and len(children) == 2 and own != {0}  # two blocks do not tell whether it is done between all
+    return len(own) > 1 or len(others) > 1 or called_once or untold
 
 
 def _lists(container: str, children: list[str], record: Record) -> tuple[Attribute, ...]:
