@@ -109,7 +109,7 @@ def _counts_its_blocks(
         own.add(gap)
         others.add(tuple(between))
     called_once = any(p in called for between in others for p in between)  # which block it follows, only the loop knows
-    untold = len(own) == 1 and len(children) == 2 and own != {0}  # two blocks do not tell whether it is done between all
+    untold = len(children) == 2 and own != {0}  # one gap does not tell whether all would be alike
     return len(own) > 1 or len(others) > 1 or called_once or untold
 
 
