@@ -91,21 +91,26 @@ def _counts_its_blocks(
 ) -> bool:
     """Whether the loop over a list does something of its own between some blocks and not between others.
 
-    As in `if i == 10: x = cat([token, x])`: with a block gone it would do so elsewhere.
+    As in `if i == 10: x = cat([token, x])`, or `if i == 0: x = self.position(x)`: with a block gone it would do so elsewhere.
     """
     paths = [f"{path}.{name}" if path else name for name, _ in module.named_children()]
     children = [called[p] for p in paths if p in called]
-    if len(children) < 3 or not any(c.path in removable for c in children):
+    if len(children) < 2 or not any(c.path in removable for c in children):
         return False
-    own = set()
+    own, others = set(), set()
     for before, after in zip(children, children[1:]):
-        inside = [c for c in record.calls if before.end <= c.start and c.end <= after.start]
+        inside = [c for c in record.calls if before.end <= c.start < c.end <= after.start]
         gap, end = after.start - before.end, before.end
+        between = []
         for c in sorted(inside, key=lambda c: (c.start, -c.end)):
             if c.start >= end:  # not inside one that was subtracted
                 gap, end = gap - (c.end - c.start), c.end
+                between.append(c.path)
         own.add(gap)
-    return len(own) > 1
+        others.add(tuple(between))
+    called_once = any(p in called for between in others for p in between)  # which block it follows, only the loop knows
+    untold = len(children) == 2 and own != {0}  # one gap does not tell whether all would be alike
+    return len(own) > 1 or len(others) > 1 or called_once or untold
 
 
 def _lists(container: str, children: list[str], record: Record) -> tuple[Attribute, ...]:

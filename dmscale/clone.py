@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import TraceError
+from .known import CACHES
 
 
 def same(t: Tensor) -> Tensor:
@@ -57,7 +58,9 @@ def _copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     for key, value in module.__dict__.items():
         if key == "_compiled_call_impl":
             continue
-        if type(value) in _ATOMIC:
+        if key in CACHES:
+            twin.__dict__[key] = type(value)()
+        elif type(value) in _ATOMIC:
             twin.__dict__[key] = value
         elif key == "_modules":
             twin.__dict__[key] = {n: None if m is None else _copy(m, memo) for n, m in value.items()}

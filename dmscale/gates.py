@@ -79,7 +79,7 @@ class Sites:
     inputs: tuple[InputSite, ...]
     norms: tuple[NormSite, ...]
     blocks: tuple[Blocks, ...]
-    by_products: tuple[tuple[str, tuple[Dim, ...]], ...] = ()
+    by_products: tuple[tuple[str, tuple[tuple[Dim, ...], ...]], ...] = ()
     calls: tuple[CallSite, ...] = ()
 
 
@@ -140,7 +140,11 @@ def plan(trace: Trace, blocks: Sequence[Blocks]) -> Sites:
         tuple(s for s in inputs.values() if axes.is_free(s.dim)),
         tuple(s for s in norms.values() if axes.is_free(s.dim)),
         tuple(blocks),
-        tuple((k, dims) for k, dims in trace.record.by_products.items() if any(axes.is_free(d) for d in dims)),
+        tuple(
+            (key, tensors)
+            for key, tensors in trace.record.by_products.items()
+            if any(axes.is_free(d) for dims in tensors for d in dims)
+        ),
         functions.kept(),
     )
 
@@ -267,6 +271,9 @@ def _plan_contraction(
     functions: CallSites,
 ) -> None:
     consumers = [(value, own) for value, own in c.operands if not value.data and value.params]
+    # a table of positions that meets a weight is left alone: one mask will do, and the forward may write to a buffer
+    weight = [(v, own) for v, own in consumers if any(n.rpartition(".")[0] == c.path for n in v.params)]
+    consumers = weight or consumers
     if consumers:
         site = _input_site(trace, c, consumers)
         if site is not None:
@@ -608,18 +615,25 @@ class _Chosen(torch.autograd.Function):
 
 @dataclass
 class KeptByProducts:
-    """After the model: hand out the kept elements of inner activations, as the exported model will."""
+    """After the model: hand out the kept elements of inner activations, as the exported model will.
+
+    fields: key of the output, and the dimensions of each tensor under it, in the order of `running.tensors_in`.
+    """
 
     masks: Masks
-    fields: tuple[tuple[str, tuple[Dim, ...]], ...]
+    fields: tuple[tuple[str, tuple[tuple[Dim, ...], ...]], ...]
 
     def __call__(self, module: nn.Module, args: tuple, out: Any) -> Any:
-        for key, dims in self.fields:
-            for i, dim in enumerate(dims):
-                if axes.is_free(dim):
-                    kept = (self.masks(dim) > 0.5).nonzero()[:, 0]
-                    out[key] = out[key].index_select(i, kept)
+        for key, tensors in self.fields:
+            dims = iter(tensors)
+            out[key] = running.map_tensors(lambda t, dims=dims: self._kept(t, next(dims, ())), out[key])
         return out
+
+    def _kept(self, t: Tensor, dims: tuple[Dim, ...]) -> Tensor:
+        for i, dim in enumerate(dims):
+            if axes.is_free(dim):
+                t = t.index_select(i, (self.masks(dim) > 0.5).nonzero()[:, 0])
+        return t
 
 
 def replace_first(tree: Any, function: Any) -> Any:

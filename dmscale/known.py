@@ -19,6 +19,11 @@ DESCRIPTIVE: dict[type[nn.Module], dict[str, tuple[str, int]]] = {
 }
 
 
+CACHES = frozenset({"attention_bias_cache"})
+"""Dicts of a module that hold what its forward computed from parameters of before (LeViT and its kin in timm and
+transformers, by device): a copy starts without them, or it would go on with elements that it no longer has."""
+
+
 def quiet(model: nn.Module) -> nn.Module:
     """Switch off the key-value cache of a transformers model, on a copy of it.
 
@@ -89,18 +94,21 @@ BY_PRODUCTS = frozenset(
     {
         "encoder_last_hidden_state", "encoder_hidden_states", "encoder_attentions", "decoder_hidden_states",
         "decoder_attentions", "cross_attentions", "hidden_states", "attentions", "past_key_values",
+        "text_model_output", "vision_model_output", "vision_outputs", "qformer_outputs", "language_model_outputs",
+        "image_hidden_states", "last_hidden_state",
     }
 )  # fmt: skip
 """Fields of a transformers `ModelOutput` that are inner activations handed out beside the result.
 
-As outputs they would fix the residual width of every encoder-decoder, which is not what their users mean.  Their axes
+As outputs they would fix the residual width of every encoder-decoder and of both towers of CLIP, which nobody means.  Their axes
 stay free; a gated model hands out the kept elements, as the exported one does.
 """
 
 
 def is_by_product(output: Any, key: str) -> bool:
     """Whether field `key` of a model's `output` is an inner activation and not a result."""
-    return key in BY_PRODUCTS and type(output).__module__.startswith("transformers.") and "logits" in output
+    has_result = any(str(k).startswith("logits") for k in output) if key in BY_PRODUCTS else False
+    return has_result and type(output).__module__.startswith("transformers.")
 
 
 def builds_from(model: nn.Module) -> str | None:

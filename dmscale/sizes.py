@@ -291,12 +291,26 @@ def solve(equations: list[Equation]) -> Solution:
 
     Equations between attributes and axes define the attributes.  What is left relates axes: `a * x = b * y` links x and
     y, anything else freezes what it mentions.  Freezing turns variables into constants, so this repeats until stable.
+    An attribute that is whole at some sizes only (a ratio of two axes) keeps its value, which relates these axes.
     """
+    kept: dict[Attribute, Quotient] = {}
     while True:
         before = {a for eq in equations for a in _free_atoms(eq)}
-        solution = _solve_once(equations)
-        if before == {a for eq in equations for a in _free_atoms(eq)}:
+        solution = _solve_once(equations, kept)
+        if before != {a for eq in equations for a in _free_atoms(eq)}:
+            continue
+        rounded = [a for a, q in solution.attributes.items() if not _is_whole(q, solution.links)]
+        if not rounded:
             return solution
+        kept |= {a: Quotient(_now(solution.attributes[a])) for a in rounded}
+
+
+def _is_whole(q: Quotient, links: list[set[Axis]]) -> bool:
+    """Whether `q` is an int at every size that the links allow."""
+    if q.denominator == 1:
+        return True
+    units, _ = _units(q.variables, links)
+    return Quotient(Poly.of(q.numerator.evaluate(units)), Poly.of(q.denominator.evaluate(units))).denominator == 1
 
 
 def _free_atoms(eq: Equation) -> set[Axis]:
@@ -320,8 +334,8 @@ def attributes_of(e: Expression) -> Iterator[Attribute]:
         yield from attributes_of(e.right)
 
 
-def _solve_once(equations: list[Equation]) -> Solution:
-    known: dict[Attribute, Quotient] = {}
+def _solve_once(equations: list[Equation], kept: Mapping[Attribute, Quotient]) -> Solution:
+    known = dict(kept)
     # Plain `attribute = axis` first, then attributes inside expressions of known ones; what relates axes to a product is
     # settled first.  So the solution does not depend on the order in which the model said these things.
     todo = sorted(dict.fromkeys(equations), key=lambda eq: len(axes.factors(eq.dim)))
@@ -391,10 +405,16 @@ def _join(links: list[set[Axis]], pair: tuple[Axis, Axis]) -> None:
 
 def _in_units(difference: Poly, links: list[set[Axis]]) -> tuple[Poly, dict[Axis, int]]:
     """`difference` with linked axes as multiples of one of them, which then has the size that divides all of theirs."""
-    values: dict[Hashable, Poly] = {v: Poly.variable(v) for v in difference.variables}
+    values, sizes = _units(difference.variables, links)
+    return Poly.of(difference.evaluate(values)), sizes
+
+
+def _units(variables: set[Hashable], links: list[set[Axis]]) -> tuple[dict[Hashable, Poly], dict[Axis, int]]:
+    """Variable -> what it is in units, of linked ones one; and the size of each unit that is unlike the axis' own."""
+    values: dict[Hashable, Poly] = {v: Poly.variable(v) for v in variables}
     sizes: dict[Axis, int] = {}
     for group in links:
-        inside = [v for v in difference.variables if v in group]
+        inside = [v for v in variables if v in group]
         if inside:
             first = inside[0]
             assert isinstance(first, Axis)
@@ -402,7 +422,7 @@ def _in_units(difference: Poly, links: list[set[Axis]]) -> tuple[Poly, dict[Axis
             for v in inside:
                 assert isinstance(v, Axis)
                 values[v] = Poly.variable(first) * (v.size // sizes[first])
-    return Poly.of(difference.evaluate(values)), sizes
+    return values, sizes
 
 
 def _proportional(difference: Poly, sizes: Mapping[Axis, int]) -> tuple[Axis, Axis] | None:

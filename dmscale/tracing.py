@@ -212,12 +212,12 @@ def _run(tracer: Tracer, twin: nn.Module, args: tuple, kwargs: dict, meta: bool)
     tracer.record.results.update(tracer.value(t).origin for t in running.tensors_in(out))
     fields = dict(out.items()) if isinstance(out, Mapping) else {"": out}
     for key, value in fields.items():
-        for t in running.tensors_in(value):
-            if is_by_product(out, key):
-                if isinstance(value, torch.Tensor):
-                    tracer.record.by_products[key] = tracer.dims(t)
-                continue
-            for dim in tracer.dims(t):
+        tensors = tuple(tracer.dims(t) for t in running.tensors_in(value))
+        if is_by_product(out, key):
+            tracer.record.by_products[key] = tensors
+            continue
+        for dims in tensors:
+            for dim in dims:
                 axes.freeze(dim, "an axis of the model's output")
 
 

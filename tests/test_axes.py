@@ -352,3 +352,11 @@ def test_soft_masks_are_differentiable():
     mask.sum().backward()
     assert torch.equal(mask.detach(), torch.tensor([0.5, 0.5, 1.0, 1.0, 0.0, 0.0]))
     assert torch.equal(soft.grad, torch.full((3,), 2.0))
+
+
+def test_a_fixed_product_may_be_cut_anywhere_and_a_free_one_may_not():
+    rows, columns = axis(3, "spatial"), axis(7, "padded")
+    first, rest = cut((*rows, *columns), [16, 5])
+    assert (size(first), size(rest)) == (16, 5) and reasons(first) == reasons(rest) == ["spatial", "padded"]
+    with pytest.raises(Conflict):
+        cut((*axis(3, "spatial"), *axis(7)), [16, 5])

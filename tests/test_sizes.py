@@ -244,6 +244,15 @@ def test_a_rounded_quotient_cannot_follow(any_order):
     assert values(s, {}) == {C: 8}
 
 
+def test_an_attribute_that_is_a_ratio_of_two_axes_keeps_its_value_and_links_them(any_order):
+    """LeViT splits heads into keys and `ratio` times as large values: the ratio stays whole at every size."""
+    keys, values_ = axis(8), axis(16)
+    s = solve(any_order([says(C, keys), says(Operation("*", GROUPS, C), values_)]))
+    (k,), (v,) = keys, values_
+    assert is_free(keys, values_) == [True, True] and s.links == [{k, v}]
+    assert values(s, {k: 3, v: 6}) == {C: 3, GROUPS: 2}
+
+
 def test_an_escape_freezes(any_order):
     """float(C), C / 2, C ** -0.5: the trace says that C equals the constant that it was."""
     x, y = axis(8), axis(8)

@@ -13,7 +13,7 @@ from torch import nn
 import benchmarks.zoo.__main__ as zoo
 from benchmarks.zoo import Entry, entries, pages, runner, vision
 from benchmarks.zoo.measure import Row, causes, measure
-from dmscale import trace
+from dmscale import certify, trace
 
 
 def row(name, status="exact", **more):
@@ -118,6 +118,70 @@ def test_causes_name_no_place_and_no_natural_reason():
 
     model = nn.Sequential(nn.Linear(3, 4), Cumulative(), nn.Linear(4, 2))
     assert list(causes(trace(model, torch.randn(1, 3)))) == ["cumulative (cumsum)"]
+
+
+# -- what the zoo has taught -----------------------------------------------------------------------------------
+
+
+class Residual(nn.Module):
+    def __init__(self, width=6):
+        super().__init__()
+        self.up, self.down = nn.Linear(width, 9), nn.Linear(9, width)
+
+    def forward(self, x):
+        return x + self.down(self.up(x).relu())
+
+
+class Loop(nn.Module):
+    """Blocks in a list; what `between` says happens after each of them."""
+
+    def __init__(self, blocks, between):
+        super().__init__()
+        self.blocks, self.between = nn.ModuleList(Residual() for _ in range(blocks)), between
+        self.stem, self.position, self.head = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = self.stem(x)
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            if self.between == "always" or (self.between == "after the first" and i == 0):
+                x = self.position(x)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("blocks", [2, 3])
+@pytest.mark.parametrize("between, offered", [("never", True), ("always", False), ("after the first", False)])
+def test_depth_is_offered_unless_the_loop_calls_a_module_in_between(blocks, between, offered):
+    """Twins adds its positions after block 0; without it they would come after another one, and "always" once less."""
+    space = trace(Loop(blocks, between), torch.randn(2, 4))
+    assert ("blocks depth" in space.dimensions) == offered
+    structure = space.sample(seed=1)
+    assert certify.compare(space.gate(structure), space.export(structure), torch.randn(2, 4)) < 1e-5
+
+
+class Biased(nn.Module):
+    """LeViT's attention biases: a dict keeps what an evaluation has computed from parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.biases, self.attention_bias_cache = nn.Parameter(torch.randn(8)), {}
+
+    def forward(self, x):
+        if "cpu" not in self.attention_bias_cache:
+            self.attention_bias_cache["cpu"] = self.biases * 2
+        return self.last((self.first(x) + self.attention_bias_cache["cpu"]).relu())
+
+
+def test_a_model_that_has_run_is_traced_and_exported_without_its_cached_biases():
+    model, x = Biased().eval(), torch.randn(2, 4)
+    with torch.no_grad():
+        model(x)
+    space = trace(model, x)
+    assert {n: d.size for n, d in space.dimensions.items()} == {"first": 8}
+    structure = space.structure({"first": 3})
+    assert certify.compare(space.gate(structure), space.export(structure), x) < 1e-5
+    assert model.attention_bias_cache["cpu"].shape == (8,)
 
 
 # -- running ---------------------------------------------------------------------------------------------------
