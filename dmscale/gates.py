@@ -15,8 +15,9 @@ All of it lives on a clone of the module tree that shares the user's parameters.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -625,9 +626,11 @@ class KeptByProducts:
 
     def __call__(self, module: nn.Module, args: tuple, out: Any) -> Any:
         for key, tensors in self.fields:
-            dims = iter(tensors)
-            out[key] = running.map_tensors(lambda t, dims=dims: self._kept(t, next(dims, ())), out[key])
+            out[key] = running.map_tensors(functools.partial(self._next_kept, iter(tensors)), out[key])
         return out
+
+    def _next_kept(self, dims: Iterator[tuple[Dim, ...]], t: Tensor) -> Tensor:
+        return self._kept(t, next(dims, ()))
 
     def _kept(self, t: Tensor, dims: tuple[Dim, ...]) -> Tensor:
         for i, dim in enumerate(dims):
