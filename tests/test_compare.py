@@ -256,7 +256,7 @@ def test_the_table_says_mean_spread_and_sense():
     rows = judge([row("random", 7.0, 7.2), row("a", 5.0, 5.2)], False)
     table = Comparison(rows, "perplexity", False, 4.0, {"budget": "50% params", "total_steps": 9, "search_steps": 4})
     text = table.markdown()
-    assert "5.100 ± 0.1414" in text and "4.000" in text and "50% params" in text
+    assert "5.100 ± 0.141" in text and "4.000" in text and "50% params" in text
     assert table.row("a").spread == pytest.approx(statistics.stdev([5.0, 5.2]))
     assert json.loads(json.dumps(table.to_dict()))["rows"][0]["strategy"] == "a"
     assert "perplexity" in str(table)
