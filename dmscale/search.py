@@ -141,6 +141,7 @@ class Search:
         """The times at which the target reaches each budget, loosest first, on a straight line in the log of the cost."""
         if budget is not None and several:
             raise SearchError("give a budget, or a sequence of budgets=, and not both")
+        several = [several] if isinstance(several, (str, Mapping)) else several
         found = [_budgets.parse(b, self.space) for b in (several or [budget])]
         metrics = {m for b in found for m in b.targets}
         if any(b.targets.keys() != metrics for b in found):
@@ -148,7 +149,8 @@ class Search:
         self._full = {m: float(self.space.cost()[m]) for m in found[0].targets}
         found.sort(key=lambda b: -max(t / self._full[m] for m, t in b.targets.items()))
         depth = [max(math.log(self._full[m] / t) for m, t in b.targets.items()) for b in found]
-        if any(b <= a for a, b in zip(depth, depth[1:])):
+        looser = any(b.targets[m] > a.targets[m] for a, b in zip(found, found[1:]) for m in metrics)
+        if looser or any(b <= a for a, b in zip(depth, depth[1:])):
             raise SearchError(
                 "two budgets of a family are the same, or are not tighter in every metric than those before"
             )

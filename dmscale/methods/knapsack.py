@@ -53,6 +53,11 @@ class Knapsack(Method):
     def masks(self) -> Tensor:
         return self.kept
 
+    def structure(self, wanted: budgets.Budget) -> Structure:
+        """The elements that are kept now, brought exactly to a budget."""
+        space, importance = self.search.space, self.layout.by_member(self.search.importance)
+        return budgets.fit(space, self._current(), wanted, importance, keep=self._current())
+
     def _current(self) -> Structure:
         sizes = {d.name: share * d.size for d, share in zip(self.layout.dimensions, self.shares())}
-        return self.search.space.structure(sizes)
+        return self.search.space.structure(sizes, self.layout.by_member(self.kept))
