@@ -566,6 +566,7 @@ def _dimensions(
     steps = _steps(trace.record.multiples)
     # of one element there is no variance: the unbiased one divides by k - 1
     spread = {a for n in trace.record.normalisations if n.kind == "variance" for d in n.dims for a in axes.atoms(d)}
+    least = _least(trace.record.least)
     dimensions: dict[str, Dimension] = {}
     for group in groups:
         group = sorted(group, key=lambda a: (names[a].count("."), a.size))  # the widest scope names the dimension
@@ -577,9 +578,10 @@ def _dimensions(
         ) in group:  # an axis of a.size keeps n * a.size / size elements of n: that must be a multiple of its own step
             step = math.lcm(step, steps.get(a, 1) * size // math.gcd(steps.get(a, 1) * size, a.size))
         wanted = _bound(options.multiple, name, 1) if kind == "width" else 1
+        needed = max(-(-least.get(a, 1) * size // a.size) for a in group)
         dimensions[name] = Dimension(
-            name, kind, size, max(_bound(options.minimum, name, 1), 2 if spread & set(group) else 1), math.lcm(step, wanted),
-            tuple(group), tuple(names[a] for a in group),
+            name, kind, size, max(_bound(options.minimum, name, 1), needed, 2 if spread & set(group) else 1),
+            math.lcm(step, wanted), tuple(group), tuple(names[a] for a in group),
         )  # fmt: skip
     for stack in resolved.stacks:
         dimensions[stack.name] = Dimension(stack.name, "depth", len(stack.paths), stack.minimum)
@@ -608,6 +610,29 @@ def _steps(multiples: Iterable[tuple[axes.Dim, int]]) -> dict[Axis, int]:
     for dim, step in multiples:
         require(dim, step)
     return steps
+
+
+def _least(bounds: Iterable[tuple[axes.Dim, int]]) -> dict[Axis, int]:
+    """Axis -> the smallest size that it may have, so that every dimension has what is chosen from it.
+
+    Of a product, groups of experts, each factor must do with the least of the others.
+    """
+    least: dict[Axis, int] = {}
+
+    def require(dim: axes.Dim, size: int) -> None:
+        found = axes.factors(dim)
+        for a in reversed(found):
+            if axes.is_free((a,)):
+                others = math.prod(least.get(b, 1) if axes.is_free((b,)) else b.size for b in found if b is not a)
+                if a.sum is None:
+                    least[a] = max(least.get(a, 1), -(-size // others))
+                else:
+                    fixed = sum(axes.size(part) for part in a.sum if not axes.is_free(part))
+                    require(next(part for part in a.sum if axes.is_free(part)), -(-size // others) - fixed)
+
+    for dim, size in sorted(bounds, key=lambda b: len(axes.factors(b[0]))):
+        require(dim, size)
+    return least
 
 
 def _bound(bounds: Mapping[str, int], name: str, default: int) -> int:

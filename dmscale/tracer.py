@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from . import axes
 from .axes import Axis, Conflict, Dim
 from .calls import Counting, FunctionCall
+from .routing import NOTHING, Said, freeze_numbers, heard
 from .rules import RULES
 from .sizes import Attribute, Equation, Expression, Extent, Operation, SizedInt, expression_of, listening
 
@@ -40,6 +41,7 @@ class Value:
     repeated: dimensions along which it was repeated (`expand`, `repeat`): its elements differ only beside them.
     product: the product of two activations that it was computed from, element by element or by a softmax.
     zeroed: whether it is zero where those parameters are.
+    said: what it says about elements of axes by their number.
     """
 
     dims: tuple[Dim, ...]
@@ -50,6 +52,7 @@ class Value:
     repeated: tuple[Dim, ...] = ()
     product: Product | None = None
     zeroed: bool = True
+    said: Said = NOTHING
 
 
 @dataclass(eq=False)
@@ -134,6 +137,16 @@ class Contraction:
 
 
 @dataclass(frozen=True, eq=False)
+class Lookup:
+    """Elements of `dim` of the tensor `source` were found by numbers that had been chosen, by operator number `op`."""
+
+    op: int
+    path: str
+    dim: Dim
+    source: Value
+
+
+@dataclass(frozen=True, eq=False)
 class Normalisation:
     """The result depends on the number of elements of `dims` (mean, variance, softmax ...), `kind` says how."""
 
@@ -211,6 +224,8 @@ class Record:
     conflicts: list[str] = field(default_factory=list)
     operators: dict[str, int] = field(default_factory=dict)
     multiples: list[tuple[Dim, int]] = field(default_factory=list)  # dim, what its size must be a multiple of
+    least: list[tuple[Dim, int]] = field(default_factory=list)  # dim, the smallest size that it may have
+    lookups: list[Lookup] = field(default_factory=list)
     by_products: dict[str, tuple[tuple[Dim, ...], ...]] = field(default_factory=dict)  # outputs whose axes may shrink
     read: dict[str, int] = field(default_factory=dict)  # parameter -> the first operator that took it
     steps: dict[int, Step] = field(default_factory=dict)  # by operator number
@@ -278,6 +293,7 @@ class Tracer(TorchDispatchMode):
         self._square: int | None = None
         self._operator = ""
         self._origins = 0
+        self._said: dict[int, Said] = {}  # by the result of the operator of the moment
         self._listening: contextlib.AbstractContextManager | None = None
 
     # -- tensors ------------------------------------------------------------------------------------------------------
@@ -399,6 +415,19 @@ class Tracer(TorchDispatchMode):
         if step > 1 and axes.is_free(dim):
             self.record.multiples.append((dim, step))
 
+    def at_least(self, dim: Dim, size: int) -> None:
+        """Note that so many elements of `dim` are chosen: there must be as many."""
+        if axes.is_free(dim):
+            self.record.least.append((dim, size))
+
+    def looked_up(self, dim: Dim, x: Tensor) -> None:
+        """Note that elements of `dim`, of `x`, are found by numbers that were chosen."""
+        self.record.lookups.append(Lookup(self.op, self.path, dim, self.value(x)))
+
+    def says(self, out: Tensor, said: Said) -> None:
+        """Note what a result of the operator of the moment says about numbers of elements."""
+        self._said[id(out)] = said
+
     def is_square(self, x: Tensor) -> bool:
         """Whether `x` is the elementwise square of another tensor."""
         return self.value(x).square is not None
@@ -452,6 +481,8 @@ class Tracer(TorchDispatchMode):
         self.op += 1
         if not outs:
             takes = tuple(self.value(t).origin for t in tensors)
+            self._operator = func._overloadpacket.__name__
+            freeze_numbers(self, [self.value(t) for t in tensors])
             self.record.steps[self.op] = Step(func._overloadpacket.__name__, takes, (), True)  # Python reads the values
             return out
         self._infer(func, args, kwargs, tensors, out, outs)
@@ -488,7 +519,9 @@ class Tracer(TorchDispatchMode):
             for name in v.params:
                 record.read.setdefault(name, self.op)
         self._contracting = False
+        self._said.clear()
         found = self._apply_rule(func, args, kwargs, tensors, out, outs)
+        said = heard(self, func, args, values, [self._said.get(id(o)) for o in outs], outs)
         data = any(v.data for v in values)
         params: frozenset[str] = frozenset()
         for v in values:
@@ -513,9 +546,9 @@ class Tracer(TorchDispatchMode):
         if is_view or len(tensors) == 1:
             repeated = (*values[0].repeated, *repeated)
         product = self._attend(func, args, tensors, values)
-        for o, dims in zip(outs, found):
+        for o, dims, numbers in zip(outs, found, said):
             origin_of = origin or self._new_origin()
-            self._store(o, Value(tuple(dims), params, data, origin_of, square, repeated, product, zeroed))
+            self._store(o, Value(tuple(dims), params, data, origin_of, square, repeated, product, zeroed, numbers))
             if adds:
                 record.additions.append(Addition(self.op, (values[0], values[1]), self.value(o)))
             if data and not is_view:
@@ -574,12 +607,14 @@ class Tracer(TorchDispatchMode):
             self.record.conflicts.append(f"{self.where}: {error}")
             for t in tensors:
                 self.freeze_dims(self.dims(t), f"conflict ({error})")
+            freeze_numbers(self, [self.value(t) for t in tensors])
             return [self.fresh(o, f"conflict in {self.where}") for o in outs]
 
     def _no_rule(self, tensors: list[Tensor]) -> None:
         self.record.unknown.setdefault(self._operator, {})[self.path] = None
         for t in tensors:
             self.freeze_dims(self.dims(t), "no rule for the operator")
+        freeze_numbers(self, [self.value(t) for t in tensors])
 
 
 def operands_of(tracer: Tracer, tree: Any) -> Any:
