@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import axes
-from .axes import Dim
+from .axes import Conflict, Dim
 
 if TYPE_CHECKING:
     from .tracer import Tracer, Value
@@ -123,12 +123,14 @@ def _compared(trace: Tracer, func: Any, args: Any, values: Sequence[Value]) -> S
     numbers = [v.said.numbers for v in values]
     if all(n is None for n in numbers):
         return NOTHING
-    if len(values) < 2 or any(n is None for n in numbers):
+    p, q = (*numbers, None)[:2]
+    try:
+        if p is None or q is None:
+            raise Conflict("numbers of elements against others")
+        axes.unify(p, q)
+    except Conflict:
         freeze_numbers(trace, values)
         return NOTHING
-    p, q = numbers
-    assert p is not None and q is not None
-    axes.unify(p, q)
     every = [any(axes.same(p, d) for d in v.dims) for v in values]
     return Said(zero=(p,)) if func in _EQUAL and sorted(every) == [False, True] else NOTHING
 
