@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from . import axes
 from .axes import Dim
 from .calls import NAMES, FunctionCall
-from .routing import Said
+from .routing import Said, freeze_numbers
 from .sizes import Extent, SizedInt
 from .tracer import Tracer, _constant, _tensors, operands_of, shape_of
 
@@ -73,6 +73,7 @@ class Arrivals(TorchFunctionMode):
         if name in _TO_PYTHON:
             self.tracer._operator = name
             self.tracer.freeze_dims(self.tracer.dims(args[0]), "its elements are read by Python")
+            freeze_numbers(self.tracer, [self.tracer.value(args[0])])
         handler = _HANDLERS.get(name)
         if handler is None:
             out = func(*args, **kwargs)

@@ -60,7 +60,7 @@ _MOVES = _overloads(
     aten.split_with_sizes, aten.slice, aten.select, aten.unbind, aten.chunk, aten.repeat, aten.flip,
 )  # fmt: skip
 """The elements of the first argument, elsewhere."""
-_PICKS = _overloads(aten.index, aten.index_select, aten.gather, aten.embedding, aten.sort)
+PICKS = _overloads(aten.index, aten.index_select, aten.gather, aten.embedding, aten.sort)
 """The same, and numbers among the other arguments are looked after by the rule."""
 _LOOKED_AFTER = _overloads(
     aten.scatter, aten.scatter_, aten.scatter_add, aten.scatter_add_, aten.histc, aten.bincount, aten.searchsorted,
@@ -97,7 +97,7 @@ def heard(
         said = first
     elif func in _JOINS:
         said = _joined(trace, values)
-    elif func in _PICKS:
+    elif func in PICKS:
         said = NOTHING if first.numbers is None else Said(first.numbers)
         noted = [*noted[:1], *[s or NOTHING for s in noted[1:]]]  # of a sort, the second result is a permutation
     elif func in _COMPARES:

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from . import axes
 from .axes import Axis, Conflict, Dim
 from .calls import Counting, FunctionCall
-from .routing import NOTHING, Said, freeze_numbers, heard
+from .routing import NOTHING, PICKS, Said, freeze_numbers, heard
 from .rules import RULES
 from .sizes import Attribute, Equation, Expression, Extent, Operation, SizedInt, expression_of, listening
 
@@ -524,7 +524,8 @@ class Tracer(TorchDispatchMode):
         said = heard(self, func, args, values, [self._said.get(id(o)) for o in outs], outs)
         data = any(v.data for v in values)
         params: frozenset[str] = frozenset()
-        for v in values:
+        made_of = values[:1] if func in PICKS else values  # numbers say where elements come from, not what they are
+        for v in made_of:
             if v.params and v.params is not params and not (self._contracting and v.data):
                 params = params | v.params
         origin = values[0].origin if func in _SAME_ELEMENTS else None
@@ -538,7 +539,9 @@ class Tracer(TorchDispatchMode):
         adds = func in (aten.add.Tensor, aten.add_.Tensor) and len(values) == 2
         if adds:
             record.biases += [(self.op, n) for v in values if not v.data for n in v.params if len(v.params) == 1]
-        zeroed = func not in _LEAVES_ZERO and all(v.zeroed for v in values if not (self._contracting and v.data))
+        zeroed = func not in _LEAVES_ZERO and all(v.zeroed for v in made_of if not (self._contracting and v.data))
+        if self._contracting and all(v.data for v in values):
+            zeroed = False  # of two activations: nothing that is added to their product makes it zero
         if func in _TIMES:
             zeroed = any(v.zeroed for v in values if v.params)
         is_view = func in _VIEWS

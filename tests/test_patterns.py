@@ -39,8 +39,9 @@ def structures(space):
 
 
 def counted_macs(model, inputs):
-    """As in `nets`, and the products with vectors of spectral normalisation, which PyTorch's counter passes over."""
+    """As in `nets`, and what PyTorch's counter passes over: products with vectors, and those of groups of rows."""
     vectors = {
+        aten._grouped_mm: lambda a, b, *rest, out_shape=None, **_: 2 * a[0] * a[1] * b[-1],
         aten.mv: lambda a, b, out_shape=None, **_: 2 * a[0] * a[1],
         aten.vdot: lambda a, b, out_shape=None, **_: 2 * a[0],
         aten.dot: lambda a, b, out_shape=None, **_: 2 * a[0],

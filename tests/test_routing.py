@@ -1,0 +1,127 @@
+"""Numbers of elements: an axis whose elements are called by number may shrink where renumbering changes nothing.
+
+The law of every operator that takes numbers: keep some elements of the axis, all those among them that are called; give
+sliced tensors and new numbers to the operator, and it gives what slicing and renumbering its results gives.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from dmscale import axes
+from dmscale.routing import Said
+from dmscale.tracer import Tracer
+
+aten = torch.ops.aten
+E = 7
+CALLED = torch.tensor([[5, 1], [1, 6], [5, 6], [2, 1]])  # of 7 elements: 0, 3 and 4 are never called
+SCORES, WEIGHTS, ROWS = torch.randn(4, E), torch.randn(E, 4, 8), torch.randn(8, 4)
+
+
+def all_numbers(n: int) -> Tensor:
+    return torch.arange(n)
+
+
+def ends(i: Tensor, n: int) -> Tensor:
+    return aten.cumsum(aten.bincount(i.flatten(), None, n), 0, dtype=torch.int32)
+
+
+# tensors that have the axis (first or last), what they and the numbers become; n is the size of the axis
+ALLOWED = {
+    "gather": lambda i, n, s, w, r: aten.gather(s, 1, i),
+    "index": lambda i, n, s, w, r: aten.index(w, [i]),
+    "index beside another": lambda i, n, s, w, r: aten.index(s, [torch.arange(4)[:, None], i]),
+    "index_select": lambda i, n, s, w, r: aten.index_select(w, 0, i[0]),
+    "embedding": lambda i, n, s, w, r: aten.embedding(w.flatten(1), i),
+    "scatter": lambda i, n, s, w, r: aten.scatter(s, 1, i, 0.5),
+    "scatter of scores": lambda i, n, s, w, r: aten.scatter(aten.zeros_like(s), 1, i, aten.gather(s, 1, i)),
+    "scatter in place": lambda i, n, s, w, r: aten.scatter_(aten.clone(s), 1, i, float("-inf")),
+    "sort": lambda i, n, s, w, r: aten.sort(aten.view(i, [-1])),
+    "cat": lambda i, n, s, w, r: aten.cat([i, aten.expand(aten.unsqueeze(aten.select(i, 1, 0), 1), [4, 3])], 1),
+    "stack": lambda i, n, s, w, r: aten.stack([i, i]),
+    "picked by others": lambda i, n, s, w, r: aten.index(i, [torch.tensor([2, 0])]),
+    "compared": lambda i, n, s, w, r: aten.lt(aten.slice(i, 1, 0, 1), aten.slice(i, 1, 1, 2)),
+    "bincount": lambda i, n, s, w, r: aten.bincount(i.flatten(), None, n),
+    "histc": lambda i, n, s, w, r: aten.histc(aten._to_copy(i, dtype=torch.float32), n, 0, n - 1),
+    "ends": lambda i, n, s, w, r: ends(i, n),
+    "rows of each": lambda i, n, s, w, r: aten._grouped_mm(r, w, ends(i, n)),
+}
+
+
+@pytest.mark.parametrize("name", ALLOWED)
+@pytest.mark.parametrize("keep", [[1, 2, 5, 6], [0, 1, 2, 4, 5, 6]])
+def test_renumbering_and_running_equals_running_and_renumbering(name, keep):
+    function = ALLOWED[name]
+    with Tracer() as tracer:
+        i = tracer.watch(CALLED.clone())
+        s, w, r = (tracer.watch(t.clone()) for t in (SCORES, WEIGHTS, ROWS))
+        axis = tracer.dims(w)[0]
+        axes.unify(axis, tracer.dims(s)[1])
+        tracer.value(i).said = Said(axis)
+        whole = function(i, E, s, w, r)
+    assert axes.is_free(axis), axes.reasons(axis)
+    results = whole if isinstance(whole, (tuple, list)) else [whole]
+    kept = torch.tensor(keep)
+    new = torch.full((E,), -1)
+    new[kept] = torch.arange(len(keep))
+    masks = {axes.atoms(axis)[0]: torch.isin(torch.arange(E), kept)}
+    part = function(new[CALLED], len(keep), SCORES[:, kept], WEIGHTS[kept], ROWS)
+    for full, small in zip(results, part if isinstance(part, (tuple, list)) else [part]):
+        value = tracer.value(full)
+        full = new[full] if value.said.numbers is not None else full
+        for position, dim in enumerate(value.dims):
+            full = full.index_select(position, axes.kept(dim, masks).nonzero()[:, 0])
+        assert torch.allclose(full.float(), small.float(), atol=1e-5)
+
+
+def test_an_equal_pair_of_numbers_is_one_hot():
+    with Tracer() as tracer:
+        i, every = tracer.watch(CALLED.clone()), tracer.watch(all_numbers(E))
+        axis, (own,) = axes.axis(E), tracer.dims(every)
+        tracer.value(i).said, tracer.value(every).said = Said(axis), Said(own)
+        equal = aten.eq(aten.unsqueeze(i, -1), every)
+        doubled = aten.mul(aten._to_copy(equal, dtype=torch.int64), 2)
+        counts = aten.sum(doubled, [0, 1])
+        aten.sum(doubled, [2])
+    assert axes.same(axis, own) and axes.is_free(axis)
+    assert [axes.same(d, axis) for d in tracer.value(counts).said.zero] == [True]
+    assert not tracer.record.normalisations[-1].dims  # nothing has to be masked for this sum
+
+
+REFUSED = {
+    "arithmetic": lambda i, s: i * 2,
+    "a literal": lambda i, s: i == 3,
+    "a table of numbers": lambda i, s: i[..., None] == torch.arange(E),
+    "float": lambda i, s: i.float() / 7,
+    "half of the bins": lambda i, s: torch.histc(i.float(), 3, 0, E - 1),
+    "where others end": lambda i, s: torch.searchsorted(i.flatten().sort()[0], i),
+    "read by Python": lambda i, s: i[0, 0].item(),
+    "written at": lambda i, s: torch.zeros(E).index_add(0, i[0], torch.ones(2)),
+    "elements of another axis": lambda i, s: torch.randn(9)[i],
+    "mixed with others": lambda i, s: torch.cat([i, torch.zeros(4, 1, dtype=torch.int64)], 1),
+    "an operator without a rule": lambda i, s: i.nonzero(),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_numbers_that_are_used_for_anything_else_fix_their_axis(name):
+    with Tracer() as tracer:
+        s = tracer.watch(SCORES.clone())
+        i = s.topk(2)[1]
+        assert axes.is_free(tracer.dims(s)[1])
+        REFUSED[name](i, s)
+    assert not axes.is_free(tracer.dims(s)[1])
+
+
+def test_there_are_as_many_as_are_chosen():
+    with Tracer() as tracer:
+        s = tracer.watch(SCORES.clone())
+        first = s.argmax(1, keepdim=True)
+        rest = s.scatter(1, first, float("-inf"))
+        rest.masked_fill(rest > 3, 0.0).topk(2)
+        all_of_it = tracer.watch(SCORES.clone())
+        all_of_it.topk(E)
+    assert sorted(n for _, n in tracer.record.least) == [1, 3]
+    assert not axes.is_free(tracer.dims(all_of_it)[1])
