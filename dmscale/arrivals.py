@@ -378,7 +378,5 @@ def _histc(
 
 
 @_on("bincount")
-def _bincount(
-    tracer: Tracer, out: Tensor, x: Tensor, weights: Tensor | None = None, minlength: int = 0
-) -> None:
+def _bincount(tracer: Tracer, out: Tensor, x: Tensor, weights: Tensor | None = None, minlength: int = 0) -> None:
     tracer.equate(minlength, tracer.dims(out)[0])

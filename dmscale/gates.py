@@ -112,7 +112,9 @@ def plan(trace: Trace, blocks: Sequence[Blocks]) -> Sites:
             alone = not any(set(axes.atoms(dim)) & found for dim in free)
             if not functions.add(norm.op, free, norm.source, zero=alone):
                 for dim in free:
-                    axes.freeze(dim, f"chosen from where no gate can be, in {norm.path or 'the model'} ({norm.operator})")
+                    axes.freeze(
+                        dim, f"chosen from where no gate can be, in {norm.path or 'the model'} ({norm.operator})"
+                    )
             continue
         site = _norm_site(trace, norm)
         # a normalisation written out is masked where it takes its statistics, if these calls can be found again

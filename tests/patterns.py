@@ -752,7 +752,11 @@ def in_groups(experts, logits):
     choice = score + experts.correction
     best = choice.view(-1, experts.groups, experts.num_experts // experts.groups).topk(2)[0].sum(-1)
     mask = torch.zeros_like(best).scatter_(1, best.topk(2, sorted=False)[1], 1).bool()
-    mask = mask.unsqueeze(-1).expand(-1, experts.groups, experts.num_experts // experts.groups).reshape(-1, experts.num_experts)
+    mask = (
+        mask.unsqueeze(-1)
+        .expand(-1, experts.groups, experts.num_experts // experts.groups)
+        .reshape(-1, experts.num_experts)
+    )
     number = choice.masked_fill(~mask, float("-inf")).topk(experts.top_k, sorted=False)[1]
     return score.gather(1, number), number
 

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from nets import assert_same, fingerprint, non_trivial
+from patterns import PATTERNS
+from torch import Tensor, nn
 
-from dmscale import axes
+import dmscale
+from dmscale import axes, gates
 from dmscale.routing import Said
 from dmscale.tracer import Tracer
 
@@ -125,3 +128,137 @@ def test_there_are_as_many_as_are_chosen():
         all_of_it.topk(E)
     assert sorted(n for _, n in tracer.record.least) == [1, 3]
     assert not axes.is_free(tracer.dims(all_of_it)[1])
+
+
+# -- mixtures of experts ----------------------------------------------------------------------------------------------
+
+CHOOSING = {
+    "experts_grouped": "1 experts", "experts_by_logits": "1 experts", "experts_one_by_one": "1 experts",
+    "einsum_experts": "1 experts", "experts_one_hot": "1.router", "experts_compared": "1.router",
+    "experts_scattered": "1.router", "experts_switch": "1.router", "codebook": "1.book",
+}  # fmt: skip
+
+
+def traced(name: str):
+    torch.manual_seed(0)
+    model, inputs = PATTERNS[name]()
+    return non_trivial(model), inputs, dmscale.trace(model, inputs)
+
+
+@pytest.mark.parametrize("name", CHOOSING)
+def test_experts_have_a_name_and_stay_as_many_as_are_chosen(name):
+    model, inputs, space = traced(name)
+    d = space.dimensions[CHOOSING[name]]
+    least = 1 if name in ("codebook", "experts_switch") else 2
+    assert (d.kind, d.size, d.lowest) == ("width", 7 if name == "codebook" else 9, least)
+    small = space.export(space.structure({d.name: 1}))[1]
+    table = small.book.weight if name == "codebook" else small.down
+    assert table.shape[0] == least
+    if name not in ("codebook", "einsum_experts"):  # these read no number of elements
+        assert small.num_experts == least
+
+
+def test_groups_of_experts_have_enough_in_those_that_are_chosen():
+    model, inputs, space = traced("experts_in_groups")
+    groups, each = (space.dimensions[f"1 {n}"] for n in ("expert groups", "experts per group"))
+    assert (groups.lowest, each.lowest) == (2, 2)
+    small = space.export(space.structure({groups.name: 2, each.name: 2}))
+    assert (small[1].groups, small[1].num_experts, small[1].correction.shape) == (2, 4, (4,))
+
+
+@pytest.mark.parametrize("name", CHOOSING)
+def test_what_is_used_matters_and_a_search_removes_experts(name, tmp_path):
+    """The importance of an expert is made of the gradient of its mask: not zero for those that some row chose."""
+    model, inputs, space = traced(name)
+    before, d = fingerprint(model), space.dimensions[CHOOSING[name]]
+    search = dmscale.Search(space, "45% params", 4)
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    search.attach(optimizer)
+    slopes = []
+    while not search.done:
+        search.model(inputs).square().mean().backward()
+        slopes.append(gates.masks_of(search.model).widths[d.axes[0]].grad.clone())
+        optimizer.step()
+        optimizer.zero_grad()
+    assert bool(slopes[0][used(model, name, inputs)].all())
+    small = search.export()
+    assert_same(before, fingerprint(model))
+    assert sum(p.numel() for p in small.parameters()) <= 0.45 * sum(p.numel() for p in model.parameters())
+    dmscale.save(small, tmp_path / "small.safetensors")
+    loaded = dmscale.load(tmp_path / "small.safetensors", lambda: PATTERNS[name]()[0])
+    assert torch.equal(loaded.eval()(inputs), small(inputs))
+
+
+def used(model, name, inputs) -> Tensor:
+    """The numbers of the experts that any row chooses."""
+    x = model[0](inputs)
+    if name == "codebook":
+        return torch.cdist(x, model[1].book.weight).argmin(-1).unique()
+    routed = model[1].route(model[1], model[1].router(x))
+    return routed[1].unique() if isinstance(routed, tuple) else routed.any(0).nonzero()[:, 0]
+
+
+class Strongest(nn.Module):
+    """The sum of the three largest of a few channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.make = nn.Linear(5, 9)
+
+    def forward(self, x):
+        return self.make(x).topk(3)[0].sum(-1)
+
+
+def test_a_mask_learns_from_what_is_chosen_where_nothing_else_reads_it():
+    """Against finite differences, at masks that are soft."""
+    model, x = Strongest(), torch.randn(6, 5)
+    space = dmscale.trace(model, x)
+    d = space.dimensions["make"]
+    assert (d.size, d.lowest) == (9, 3)
+
+    def result(mask):
+        gated = gates.attach(model, space.sites, {d.axes[0]: mask}, {}, trainable=True)
+        return gated(x).sum(), gates.masks_of(gated).widths[d.axes[0]]
+
+    mask = torch.rand(9) * 0.5 + 0.5
+    total, leaf = result(mask)
+    total.backward()
+    for i in range(9):
+        step = torch.zeros(9)
+        step[i] = 1e-2
+        slope = (result(mask + step)[0] - result(mask - step)[0]) / 2e-2
+        assert float(leaf.grad[i]) == pytest.approx(float(slope), rel=1e-2, abs=1e-3)
+
+
+class Looped(nn.Module):
+    """A list of experts, each with the rows that chose it; `handed_out` also returns the numbers."""
+
+    def __init__(self, handed_out=False):
+        super().__init__()
+        self.handed_out, self.router = handed_out, nn.Linear(5, 4)
+        self.experts = nn.ModuleList(nn.Linear(5, 3) for _ in range(4))
+        self.table = nn.Parameter(torch.randn(4, 5, 3))
+
+    def forward(self, x):
+        weight, number = self.router(x).softmax(-1).topk(2)
+        if self.handed_out:
+            return torch.einsum("td,tkdh,tk->th", x, self.table[number], weight), number
+        out = torch.zeros(x.shape[0], 3)
+        for i, expert in enumerate(self.experts):
+            row, place = torch.where(number == i)
+            out.index_add_(0, row, expert(x[row]) * weight[row, place, None])
+        return out
+
+
+@pytest.mark.parametrize("handed_out, reason", [(False, "numbers of its elements"), (True, "output")])
+def test_experts_that_are_told_apart_by_a_literal_or_handed_out_stay(handed_out, reason):
+    space = dmscale.trace(non_trivial(Looped(handed_out)), torch.randn(8, 5))
+    frozen = {n: why for n, why in space.frozen.items() if n in ("router", "experts")}
+    assert frozen and all(reason in why for why in frozen.values()), space.frozen
+    assert not space.dimensions
+
+
+def test_new_experts_would_be_chosen():
+    model, inputs = PATTERNS["codebook"]()
+    kept = dmscale.expand(model, inputs, width=2).dmscale_expansion["kept"]
+    assert "chosen" in kept["1.book"]

@@ -199,7 +199,9 @@ def test_slicing_and_running_equals_running_and_slicing(name):
     problems = [p for v in found for p in v.problems]
     assert not problems, "\n".join(problems[:5])
     assert found, f"the rule of aten.{name} has no sample: add one to `by_hand`"
-    assert name in BY_NUMBERS or sum(v.proven for v in found), f"no sample of aten.{name} leaves an axis free: add one that does"
+    assert name in BY_NUMBERS or sum(v.proven for v in found), (
+        f"no sample of aten.{name} leaves an axis free: add one that does"
+    )
 
 
 @pytest.mark.parametrize("name", CANNOT_RUN_HERE)
