@@ -93,7 +93,9 @@ def heard(
         return [s or NOTHING for s in noted]
     said = NOTHING
     first = before[0]
-    if func in _MOVES:
+    if func is aten.view.dtype:
+        freeze_numbers(trace, values)
+    elif func in _MOVES:
         said = first
     elif func in _JOINS:
         said = _joined(trace, values)
