@@ -77,25 +77,22 @@ _FILLS = _overloads(aten.masked_fill, aten.masked_fill_)
 
 
 def heard(
-    trace: Tracer, func: Any, args: Any, values: Sequence[Value], noted: Sequence[Said | None], outs: Sequence[Any]
+    trace: Tracer, func: Any, kwargs: Any, values: Sequence[Value], noted: Sequence[Said | None]
 ) -> Sequence[Said]:
     """What the results of an operator say; freezes axes whose numbers it takes and that it is not known to keep to.
 
     Args:
         trace: where to freeze.
-        func, args: the operator, and its arguments.
+        func, kwargs: the operator, and its keyword arguments.
         values: what is known of its tensor arguments.
         noted: what its rule has said of each result; None where it did not.
-        outs: its results.
     """
     before = [v.said for v in values]
     if all(s is NOTHING for s in before):
         return [s or NOTHING for s in noted]
     said = NOTHING
     first = before[0]
-    if func is aten.view.dtype:
-        freeze_numbers(trace, values)
-    elif func in _MOVES:
+    if func in _MOVES and _keeps_values(func, kwargs.get("dtype"), first.numbers):
         said = first
     elif func in _JOINS:
         said = _joined(trace, values)
@@ -103,7 +100,7 @@ def heard(
         said = NOTHING if first.numbers is None else Said(first.numbers)
         noted = [*noted[:1], *[s or NOTHING for s in noted[1:]]]  # of a sort, the second result is a permutation
     elif func in _COMPARES:
-        said = _compared(trace, func, args, values)
+        said = _compared(trace, func, values)
     elif func not in _LOOKED_AFTER:
         freeze_numbers(trace, values)
         zero = tuple(d for s in before for d in s.zero) if func in _TIMES else first.zero if func in _SUMS else ()
@@ -120,7 +117,15 @@ def _joined(trace: Tracer, values: Sequence[Value]) -> Said:
     return NOTHING
 
 
-def _compared(trace: Tracer, func: Any, args: Any, values: Sequence[Value]) -> Said:
+def _keeps_values(func: Any, dtype: torch.dtype | None, numbers: Dim | None) -> bool:
+    """Whether a copy or view holds the same numbers: in `bool` they are not told apart, in half precision not if they are large."""
+    if numbers is None or dtype is None:
+        return func is not aten.view.dtype
+    small = dtype.is_floating_point and dtype.itemsize < 4 and axes.size(numbers) > 256
+    return dtype is not torch.bool and not small
+
+
+def _compared(trace: Tracer, func: Any, values: Sequence[Value]) -> Said:
     """Numbers of one axis among themselves; where one side is all of its numbers, being equal is a one-hot vector."""
     numbers = [v.said.numbers for v in values]
     if all(n is None for n in numbers):

@@ -521,7 +521,7 @@ class Tracer(TorchDispatchMode):
         self._contracting = False
         self._said.clear()
         found = self._apply_rule(func, args, kwargs, tensors, out, outs)
-        said = heard(self, func, args, values, [self._said.get(id(o)) for o in outs], outs)
+        said = heard(self, func, kwargs, values, [self._said.get(id(o)) for o in outs])
         data = any(v.data for v in values)
         params: frozenset[str] = frozenset()
         made_of = values[:1] if func in PICKS else values  # numbers say where elements come from, not what they are

@@ -163,15 +163,17 @@ def histogram(
 
 
 @rule(aten.bincount)
-def bincount(trace: Tracer, out: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Sequence[Dim]:
-    """The same with whole numbers."""
+def bincount(trace: Tracer, out: Tensor, x: Tensor, weights: Tensor | None = None, *args: Any) -> Sequence[Dim]:
+    """The same with whole numbers, or the sum of weights of each."""
+    if weights is not None:
+        freeze_numbers(trace, [trace.value(weights)])
     return _counted(trace, out, x, True)
 
 
 def _counted(trace: Tracer, out: Tensor, x: Tensor, each: bool) -> Sequence[Dim]:
+    trace.freeze_dims(trace.dims(x), "counted")
     numbers = trace.value(x).said.numbers
     if numbers is None or not each or out.shape[0] != axes.size(numbers):
-        trace.freeze_dims(trace.dims(x), "counted")
         freeze_numbers(trace, [trace.value(x)])
         return trace.fresh(out, "counts")
     trace.says(out, Said(zero=(numbers,)))
@@ -235,6 +237,7 @@ def scatter(
     trace: Tracer, out: Tensor, x: Tensor, dim: int, picked: Tensor, source: Any = None, *args: Any, **kw: Any
 ) -> Any:
     """Writing element by element at numbered places."""
+    freeze_numbers(trace, [trace.value(t) for t in (x, source) if isinstance(t, Tensor)])
     for i, (own, other) in enumerate(zip(trace.dims(x), trace.dims(picked))):
         if i == dim % x.dim():
             trace.freeze(other, "written by index")
@@ -246,7 +249,6 @@ def scatter(
         else:
             axes.unify(own, other)
     if isinstance(source, Tensor):
-        freeze_numbers(trace, [trace.value(source)])
         for own, other in zip(trace.dims(picked), trace.dims(source)):
             if axes.size(own) == axes.size(other):
                 axes.unify(own, other)
