@@ -130,6 +130,8 @@ def largest(
 ) -> Sequence[Any]:
     """Some elements of an axis and their numbers.  There must be as many; what is gone must not be among them."""
     dims = list(trace.dims(x))
+    if not dims:  # a single number
+        return [dims, dims]
     own, least = dims[dim], k + trace.value(x).said.taken
     if least >= axes.size(own):
         trace.freeze(own, "all of it is sorted")
@@ -163,7 +165,7 @@ def histogram(
 
 
 @rule(aten.bincount)
-def bincount(trace: Tracer, out: Tensor, x: Tensor, weights: Tensor | None = None, *args: Any) -> Sequence[Dim]:
+def bincount(trace: Tracer, out: Tensor, x: Tensor, weights: Tensor | None = None, *args: Any, **kw: Any) -> Any:
     """The same with whole numbers, or the sum of weights of each."""
     if weights is not None:
         freeze_numbers(trace, [trace.value(weights)])
