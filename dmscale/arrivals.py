@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from . import axes
 from .axes import Dim
 from .calls import NAMES, FunctionCall
-from .routing import Said, freeze_numbers
+from .numbering import Said, freeze_numbers
 from .sizes import Extent, SizedInt
 from .tracer import Tracer, _constant, _tensors, operands_of, shape_of
 

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from . import axes
 from .axes import Axis, Conflict, Dim
 from .calls import Counting, FunctionCall
-from .routing import NOTHING, PICKS, Said, freeze_numbers, heard
+from .numbering import NOTHING, PICKS, Said, freeze_numbers, heard
 from .rules import RULES
 from .sizes import Attribute, Equation, Expression, Extent, Operation, SizedInt, expression_of, listening
 

@@ -182,7 +182,7 @@ def samples():
 
 
 BY_NUMBERS = {"histc", "bincount"}
-"""Their results have an axis only where numbers of one go in: `test_routing` tries them."""
+"""Their results have an axis only where numbers of one go in: `test_numbering` tries them."""
 
 
 @functools.cache

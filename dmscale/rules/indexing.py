@@ -1,6 +1,6 @@
 """Operators that pick elements by number: the axis that is numbered is fixed, the others pass.
 
-It is free where the numbers are those that were chosen from that very axis (`routing.py`): the experts of a mixture.
+It is free where the numbers are those that were chosen from that very axis (`numbering.py`): the experts of a mixture.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 
 from .. import axes
 from ..axes import Conflict, Dim
-from ..routing import Said, freeze_numbers, look_up
+from ..numbering import Said, freeze_numbers, look_up
 from .registry import rule
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import torch
 
 from .. import axes
 from ..axes import Dim
-from ..routing import Said, is_zero
+from ..numbering import Said, is_zero
 from .registry import rule
 
 if TYPE_CHECKING:

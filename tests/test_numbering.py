@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import dmscale
 from dmscale import axes, gates
-from dmscale.routing import Said
+from dmscale.numbering import Said
 from dmscale.tracer import Tracer
 
 aten = torch.ops.aten
