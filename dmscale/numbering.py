@@ -118,7 +118,7 @@ def _joined(trace: Tracer, values: Sequence[Value]) -> Said:
 
 
 def _keeps_values(func: Any, dtype: torch.dtype | None, numbers: Dim | None) -> bool:
-    """Whether a copy or view holds the same numbers: in `bool` they are not told apart, in half precision not if they are large."""
+    """Whether a copy or view holds the same numbers: in `bool` all but 0 are alike, in half precision large ones are."""
     if numbers is None or dtype is None:
         return func is not aten.view.dtype
     small = dtype.is_floating_point and dtype.itemsize < 4 and axes.size(numbers) > 256
