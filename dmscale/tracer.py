@@ -521,7 +521,6 @@ class Tracer(TorchDispatchMode):
         self._contracting = False
         self._said.clear()
         found = self._apply_rule(func, args, kwargs, tensors, out, outs)
-        said = heard(self, func, kwargs, values, [self._said.get(id(o)) for o in outs])
         data = any(v.data for v in values)
         params: frozenset[str] = frozenset()
         made_of = values[:1] if func in PICKS else values  # numbers say where elements come from, not what they are
@@ -549,6 +548,7 @@ class Tracer(TorchDispatchMode):
         if is_view or len(tensors) == 1:
             repeated = (*values[0].repeated, *repeated)
         product = self._attend(func, args, tensors, values)
+        said = heard(self, func, kwargs, values, [self._said.get(id(o)) for o in outs])
         for o, dims, numbers in zip(outs, found, said):
             origin_of = origin or self._new_origin()
             self._store(o, Value(tuple(dims), params, data, origin_of, square, repeated, product, zeroed, numbers))
