@@ -64,8 +64,8 @@ PICKS = _overloads(aten.index, aten.index_select, aten.gather, aten.embedding, a
 """The same, and numbers among the other arguments are looked after by the rule."""
 _LOOKED_AFTER = _overloads(
     aten.scatter, aten.scatter_, aten.scatter_add, aten.scatter_add_, aten.histc, aten.bincount, aten.searchsorted,
-    aten.eq, aten.ne, aten.lt, aten.le, aten.gt, aten.ge, aten.zeros_like, aten.ones_like, aten.empty_like, aten.full_like,
-    aten.rand_like, aten.randn_like, aten.new_zeros, aten.new_ones, aten.new_empty, aten.new_full,
+    aten.zeros_like, aten.ones_like, aten.empty_like, aten.full_like, aten.rand_like, aten.randn_like, aten.new_zeros,
+    aten.new_ones, aten.new_empty, aten.new_full,
 )  # fmt: skip
 """Rules that do with numbers what is allowed, or do not read them; what comes out says what the rule says."""
 _EQUAL = _overloads(aten.eq)
@@ -104,7 +104,8 @@ def heard(
     elif func not in _LOOKED_AFTER:
         freeze_numbers(trace, values)
         zero = tuple(d for s in before for d in s.zero) if func in _TIMES else first.zero if func in _SUMS else ()
-        said = Said(zero=zero, taken=first.taken if func in _FILLS or torch.Tag.pointwise in func.tags else 0)
+        keeps_lowest = func in _FILLS or torch.Tag.pointwise in func.tags
+        said = Said(zero=zero, taken=max(s.taken for s in before) if keeps_lowest else 0)
     return [said if s is None else s for s in noted]
 
 
