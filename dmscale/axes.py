@@ -348,7 +348,8 @@ def kept(dim: Dim, masks: Mapping[Axis, torch.Tensor]) -> torch.Tensor:
     `masks[atom]` has shape (atom.size,) and any dtype: booleans give the kept indices, floats give soft masks and the
     result is differentiable in them.  Atoms without a mask are kept whole.
     """
-    like = next(iter(masks.values()), torch.ones(1, dtype=torch.bool))
+    like = next(iter(masks.values()), None)
+    like = torch.ones(1, dtype=torch.bool) if like is None else like
     out: torch.Tensor | None = None
     for a in factors(dim):
         if a.sum is not None:

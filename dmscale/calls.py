@@ -292,29 +292,39 @@ def _attention(func: Any, args: Any, kwargs: Any, found: CallSite, masks: Any) -
     if found.zero:
         query = query * _along(query, found, masks).to(query.dtype)
     if _argument(args, kwargs, 6, "scale") is None:
-        query = Scaled.apply(query, torch.rsqrt(masks(dim).mean()), masks.is_whole(dim))
+        scale, kept = torch.rsqrt(masks(dim).mean()), masks.count(dim)
+        query = Scaled.apply(query, scale, kept is not None)
+        if kept is not None and kept < axes.size(dim):  # the operator scales: no other query is made and kept
+            kwargs["scale"] = (axes.size(dim) / kept / query.shape[-1]) ** 0.5
     return func(query, *args[1:], **kwargs)
 
 
 class Scaled(torch.autograd.Function):
-    """y * s for a scalar s > 0, saving its result (which the consumer saves too) in place of y; y if `s` is known to be `one`."""
+    """y * s for a scalar s > 0, saving its result (which the consumer saves too) in place of y.
+
+    y alone where s is `done`: it is one, or whoever takes y multiplies with it; s gets its gradient still.
+    """
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, scale: Tensor, one: bool) -> Tensor:
-        out = y if one else y * scale.to(y.dtype)
+    def forward(ctx: Any, y: Tensor, scale: Tensor, done: bool) -> Tensor:
+        out = y if done else y * scale.to(y.dtype)
         ctx.save_for_backward(out, scale)
-        ctx.one = one
+        ctx.done = done
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:  # type: ignore[override]
         out, scale = ctx.saved_tensors
-        return grad if ctx.one else grad * scale.to(grad.dtype), inner(grad, out).to(scale.dtype) / scale, None
+        return grad if ctx.done else grad * scale.to(grad.dtype), inner(grad, out).to(scale.dtype) / scale, None
+
+
+PRECISE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
+"""What is summed in another dtype than its own."""
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor:
     """Sum of a * b over all elements, (), in float32 at least."""
-    return (a * b).sum(dtype=torch.promote_types(b.dtype, torch.float32))
+    return (a * b).sum(dtype=PRECISE.get(b.dtype))
 
 
 def _masked(func: Any, args: Any, kwargs: Any, found: CallSite, masks: Any) -> Tensor:

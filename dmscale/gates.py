@@ -365,7 +365,7 @@ class Masks(nn.Module):
         self.widths = dict(zip(widths, (nn.Parameter(m, requires_grad=trainable) for m in widths.values())))
         self.depths = dict(zip(depths, (nn.Parameter(m, requires_grad=trainable) for m in depths.values())))
         self.decided: dict[str, list[bool]] = {}  # stacks whose gates are known to be zero or one
-        self.whole: set[Axis] = set()  # axes whose masks are known to be ones
+        self.hard: dict[Axis, int] = {}  # axes whose masks are known to be zeros and ones -> how many ones
         self._found: dict[Dim, dict[Axis, Tensor]] = {}
         self._list = nn.ParameterList([*self.widths.values(), *self.depths.values()])
 
@@ -375,8 +375,14 @@ class Masks(nn.Module):
 
     def is_whole(self, dim: Dim) -> bool:
         """Whether the mask of `dim` is known to be ones: a gate need not multiply with it then, only give its gradient."""
+        return self.count(dim) == axes.size(dim)
+
+    def count(self, dim: Dim) -> int | None:
+        """How many ones the mask of `dim` holds, where it is known to be zeros and ones."""
         # a compiled model would be compiled anew at every change of what is known, and fuses the products anyway
-        return not torch.compiler.is_compiling() and all(a in self.whole for a in self._of(dim))
+        if torch.compiler.is_compiling() or not all(a in self.hard for a in self._of(dim)):
+            return None
+        return int(axes.measure(dim, self.hard))  # type: ignore[call-overload]
 
     def _of(self, dim: Dim) -> dict[Axis, Tensor]:
         if torch.compiler.is_compiling():
@@ -440,7 +446,7 @@ class _Product(torch.autograd.Function):
             masked = sorted(p for p in places if p is not None)
             others = [i for i in range(x.dim()) if i not in masked]
             product = grad * x
-            product = product.sum(others, dtype=torch.promote_types(x.dtype, torch.float32)) if others else product
+            product = product.sum(others, dtype=calls.PRECISE.get(x.dtype)) if others else product
             for i, factor in enumerate(factors):
                 if wanted[3 + i]:
                     grads[i] = _collected(product, masked, i, places, ctx.ones, factors).to(factor.dtype)
@@ -580,9 +586,9 @@ class KeptCount:
         x = x.reshape(
             *shape[:at], axes.size(self.site.group), mask.numel(), *shape[at + 1 :]
         )  # (..., group, inner, ...)
-        whole = self.masks.is_whole(self.site.dim)
+        site, count = self.site, self.masks.count(self.site.dim)
         with calls.unseen():
-            return _KeptCount.apply(x, mask, at + 1, self.site.centred, self.site.over_space, whole).reshape(shape)
+            return _KeptCount.apply(x, mask, at + 1, site.centred, site.over_space, count).reshape(shape)
 
 
 class _KeptCount(torch.autograd.Function):
@@ -591,22 +597,24 @@ class _KeptCount(torch.autograd.Function):
     The gradient of a mask element that is exactly zero needs the input, which is not kept: it is zero here, and comes
     from the other places where the axis is consumed.
 
-    A mask known to be ones, `whole`, leaves x as it is: what follows subtracts the mean itself.
+    `known` is the number of ones, if there is nothing else but zeros.  If all are ones x stays as it is: what follows
+    subtracts the mean itself.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, mask: Tensor, at: int, centred: bool, over_space: bool, whole: bool) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, mask: Tensor, at: int, centred: bool, over_space: bool, known: int | None
+    ) -> Tensor:
         over = [at, *range(at + 1, x.dim())] if over_space else [at]
-        ctx.at, ctx.over, ctx.centred, ctx.whole = at, over, centred, whole
+        ctx.at, ctx.over, ctx.centred, ctx.known = at, over, centred, known
         ctx.places = x.shape[at + 1 :].numel() if over_space else 1
-        if whole:
+        if known == mask.numel():
             ctx.save_for_backward(x, mask)
             return x
-        m = _along(mask, x, at)
-        count = mask.sum()
-        factor = m * torch.sqrt(mask.numel() / count).to(x.dtype)
+        count = known or mask.sum()
+        factor = _along(mask * (mask.numel() / count) ** 0.5, x, at)
         if centred:
-            y = x - (x * m).sum(over, keepdim=True) / (count * ctx.places).to(x.dtype)
+            y = x - _weighted(x, mask / (count * ctx.places), at, over)
             y.mul_(factor)
         else:
             y = x * factor
@@ -615,32 +623,37 @@ class _KeptCount(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:  # type: ignore[override]
-        if ctx.whole:
-            x, mask = ctx.saved_tensors
-            centred = x - x.mean(ctx.over, keepdim=True) if ctx.centred else x
+        y, mask, *rest = ctx.saved_tensors
+        if ctx.known == mask.numel():
+            centred = y - y.mean(ctx.over, keepdim=True) if ctx.centred else y
             along = _summed(grad, centred, ctx.at)
             # what follows does not see a shift: the gradient of the mean is zero
             return grad, (along - along.mean() / 2).to(mask.dtype), None, None, None, None
-        y, mask, factor = ctx.saved_tensors
-        count = mask.sum()
+        (factor,) = rest
+        count = ctx.known or mask.sum()
         along = _summed(grad, y, ctx.at)  # (N,)
-        grad_x = grad * factor
-        inverse = torch.where(mask > 1e-6, 1 / mask.clamp(min=1e-6), torch.zeros_like(mask))
+        inverse = mask if ctx.known else torch.where(mask > 1e-6, 1 / mask.clamp(min=1e-6), 0)
         grad_mask = along * inverse - along.sum() / (2 * count)
+        grad_x = grad * factor
         if ctx.centred:
-            total = grad_x.sum(ctx.over, keepdim=True) / (count * ctx.places).to(y.dtype)
             flat = factor.float().view(-1)
-            inverse = torch.where(flat > 0, 1 / flat.clamp(min=1e-6), torch.zeros_like(flat))
-            grad_mask = grad_mask - _summed(total, y, ctx.at) * inverse
-            m = _along(mask, y, ctx.at)
-            grad_x = torch.addcmul(grad_x, total, m, value=-1)
+            total = _weighted(grad, flat / (count * ctx.places), ctx.at, ctx.over)
+            grad_mask = grad_mask - _summed(total, y, ctx.at) * torch.where(flat > 0, 1 / flat.clamp(min=1e-6), 0)
+            grad_x = torch.addcmul(grad_x, total, _along(mask, y, ctx.at), value=-1)
         return grad_x, grad_mask.to(mask.dtype), None, None, None, None
+
+
+def _weighted(x: Tensor, weights: Tensor, at: int, over: Sequence[int]) -> Tensor:
+    """Sum of x * weights (N,) along dimension `at`, and over all of `over`, which are kept as ones."""
+    if list(over) == [x.dim() - 1] and x.dtype == weights.dtype and not torch.is_autocast_enabled(x.device.type):
+        return (x @ weights)[..., None]  # no tensor of the size of x
+    return (x * _along(weights, x, at)).sum(list(over), keepdim=True)
 
 
 def _summed(a: Tensor, b: Tensor, at: int) -> Tensor:
     """Sum of a * b over all dimensions of `b` but `at`, (N,), in float32 at least."""
     others = [i for i in range(b.dim()) if i != at]
-    return (a * b).sum(others, dtype=torch.promote_types(b.dtype, torch.float32))
+    return (a * b).sum(others, dtype=calls.PRECISE.get(b.dtype))
 
 
 @dataclass

@@ -328,9 +328,10 @@ class Search:
     def _tell(self, flat: Tensor) -> None:
         parts = np.split(flat.cpu().numpy(), np.cumsum(self.layout.sizes)[:-1])
         masks, widths = gates.masks_of(self.model), len(self.layout.axes)
-        masks.whole = {a for a, part in zip(self.layout.axes, parts) if (part == 1).all()}
-        blocks = {n: part for n, part in zip(masks.depths, parts[widths:])}
-        masks.decided = {n: (part > 0.5).tolist() for n, part in blocks.items() if np.isin(part, (0, 1)).all()}
+        hard = [bool(((part == 0) | (part == 1)).all()) for part in parts]
+        masks.hard = {a: int(part.sum()) for a, part, known in zip(self.layout.axes, parts, hard) if known}
+        blocks = zip(masks.depths, parts[widths:], hard[widths:])
+        masks.decided = {n: (part > 0.5).tolist() for n, part, known in blocks if known}
 
     def _finish(self) -> None:
         """Fit the structure to the budget and leave its hard masks on `search.model`."""

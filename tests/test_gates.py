@@ -93,19 +93,25 @@ def test_the_gradient_of_a_mask_is_that_of_finite_differences(name):
 
 @pytest.mark.parametrize("name", NETS)
 def test_what_gates_know_of_their_masks_changes_nothing(name):
-    """Told that some masks are ones, gates leave products out: same outputs, same gradients of masks and weights."""
+    """Told which masks are hard, gates leave products out: same outputs, same gradients of masks and weights."""
     over = space(name)
     rng = torch.Generator().manual_seed(0)
-    of_axes = {a: torch.ones(a.size) for d in over.dimensions.values() for a in d.axes}
-    whole = {a for a in of_axes if torch.rand((), generator=rng) < 0.7}
-    of_axes.update({a: torch.empty(a.size).uniform_(0.3, 1, generator=rng) for a in of_axes.keys() - whole})
+    of_axes, hard = {}, {}
+    for a in (a for d in over.dimensions.values() for a in d.axes):
+        of_axes[a] = torch.ones(a.size)
+        if torch.rand((), generator=rng) < 0.4:
+            of_axes[a] = (torch.rand(a.size, generator=rng) < 0.6).float()
+            of_axes[a][0] = 1
+        hard[a] = int(of_axes[a].sum())
+        if torch.rand((), generator=rng) < 0.2:
+            of_axes[a], _ = torch.empty(a.size).uniform_(0.3, 1, generator=rng), hard.pop(a)
     of_stacks = {n: torch.ones(len(s.paths)) for n, s in over.stacks.items()}
     found = []
     for told in (False, True):
         gated = gates.attach(over.model, over.sites, of_axes, of_stacks, trainable=True)
         masks = gates.masks_of(gated)
         if told:
-            masks.whole, masks.decided = whole, {n: [True] * len(m) for n, m in masks.depths.items()}
+            masks.hard, masks.decided = hard, {n: [True] * len(m) for n, m in masks.depths.items()}
         gated.zero_grad()
         values = floats_of(run(gated, over.example_inputs))
         rng.manual_seed(1)
