@@ -292,22 +292,54 @@ def _attention(func: Any, args: Any, kwargs: Any, found: CallSite, masks: Any) -
     if found.zero:
         query = query * _along(query, found, masks).to(query.dtype)
     if _argument(args, kwargs, 6, "scale") is None:
-        query = query * torch.sqrt(axes.size(dim) / masks(dim).sum()).to(query.dtype)
+        scale, kept = torch.rsqrt(masks(dim).mean()), masks.count(dim)
+        query = Scaled.apply(query, scale, kept is not None)
+        if kept is not None and kept < axes.size(dim):  # the operator scales: no other query is made and kept
+            kwargs["scale"] = (axes.size(dim) / kept / query.shape[-1]) ** 0.5
     return func(query, *args[1:], **kwargs)
 
 
+class Scaled(torch.autograd.Function):
+    """y * s for a scalar s > 0, saving its result (which the consumer saves too) in place of y.
+
+    y alone where s is `done`: it is one, or whoever takes y multiplies with it; s gets its gradient still.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, scale: Tensor, done: bool) -> Tensor:
+        out = y if done else y * scale.to(y.dtype)
+        ctx.save_for_backward(out, scale)
+        ctx.done = done
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:  # type: ignore[override]
+        out, scale = ctx.saved_tensors
+        return grad if ctx.done else grad * scale.to(grad.dtype), inner(grad, out).to(scale.dtype) / scale, None
+
+
+PRECISE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
+"""What is summed in another dtype than its own."""
+
+
+def inner(a: Tensor, b: Tensor) -> Tensor:
+    """Sum of a * b over all elements, (), in float32 at least."""
+    return (a * b).sum(dtype=PRECISE.get(b.dtype))
+
+
 def _masked(func: Any, args: Any, kwargs: Any, found: CallSite, masks: Any) -> Tensor:
-    seen = -1
+    args, kwargs = _with_masked((tuple(args), dict(kwargs)), found, masks, [found.operand])
+    return func(*args, **kwargs)
 
-    def visit(node: Any) -> Any:
-        nonlocal seen
-        if isinstance(node, Tensor):
-            seen += 1
-            return node * _along(node, found, masks).to(node.dtype) if seen == found.operand else node
-        return type(node)(visit(n) for n in node) if isinstance(node, (tuple, list)) else node
 
-    args = tuple(visit(a) for a in args)
-    return func(*args, **{k: visit(v) for k, v in kwargs.items()})
+def _with_masked(node: Any, found: CallSite, masks: Any, before: list[int]) -> Any:
+    """A call's arguments with the operand of a site masked; `before` counts the tensors that come first."""
+    if isinstance(node, Tensor):
+        before[0] -= 1
+        return node * _along(node, found, masks).to(node.dtype) if before[0] == -1 else node
+    if isinstance(node, dict):
+        return {k: _with_masked(v, found, masks, before) for k, v in node.items()}
+    return type(node)(_with_masked(n, found, masks, before) for n in node) if isinstance(node, (tuple, list)) else node
 
 
 _FORMS: dict[str, Callable[..., Any]] = {
