@@ -320,17 +320,31 @@ def _mask_producers(
     functions: CallSites,
     op: int,
 ) -> None:
-    """Make the removed elements of `dim` zero in one of `values`: at the weights that made them, or where it is summed."""
+    """Make the removed elements of `dim` zero in one of `values`: at the weights that made them, or where it is summed.
+
+    Where the values are joined of parts (a rotated and a plain part of each head), the weights of one may make some of the
+    elements only; then those of all are masked.
+    """
+    wanted = {a for a in axes.atoms(dim) if not a.reasons}
     made = [v for v in values if any(_holding(trace, n, dim) for n in v.params)]
-    producers = [v.params for v in made if v.zeroed]
-    if not producers and functions.add(op, [dim], zero=True):
+    producers = _producers(trace, wanted, [v for v in made if v.zeroed])
+    if producers is None and functions.add(op, [dim], zero=True):
         return
-    producers = producers or [v.params for v in made]
-    if not producers:
+    producers = producers or _producers(trace, wanted, made)
+    if producers is None:
         axes.freeze(dim, f"summed over, with no weight to mask, in {path or 'the model'} ({operator})")
         return
-    for name in min(producers, key=len):
+    for name in producers:
         _mask(trace, path, name, _holding(trace, name, dim), weights)
+
+
+def _producers(trace: Trace, wanted: set[Axis], values: Sequence[Value]) -> frozenset[str] | None:
+    """The parameters of one of `values`, or of all, that hold every axis of `wanted`; None where some are in none."""
+    all_of_them = frozenset().union(*(v.params for v in values))
+    for names in (*sorted((v.params for v in values), key=len), all_of_them):
+        if wanted <= {a for n in names for d in trace.slots[n] for a in axes.atoms(d)}:
+            return names
+    return None
 
 
 def _holding(trace: Trace, name: str, dim: Dim) -> list[int]:

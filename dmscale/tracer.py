@@ -250,7 +250,7 @@ _TIMES = {aten.mul.Tensor, aten.mul_.Tensor}
 """Products are zero where one factor is; the masked factor of a rotary embedding is enough."""
 _LEAVES_ZERO = {
     getattr(packet, name)
-    for packet in (aten.exp, aten.sigmoid, aten._softmax, aten._log_softmax, aten.cos, aten.softplus, aten.rsub,
+    for packet in (aten.exp, aten.sigmoid, aten._softmax, aten._log_softmax, aten.cos, aten.polar, aten.softplus, aten.rsub,
                    aten.log_sigmoid_forward, aten.hardsigmoid)
     for name in packet.overloads()
 }  # fmt: skip

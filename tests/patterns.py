@@ -494,6 +494,38 @@ def einsum_attention():
     return Stream(EinsumAttention()), torch.randn(2, 7, 6)
 
 
+class LatentAttention(nn.Module):
+    """Keys and values from a narrow latent; a part of each head is rotated, as complex numbers, in place (DeepSeek)."""
+
+    def __init__(self, width=20, heads=3, plain=8, rotated=6, value=5, latent=10):
+        super().__init__()
+        self.sizes, self.parts, self.latent = [plain, rotated], [plain, value], latent
+        self.q = nn.Linear(width, heads * (plain + rotated))
+        self.down, self.up = nn.Linear(width, latent + rotated), nn.Linear(latent, heads * (plain + value))
+        self.out = nn.Linear(heads * value, width)
+        self.register_buffer("angles", torch.rand(7, rotated // 2))
+
+    def forward(self, x):
+        b, n, _ = x.shape
+        plain, turned = self.q(x).view(b, n, -1, sum(self.sizes)).transpose(1, 2).split(self.sizes, -1)
+        latent, shared = self.down(x).split([self.latent, self.sizes[1]], -1)
+        key, value = self.up(latent).view(b, n, -1, sum(self.parts)).transpose(1, 2).split(self.parts, -1)
+        query = torch.cat([plain, self.turn(turned)], -1)
+        keys = key.new_empty(*key.shape[:-1], sum(self.sizes))
+        keys[..., : self.sizes[0]].copy_(key)
+        keys[..., self.sizes[0] :].copy_(self.turn(shared.unsqueeze(1)).expand(-1, key.shape[1], -1, -1))
+        weight = (query @ keys.transpose(-2, -1) * 0.3).softmax(-1)
+        return self.out((weight @ value).transpose(1, 2).reshape(b, n, -1))
+
+    def turn(self, x):
+        x = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2))
+        return torch.view_as_real(x * torch.polar(torch.ones_like(self.angles), self.angles)).flatten(-2)
+
+
+def latent_attention():
+    return Stream(LatentAttention()), torch.randn(2, 7, 6)
+
+
 class MultiheadAttentions(nn.Module):
     """PyTorch's layer three times: as it comes, with its scores wanted, and with keys and values of other widths."""
 
@@ -719,6 +751,7 @@ EXPECTED: dict[Callable[[], tuple[nn.Module, Any]], dict[tuple[str, int], int]] 
     relative_position_table: {(W, 20): 1, (H, 4): 1, (W, 6): 1},
     relative_position_buckets: {(W, 20): 1, (H, 4): 1, (W, 6): 1},
     einsum_attention: {(W, 20): 1, (H, 3): 1, (W, 6): 1},
+    latent_attention: {(W, 20): 1, (H, 3): 1, (W, 8): 1, (W, 3): 1, (W, 5): 1, (W, 10): 1},
     multihead_attentions: {(H, 24): 1, (W, 10): 1, (W, 9): 1, (H, 4): 3},
     layer_scale: {(W, 18): 1, (W, 22): 3, (D, 3): 1},
     learned_residual_weights: {(W, 18): 1, (W, 22): 3},

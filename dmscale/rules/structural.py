@@ -43,9 +43,11 @@ def view_as_real(trace: Tracer, out: Tensor, x: Tensor) -> Sequence[Dim]:
 
 @rule(aten.view_as_complex, aten.view_as_complex_copy)
 def view_as_complex(trace: Tracer, out: Tensor, x: Tensor) -> Sequence[Dim]:
-    """The last dimension, of two, goes."""
+    """The last dimension, of two, goes.  Rows of the memory that `x` looks into must then be of even length."""
     *dims, parts = trace.dims(x)
     trace.freeze(parts, "real and imaginary part")
+    if x._base is not None and x.stride(-1) == 1:
+        trace.multiple_of(trace.dims(x._base)[-1], 2)
     return dims
 
 
