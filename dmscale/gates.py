@@ -640,6 +640,8 @@ class KeptByProducts:
 
     def __call__(self, module: nn.Module, args: tuple, out: Any) -> Any:
         for key, tensors in self.fields:
+            if key not in out:  # no cache was asked for
+                continue
             out[key] = running.map_tensors(functools.partial(self._next_kept, iter(tensors)), out[key])
         return out
 

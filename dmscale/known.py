@@ -29,11 +29,19 @@ def quiet(model: nn.Module) -> nn.Module:
 
     A cache is an output that holds keys by head; as an output it would fix the heads, which nobody wants to fix.
     """
-    for module in model.modules():
-        config: Any = getattr(module, "config", None)
-        if getattr(config, "use_cache", False):
-            config.use_cache = False
+    for config in _caching(model):
+        config.use_cache = False
     return model
+
+
+def keeps_cache(model: nn.Module) -> bool:
+    """Whether a forward of `model` makes a key-value cache by default."""
+    return bool(_caching(model))
+
+
+def _caching(model: nn.Module) -> list[Any]:
+    configs = [getattr(module, "config", None) for module in model.modules()]
+    return [c for c in configs if getattr(c, "use_cache", False)]
 
 
 PER_LAYER = ("layer_types", "attention_layers", "mlp_layer_types")
@@ -95,7 +103,7 @@ BY_PRODUCTS = frozenset(
         "encoder_last_hidden_state", "encoder_hidden_states", "encoder_attentions", "decoder_hidden_states",
         "decoder_attentions", "cross_attentions", "hidden_states", "attentions", "past_key_values",
         "text_model_output", "vision_model_output", "vision_outputs", "qformer_outputs", "language_model_outputs",
-        "image_hidden_states", "last_hidden_state",
+        "image_hidden_states", "last_hidden_state", "mems", "state",
     }
 )  # fmt: skip
 """Fields of a transformers `ModelOutput` that are inner activations handed out beside the result.

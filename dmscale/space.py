@@ -19,7 +19,7 @@ from . import axes, blocks, branches, budget, calls, causes, certify, export, ga
 from .axes import Axis
 from .clone import alias, clone
 from .cost import METRICS, Cost, CostModel, CostTerm, product
-from .errors import DmscaleError, ExportError
+from .errors import DmscaleError, ExportError, TraceError
 from .polynomial import Poly
 from .sizes import Solution, extent_in, solve
 from .structure import Structure
@@ -104,6 +104,14 @@ class SearchSpace:
         self.dimensions, self.frozen = _dimensions(self.trace, resolved, self.options)
         self.__dict__.pop("costs", None)
         self.__dict__.pop("shares", None)
+
+    def trace_with_cache(self) -> None:
+        """Trace anew with the model's key-value cache, whose numbers then follow; all as it was where that fails."""
+        try:
+            self.trace = tracing.read(self.model, self.example_inputs, cached=True)
+        except TraceError:
+            return
+        self._rebuild()
 
     def freeze(self, names: Iterable[str], reason: str) -> None:
         """Take dimensions out of the space."""

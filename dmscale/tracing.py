@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from .clone import alias, clone, on_meta
 from .errors import TraceError
 from .known import is_by_product, quiet
 from .sizes import Attribute, SizedInt, listed
-from .tracer import Call, Record, Tracer
+from .tracer import Call, Contraction, Normalisation, Record, Tracer
 
 _GEOMETRY = {
     "stride",
@@ -42,6 +42,7 @@ class Trace:
     aliases: every other name of a tied tensor -> its first name.
     record: contractions, normalisations, size equations, module calls.
     on: "meta" or "values", how the model was run.
+    cached: whether it made its key-value cache.
     unread: parameters that no operator took, in evaluation or in training mode.
     """
 
@@ -49,13 +50,18 @@ class Trace:
     aliases: dict[str, str]
     record: Record
     on: str
+    cached: bool = False
     unread: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
-def read(model: nn.Module, example_inputs: Any) -> Trace:
+def read(model: nn.Module, example_inputs: Any, cached: bool = False) -> Trace:
     """Trace `model` on `example_inputs`; the model is left as it was.
 
+    Args:
+        model: any module.
+        example_inputs: what it is called with.
+        cached: whether it may make the key-value cache that it makes by default.
     Raises:
         TraceError: `model` is no module, its forward fails on the example, inputs and parameters are on different
             devices, or the parameters are sharded over several processes.
@@ -70,7 +76,7 @@ def read(model: nn.Module, example_inputs: Any) -> Trace:
     failure: Exception | None = None
     for kind in ("meta", "values"):
         try:
-            return _read(model, args, kwargs, kind)
+            return _read(model, args, kwargs, kind, cached)
         except TraceError:
             raise
         except Exception as error:
@@ -137,15 +143,16 @@ def _check_inputs(model: nn.Module, args: tuple, kwargs: dict) -> None:
         )
 
 
-def _read(model: nn.Module, args: tuple, kwargs: dict, kind: str) -> Trace:
+def _read(model: nn.Module, args: tuple, kwargs: dict, kind: str, cached: bool) -> Trace:
     meta = kind == "meta"
-    twin = quiet(clone(model, on_meta if meta else alias)).eval()
+    twin = clone(model, on_meta if meta else alias).eval()
+    twin = twin if cached else quiet(twin)
     tracer = Tracer(meta)
     slots, aliases = _watch_parameters(tracer, twin)
     _tag_sizes(twin)
     parameters = {n for n, _ in twin.named_parameters()}
     _run(tracer, twin, args, kwargs, meta)
-    trace = Trace(slots, aliases, tracer.record, kind)
+    trace = Trace(slots, aliases, tracer.record, kind, cached)
     touched = _touched(tracer.record)
     if parameters - tracer.record.read.keys():
         touched |= _read_training(tracer, twin, args, kwargs, meta, trace)
@@ -177,6 +184,7 @@ def _read_training(tracer: Tracer, twin: nn.Module, args: tuple, kwargs: dict, m
     record = tracer.record
     costs = (record.terms, record.activations, record.calls, record.instances, record.cached, record.functions)
     before = [len(noted) for noted in costs]
+    met, normalised = len(record.contractions), len(record.normalisations)
     twin.train()
     try:
         _run(tracer, twin, args, kwargs, meta)
@@ -185,7 +193,27 @@ def _read_training(tracer: Tracer, twin: nn.Module, args: tuple, kwargs: dict, m
     touched = _touched(record)
     for noted, length in zip(costs, before):
         del noted[length:]  # type: ignore[attr-defined]
+    # what evaluation has noted of a module is not noted again: the call that it ran in is no longer known
+    record.contractions[met:] = _new(record.contractions, met, lambda c: [c.dim, *(own for _, own in c.operands)])
+    record.normalisations[normalised:] = _new(record.normalisations, normalised, lambda n: [*n.dims, n.group])
     return touched
+
+
+_Noted = TypeVar("_Noted", Contraction, Normalisation)
+
+
+def _new(noted: list[_Noted], old: int, dims_of: Callable[[_Noted], list[Dim]]) -> list[_Noted]:
+    """Those of `noted` behind number `old` that are unlike all before it: another module, operator or other axes."""
+    known: dict[tuple[str, str], list[list[Dim]]] = {}
+    for n in noted[:old]:
+        known.setdefault((n.path, n.operator), []).append(dims_of(n))
+    return [
+        n for n in noted[old:]
+        if not any(
+            len(dims) == len(other) and all(map(axes.same, dims, other))
+            for dims in [dims_of(n)] for other in known.get((n.path, n.operator), ())
+        )
+    ]  # fmt: skip
 
 
 def _run(tracer: Tracer, twin: nn.Module, args: tuple, kwargs: dict, meta: bool) -> None:

@@ -636,6 +636,25 @@ def checkpointed_reentrant():
     return Checkpointed(True), torch.randn(2, 7, 6)
 
 
+class MaskedTokens(nn.Module):
+    """Only training reads the token that stands for masked ones; what is normalised then is what always is."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.token = nn.Linear(6, 18), nn.Parameter(torch.randn(18))
+        self.feed, self.norm, self.head = Feed(18, 22), MeanGate(), nn.Linear(18, 5)
+
+    def forward(self, x):
+        x = self.embed(x)
+        if self.training:
+            x = torch.cat([x[:, :-1], self.token.expand(x.shape[0], 1, -1)], 1)
+        return self.head(self.norm(self.feed(x).transpose(1, 2)).transpose(1, 2))
+
+
+def token_of_training():
+    return MaskedTokens(), torch.randn(2, 7, 6)
+
+
 class BareParameters(nn.Module):
     """Weights without a module: a class token, a matrix, a bias in a ParameterDict, a list of scales."""
 
@@ -759,6 +778,7 @@ EXPECTED: dict[Callable[[], tuple[nn.Module, Any]], dict[tuple[str, int], int]] 
     tied_layers: {(W, 18): 1, (W, 22): 1},
     checkpointed: {(W, 18): 1, (W, 22): 3, (D, 3): 1},
     checkpointed_reentrant: {(W, 18): 1, (W, 22): 3, (D, 3): 1},
+    token_of_training: {(W, 18): 1, (W, 22): 1},
     bare_parameters: {(W, 12): 1, (W, 15): 1},
     nested_output: {(W, 9): 1, (W, 7): 1},
     lstm_two_layers: {(W, 9): 1, (W, 12): 1},

@@ -120,6 +120,41 @@ def test_what_is_normalised_to_its_mean_keeps_two_elements():
         assert [d.lowest for d in space.dimensions.values()] == [least]
 
 
+class Cached(nn.Module):
+    """A recurrence whose first state is laid out by a number that nothing reads without a cache (RWKV)."""
+
+    class Config:
+        def __init__(self):
+            self.width, self.use_cache = 12, True
+
+    class Cache:
+        def __init__(self, state):
+            self.state = state
+
+    def __init__(self):
+        super().__init__()
+        self.config = self.Config()
+        self.embed, self.inner, self.out, self.head = (nn.Linear(*s) for s in ((6, 12), (12, 12), (12, 12), (12, 5)))
+
+    def forward(self, x):
+        x = self.embed(x)
+        y = self.inner(x)
+        if not self.config.use_cache:
+            return self.head(x + self.out(y)), None
+        state = x.new_zeros(x.shape[0], self.config.width)
+        return self.head(x + self.out(y + state) + state), self.Cache(state)
+
+
+def test_a_cache_that_is_made_by_a_number_follows():
+    """What runs without its cache but not with it is traced with it: widths that share the number keep one share."""
+    model, x = non_trivial(Cached()), torch.randn(2, 6)
+    space = dmscale.trace(model, x)
+    assert [(d.size, len(d.axes)) for d in space.dimensions.values()] == [(12, 1)] and model.config.use_cache
+    for seed in range(3):
+        small = space.export(space.sample(seed=seed))
+        assert small.config.width == small.head.in_features and small(x)[1].state.shape[1] == small.config.width
+
+
 # -- reductions over a part of an axis --------------------------------------------------------------------------------
 
 CALLS = {
