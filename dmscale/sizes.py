@@ -452,6 +452,7 @@ def _least_to_fix(difference: Poly, eq: Equation, known: dict[Attribute, Quotien
     """Axes whose fixing brings `difference = 0` nearer to a link between the others, or all of them.
 
     heads * head_dim = width, and width // heads = head_dim: with head_dim, the innermost, fixed, the others are linked.
+    (2 + 3 + 3) groups of heads * head_dim = width: with the groups fixed, head_dim and width are.
     What both sides have as a factor need not be fixed: heads * a = heads * b is a = b.
     """
     if len(difference.terms) == 2:
@@ -464,18 +465,31 @@ def _least_to_fix(difference: Poly, eq: Equation, known: dict[Attribute, Quotien
                 return {inner}
         elif common:
             return {v for side in sides for v in side}  # type: ignore[misc]
+    for sign in (1, -1):
+        one = [m for m, c in difference.terms.items() if c * sign > 0]
+        summed = [m for m, c in difference.terms.items() if c * sign < 0]
+        if len(summed) > 1 and [len(m) for m in one] == [1]:
+            shared = set(summed[0]).intersection(*summed[1:])
+            if len(shared) == 1:
+                return {v for m in summed for v in m} - shared  # type: ignore[return-value]
     return _mentioned(eq, known)
 
 
 def _innermost(factors: set[Axis], eq: Equation) -> Axis | None:
     """Which of the factors of a product is its last: `eq` shows the product, or it is what a quotient leaves."""
     for dim in (eq.dim, *_extents(eq.expression)):
-        found = [a for a in axes.factors(dim) if a in factors]
+        found = _below(dim, factors)
         if len(found) > 1:
             return found[-1]
     quotient = isinstance(eq.expression, Operation) and eq.expression.symbol == "//"
-    found = [a for a in axes.factors(eq.dim) if a in factors]
+    found = _below(eq.dim, factors)
     return found[0] if len(found) == 1 and quotient else None
+
+
+def _below(dim: Dim, wanted: set[Axis]) -> list[Axis]:
+    """The atoms of `wanted` in order, each alone below a factor of `dim`: the one of both halves of a rotary head too."""
+    inside = [[a for a in axes.atoms((factor,)) if a in wanted] for factor in axes.factors(dim)]
+    return [] if any(len(found) > 1 for found in inside) else [found[0] for found in inside if found]
 
 
 def _freeze(found: set[Axis], reason: str) -> None:

@@ -367,6 +367,44 @@ def weight_norm():
     return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.Linear(15, 4)), torch.randn(3, 8)
 
 
+class Standardised(nn.Conv2d):
+    """A convolution whose weight is standardised over its inputs by a batch norm (BiT, NFNet)."""
+
+    def __init__(self, *sizes, affine, **options):
+        super().__init__(*sizes, **options)
+        self.gain = nn.Parameter(torch.ones(self.out_channels, 1, 1, 1)) if affine else None
+        self.shift = nn.Parameter(torch.zeros(self.out_channels)) if affine else None
+
+    def forward(self, x):
+        gain = None if self.gain is None else (self.gain * 0.7).view(-1)
+        weight = self.weight.reshape(1, self.out_channels, -1)
+        weight = F.batch_norm(weight, None, None, gain, self.shift, training=True, momentum=0.0, eps=1e-2)
+        return F.conv2d(x, weight.reshape_as(self.weight), self.bias, self.stride, self.padding, groups=self.groups)
+
+
+def weight_standardisation():
+    return nn.Sequential(
+        Standardised(3, 12, 3, affine=False), nn.ReLU(), Standardised(12, 15, 3, affine=True), nn.ReLU(),
+        Standardised(15, 16, 1, affine=False), nn.ReLU(), nn.Conv2d(16, 4, 1),
+    ), picture(6)  # fmt: skip
+
+
+class Sideways(nn.Module):
+    """Tokens of three scales mixed by a convolution of size one over their stack: the width is its spatial axis (CoaT)."""
+
+    def __init__(self):
+        super().__init__()
+        self.scales, self.mix = nn.ModuleList(nn.Linear(6, 14) for _ in range(3)), nn.Conv1d(3, 1, 1)
+        self.head = nn.Linear(14, 4)
+
+    def forward(self, x):
+        return self.head(self.mix(torch.stack([scale(x) for scale in self.scales], 1)).squeeze(1))
+
+
+def sideways_convolution():
+    return Sideways(), torch.randn(2, 6)
+
+
 def spectral_norm():
     first, second = nn.Linear(8, 12), parametrizations.spectral_norm(nn.Linear(12, 15))
     return nn.Sequential(
@@ -761,6 +799,8 @@ EXPECTED: dict[Callable[[], tuple[nn.Module, Any]], dict[tuple[str, int], int]] 
     channels_first_norm: {(W, 14): 1},
     global_response_norm: {(W, 14): 1},
     weight_norm: {(W, 12): 1, (W, 15): 1},
+    weight_standardisation: {(W, 12): 1, (W, 15): 1, (W, 16): 1},
+    sideways_convolution: {(W, 14): 1},
     spectral_norm: {(W, 12): 1, (W, 15): 1, (W, 11): 1},
     mqa_by_expand: {(W, 24): 1, (H, 3): 1, (W, 8): 2},
     mqa_native: {(W, 24): 1, (H, 3): 1, (W, 8): 2},
