@@ -103,6 +103,10 @@ def plan(trace: Trace, blocks: Sequence[Blocks]) -> Sites:
         gives = trace.record.steps[norm.op].gives if norm.op in trace.record.steps else ()
         if gives and matters.isdisjoint(gives):
             continue  # nobody reads it: the mean over the heads of scores that nobody asked for
+        if norm.kind == "selected by index":
+            for dim in free:
+                axes.freeze(dim, f"{norm.kind} in {norm.path or 'the model'} ({norm.operator})")
+            continue
         if norm.kind == "sum":
             for dim in free:
                 _mask_producers(trace, dim, [norm.source], norm.path, norm.operator, weights, functions, norm.op)

@@ -24,7 +24,10 @@ from .polynomial import Inexact, Poly, Quotient
 
 @dataclass(frozen=True)
 class Attribute:
-    """An int that a module holds: `key` is (name,), (name, index) in a tuple, or (config, name) in a settings object."""
+    """An int that a module holds.
+
+    `key` is (name,), (name, index) in a tuple, (config, name) in a settings object, or (config, name, index) in its list.
+    """
 
     module: str
     key: tuple[str | int, ...]

@@ -299,7 +299,10 @@ def _tagged_settings(settings: Any, path: str, key: str) -> Any:
         if type(value) is int and value > 1:
             mine.__dict__[name] = SizedInt(value, Attribute(path, (key, name)))
         elif type(value) is list and value and all(isinstance(v, (str, bool, int)) for v in value):
-            mine.__dict__[name] = listed(value, Attribute(path, (key, name)))
+            entries = [
+                SizedInt(v, Attribute(path, (key, name, i))) if type(v) is int and v > 1 else v for i, v in enumerate(value)
+            ]
+            mine.__dict__[name] = listed(entries, Attribute(path, (key, name)))
     return mine
 
 

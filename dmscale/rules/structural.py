@@ -185,16 +185,17 @@ def narrow(trace: Tracer, out: Tensor, x: Tensor, dim: int, start: int, length: 
 
 @rule(aten.select)
 def select(trace: Tracer, out: Tensor, x: Tensor, dim: int, index: int) -> Sequence[Dim]:
-    """One element of an axis by number: the axis is fixed."""
+    """One element of an axis by number: the axis is fixed, unless only the shape of the result is read."""
     dims = list(trace.dims(x))
-    trace.freeze(dims.pop(dim), "selected by index")
+    trace.normalised("selected by index", [dims.pop(dim)], x)
     return dims
 
 
 @rule(aten.unbind)
 def unbind(trace: Tracer, out: Sequence[Tensor], x: Tensor, dim: int = 0) -> Sequence[Sequence[Dim]]:
     """Every element of an axis by number."""
-    dims = select(trace, out[0], x, dim, 0)
+    dims = list(trace.dims(x))
+    trace.freeze(dims.pop(dim), "selected by index")
     return [dims for _ in out]
 
 
