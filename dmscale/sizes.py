@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from . import axes
@@ -31,6 +31,7 @@ class Attribute:
 
     module: str
     key: tuple[str | int, ...]
+    value: int = field(default=0, compare=False)  # at full size
 
     def __str__(self) -> str:
         path = f"{self.module}.{self.key[0]}" if self.module else str(self.key[0])
@@ -353,6 +354,9 @@ def _solve_once(equations: list[Equation], kept: Mapping[Attribute, Quotient]) -
             if found and found[0] not in known:
                 known[found[0]] = found[1]
                 progress = True
+        if not progress and (divisor := _free_divisor(todo, known)) is not None:
+            known[divisor] = Quotient(divisor.value)
+            progress = True
     links: list[set[Axis]] = []
     related: list[tuple[Equation, Poly]] = []
     for eq in reversed(todo):
@@ -372,6 +376,20 @@ def _solve_once(equations: list[Equation], kept: Mapping[Attribute, Quotient]) -
             _join(links, pair)
     _freeze_unrelated(related, links, known)
     return Solution(known, links)
+
+
+def _free_divisor(equations: list[Equation], known: Mapping[Attribute, Quotient]) -> Attribute | None:
+    """An attribute that another one, of which nothing is known either, is divided by: `channels // paths`, two paths say.
+
+    Any value of it will do if the other follows, so it keeps its own.
+    """
+    for eq in equations:
+        e = eq.expression
+        if isinstance(e, Operation) and e.symbol == "//":
+            a, b = e.left, e.right
+            if isinstance(a, Attribute) and isinstance(b, Attribute) and a not in known and b not in known:
+                return b
+    return None
 
 
 def _freeze_unrelated(

@@ -271,9 +271,9 @@ def _tag_sizes(twin: nn.Module) -> None:
                 continue
             if type(value) is int:
                 if value > 1:
-                    module.__dict__[key] = SizedInt(value, Attribute(path, (key,)))
+                    module.__dict__[key] = SizedInt(value, Attribute(path, (key,), value))
             elif type(value) in (tuple, list) and value and all(type(v) is int for v in value):
-                tagged = (SizedInt(v, Attribute(path, (key, i))) if v > 1 else v for i, v in enumerate(value))
+                tagged = (SizedInt(v, Attribute(path, (key, i), v)) if v > 1 else v for i, v in enumerate(value))
                 module.__dict__[key] = type(value)(tagged)
             elif type(value) is list and value and all(isinstance(v, (str, bool)) for v in value):
                 module.__dict__[key] = listed(value, Attribute(path, (key,)))
@@ -297,10 +297,10 @@ def _tagged_settings(settings: Any, path: str, key: str) -> Any:
     mine.__dict__.update(settings.__dict__)
     for name, value in settings.__dict__.items():
         if type(value) is int and value > 1:
-            mine.__dict__[name] = SizedInt(value, Attribute(path, (key, name)))
+            mine.__dict__[name] = SizedInt(value, Attribute(path, (key, name), value))
         elif type(value) is list and value and all(isinstance(v, (str, bool, int)) for v in value):
             entries = [
-                SizedInt(v, Attribute(path, (key, name, i))) if type(v) is int and v > 1 else v for i, v in enumerate(value)
+                SizedInt(v, Attribute(path, (key, name, i), v)) if type(v) is int and v > 1 else v for i, v in enumerate(value)
             ]
             mine.__dict__[name] = listed(entries, Attribute(path, (key, name)))
     return mine
