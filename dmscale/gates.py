@@ -57,7 +57,7 @@ class InputSite:
 
 @dataclass(frozen=True, eq=False)
 class NormSite:
-    """Give module `module` its kept-count form over `dim` at `position` of its input.
+    """Give module `module` its kept-count form over `dim` at `position`, from the end, of its input.
 
     `weight` is scaled where it is a parameter and there is a bias; else the output, without the `bias` that it holds.
     """
@@ -259,11 +259,13 @@ def _bias_of(trace: Trace, norm: Normalisation) -> str | None:
 
 
 def _position(call: Call, dim: Dim) -> int | None:
-    """Where `dim` stands in the module's input and, unchanged, in its output."""
+    """Where `dim` stands in the module's input and, unchanged, in its output: from the end, as -1 is the last."""
     if call.source is None or call.result is None or len(call.source.dims) != len(call.result.dims):
         return None
+    rank = len(call.source.dims)
     return next(
-        (i for i, (p, q) in enumerate(zip(call.source.dims, call.result.dims)) if axes.same(p, dim) and axes.same(q, dim)),
+        (i - rank for i, (p, q) in enumerate(zip(call.source.dims, call.result.dims))
+         if axes.same(p, dim) and axes.same(q, dim)),
         None,
     )  # fmt: skip
 
@@ -513,7 +515,7 @@ class KeptCount:
         return replace_first((args, kwargs), self.apply)
 
     def apply(self, x: Tensor) -> Tensor:
-        mask, at, shape = self.masks(self.site.dim), self.site.position, x.shape
+        mask, at, shape = self.masks(self.site.dim), self.site.position % x.dim(), x.shape
         x = x.reshape(
             *shape[:at], axes.size(self.site.group), mask.numel(), *shape[at + 1 :]
         )  # (..., group, inner, ...)

@@ -103,7 +103,8 @@ BY_PRODUCTS = frozenset(
         "encoder_last_hidden_state", "encoder_hidden_states", "encoder_attentions", "decoder_hidden_states",
         "decoder_attentions", "cross_attentions", "hidden_states", "attentions", "past_key_values",
         "text_model_output", "vision_model_output", "vision_outputs", "qformer_outputs", "language_model_outputs",
-        "image_hidden_states", "last_hidden_state", "mems", "state",
+        "image_hidden_states", "last_hidden_state", "mems", "state", "pixel_decoder_last_hidden_state",
+        "pixel_decoder_hidden_states", "transformer_decoder_last_hidden_state", "transformer_decoder_hidden_states",
     }
 )  # fmt: skip
 """Fields of a transformers `ModelOutput` that are inner activations handed out beside the result.
@@ -113,9 +114,14 @@ stay free; a gated model hands out the kept elements, as the exported one does.
 """
 
 
+def is_result(key: Any) -> bool:
+    """Whether field `key` of a `ModelOutput` is what its model is for: `logits`, `class_queries_logits`."""
+    return "logits" in str(key)
+
+
 def is_by_product(output: Any, key: str) -> bool:
     """Whether field `key` of a model's `output` is an inner activation and not a result."""
-    has_result = any(str(k).startswith("logits") for k in output) if key in BY_PRODUCTS else False
+    has_result = any(is_result(k) for k in output) if key in BY_PRODUCTS else False
     return has_result and type(output).__module__.startswith("transformers.")
 
 

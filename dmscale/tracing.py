@@ -20,7 +20,7 @@ from .arrivals import Arrivals, transparent_functional
 from .axes import Dim
 from .clone import alias, clone, on_meta
 from .errors import TraceError
-from .known import is_by_product, quiet
+from .known import is_by_product, is_result, quiet
 from .sizes import Attribute, SizedInt, listed
 from .tracer import Call, Contraction, Normalisation, Record, Tracer
 
@@ -239,9 +239,11 @@ def _run(tracer: Tracer, twin: nn.Module, args: tuple, kwargs: dict, meta: bool)
         )
     tracer.record.results.update(tracer.value(t).origin for t in running.tensors_in(out))
     fields = dict(out.items()) if isinstance(out, Mapping) else {"": out}
+    beside = {id(t) for key, value in fields.items() if is_by_product(out, key) for t in running.tensors_in(value)}
     for key, value in fields.items():
         tensors = tuple(tracer.dims(t) for t in running.tensors_in(value))
-        if is_by_product(out, key):
+        again = bool(tensors) and all(id(t) in beside for t in running.tensors_in(value)) and not is_result(key)
+        if is_by_product(out, key) or again:
             tracer.record.by_products[key] = tensors
             continue
         for dims in tensors:

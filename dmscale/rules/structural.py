@@ -99,7 +99,21 @@ def view(trace: Tracer, out: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Se
         return trace.dims(x)
     if 0 in x.shape:
         return trace.fresh(out, "empty")
-    return axes.regroup(trace.dims(x), out.shape)
+    dims, first, last = trace.dims(x), 0, 0  # dimensions at either end that stay as they are have no part in a conflict
+    while first < min(x.dim(), out.dim()) and x.shape[first] == out.shape[first]:
+        first += 1
+    while last < min(x.dim(), out.dim()) - first and x.shape[-1 - last] == out.shape[-1 - last]:
+        last += 1
+    try:
+        return axes.regroup(dims, out.shape)
+    except Conflict as error:
+        inner = slice(first, x.dim() - last)
+        if first == last == 0:
+            raise
+        trace.record.conflicts.append(f"{trace.where}: {error}")
+        trace.freeze_dims(dims[inner], f"conflict ({error})")
+        new = [axes.axis(n, f"conflict in {trace.where}") for n in out.shape[first : out.dim() - last]]
+        return [*dims[:first], *new, *dims[x.dim() - last :]]
 
 
 @rule(aten.expand)
