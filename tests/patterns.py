@@ -191,6 +191,22 @@ def selective_kernel():
     return nn.Sequential(conv(3, 10), SelectiveKernel(10, 6), nn.Conv2d(10, 4, 1)), picture(6)
 
 
+class Paths(nn.Module):
+    """Each half of the channels goes its own way; a number that nothing else reads says how many ways there are (SKNet)."""
+
+    def __init__(self, channels=20, paths=2):
+        super().__init__()
+        self.channels, self.paths = channels, paths
+        self.ways = nn.ModuleList(conv(channels // paths, 9, 3 + 2 * i) for i in range(paths))
+
+    def forward(self, x):
+        return sum(way(part) for way, part in zip(self.ways, x.split(self.channels // self.paths, 1)))
+
+
+def paths_by_number():
+    return nn.Sequential(conv(3, 20), Paths(), nn.Conv2d(9, 4, 1)), picture(6)
+
+
 class SpatialAttention(nn.Module):
     """CBAM: a map from the mean and the maximum over the channels."""
 
@@ -532,6 +548,95 @@ def einsum_attention():
     return Stream(EinsumAttention()), torch.randn(2, 7, 6)
 
 
+class WidthByShape(nn.Module):
+    """Attention that joins its heads by the width of what came in: rotated heads, or heads in groups of kernel sizes."""
+
+    def __init__(self, width, heads, groups=()):
+        super().__init__()
+        self.heads, head_dim = heads, width // heads
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.groups = [n * head_dim for n in groups]  # channels of each group of heads
+        self.convs = nn.ModuleList(nn.Conv1d(n, n, 2 * i + 1, padding=i, groups=n) for i, n in enumerate(self.groups))
+        if not groups:
+            self.register_buffer("angles", torch.rand(7, head_dim // 2))
+
+    def forward(self, x):
+        b, n, c = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)  # (b, h, n, d)
+        if self.groups:
+            parts = v.transpose(-2, -1).reshape(b, c, n).split(self.groups, 1)
+            moved = torch.cat([layer(part) for layer, part in zip(self.convs, parts)], 1)
+            v = v + q * moved.reshape(b, self.heads, -1, n).transpose(-2, -1)
+        else:
+            cos, sin = torch.cat([self.angles.cos()] * 2, -1), torch.cat([self.angles.sin()] * 2, -1)
+            q, k = (t * cos + torch.cat([-t.chunk(2, -1)[1], t.chunk(2, -1)[0]], -1) * sin for t in (q, k))
+        weight = (q @ k.transpose(-2, -1) * 0.3).softmax(-1)
+        return self.out((weight @ v).transpose(1, 2).reshape(b, n, c))
+
+
+def rotated_width_by_shape():
+    """All of width, heads and head size change together, so head size stays and the others keep one share."""
+    return nn.Sequential(nn.Linear(6, 24), WidthByShape(24, 3), WidthByShape(24, 3), nn.Linear(24, 5)), torch.randn(2, 7, 6)
+
+
+def grouped_width_by_shape():
+    """The groups of heads stay; width and head size keep one share."""
+    return nn.Sequential(nn.Linear(6, 24), WidthByShape(24, 4, (1, 3)), nn.Linear(24, 5)), torch.randn(2, 7, 6)
+
+
+class ShapeOfAPart(nn.Module):
+    """A table of positions, as many as there are tokens in the last channel of what is embedded (BART)."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.positions, self.head = nn.Linear(6, 14), nn.Embedding(9, 14), nn.Linear(14, 5)
+
+    def forward(self, x):
+        x = self.embed(x)
+        return self.head(x + self.positions(torch.arange(x[:, :, -1].shape[1], device=x.device)))
+
+
+def shape_of_a_part():
+    return ShapeOfAPart(), torch.randn(2, 7, 6)
+
+
+class NormOfAny(nn.Module):
+    """One norm for tokens and for what they are pooled to (BLIP)."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.norm, self.head = nn.Linear(6, 14), nn.LayerNorm(14), nn.Linear(14, 5)
+
+    def forward(self, x):
+        x = self.norm(self.embed(x))
+        return self.head(x) + self.head(self.norm(x[:, 0])).unsqueeze(1)
+
+
+def norm_of_any_rank():
+    return NormOfAny(), torch.randn(2, 7, 6)
+
+
+class RelativeShift(nn.Module):
+    """Scores for each distance become scores for each place by a view of other rows: heads are not concerned."""
+
+    def __init__(self, width=20, heads=3, head_dim=5):
+        super().__init__()
+        self.heads = heads
+        self.q, self.v = nn.Linear(width, heads * head_dim), nn.Linear(width, heads * head_dim)
+        self.distances, self.out = nn.Parameter(torch.randn(heads, head_dim, 13) / 2), nn.Linear(heads * head_dim, width)
+
+    def forward(self, x):
+        q, v = (f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.q, self.v))
+        scores = F.pad(q @ self.distances, (1, 0))  # (b, h, 7, 14)
+        b, h, n, m = scores.shape
+        scores = scores.view(b, h, m, n)[:, :, 1:].reshape(b, h, n, m - 1)[..., :n]
+        return self.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+def relative_shift():
+    return Stream(RelativeShift()), torch.randn(2, 7, 6)
+
+
 class LatentAttention(nn.Module):
     """Keys and values from a narrow latent; a part of each head is rotated, as complex numbers, in place (DeepSeek)."""
 
@@ -787,6 +892,7 @@ EXPECTED: dict[Callable[[], tuple[nn.Module, Any]], dict[tuple[str, int], int]] 
     two_input_cells: {(W, 9): 1, (W, 5): 1, (W, 6): 1, (W, 7): 1},
     split_shuffle: {(W, 10): 3, (W, 5): 2, (W, 9): 1},
     selective_kernel: {(W, 10): 2, (W, 6): 1},
+    paths_by_number: {(W, 10): 2, (W, 9): 1},
     spatial_attention: {(W, 10): 1},
     channel_mean: {(W, 10): 1},
     pixel_unshuffle: {(W, 7): 1, (W, 9): 1},
@@ -810,6 +916,11 @@ EXPECTED: dict[Callable[[], tuple[nn.Module, Any]], dict[tuple[str, int], int]] 
     relative_position_table: {(W, 20): 1, (H, 4): 1, (W, 6): 1},
     relative_position_buckets: {(W, 20): 1, (H, 4): 1, (W, 6): 1},
     einsum_attention: {(W, 20): 1, (H, 3): 1, (W, 6): 1},
+    rotated_width_by_shape: {(H, 3): 2, (H, 24): 2, (W, 24): 1},
+    grouped_width_by_shape: {(W, 24): 2, (W, 6): 1},
+    shape_of_a_part: {(W, 14): 1},
+    norm_of_any_rank: {(W, 14): 1},
+    relative_shift: {(W, 20): 1, (H, 3): 1, (W, 5): 2},
     latent_attention: {(W, 20): 1, (H, 3): 1, (W, 8): 1, (W, 3): 1, (W, 5): 1, (W, 10): 1},
     multihead_attentions: {(H, 24): 1, (W, 10): 1, (W, 9): 1, (H, 4): 3},
     layer_scale: {(W, 18): 1, (W, 22): 3, (D, 3): 1},

@@ -155,6 +155,32 @@ def test_a_cache_that_is_made_by_a_number_follows():
         assert small.config.width == small.head.in_features and small(x)[1].state.shape[1] == small.config.width
 
 
+class Listing(nn.Module):
+    """A width that the forward reads from a list in its config (PVT)."""
+
+    class Config:
+        def __init__(self):
+            self.widths, self.seed = [7, 14], 3
+
+    def __init__(self):
+        super().__init__()
+        self.config = self.Config()
+        self.embed, self.head = nn.Linear(6, 7), nn.Linear(14, 5)
+        self.widen = nn.Linear(7, 14)
+
+    def forward(self, x):
+        return self.head(self.widen(self.embed(x)).reshape(x.shape[0], -1, self.config.widths[-1]))
+
+
+def test_a_number_in_a_list_of_a_config_follows():
+    """The exported model has a list of its own; the user's is as it was."""
+    model, x = non_trivial(Listing()), torch.randn(2, 7, 6)
+    space = dmscale.trace(model, x)
+    assert kinds(space) == {("width", 7): 1, ("width", 14): 1}
+    small = space.export(space.structure({"embed": 3, "widen": 9}))
+    assert small.config.widths == [7, 9] and model.config.widths == [7, 14]
+
+
 # -- reductions over a part of an axis --------------------------------------------------------------------------------
 
 CALLS = {
