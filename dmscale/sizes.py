@@ -473,7 +473,6 @@ def _least_to_fix(difference: Poly, eq: Equation, known: dict[Attribute, Quotien
     """Axes whose fixing brings `difference = 0` nearer to a link between the others, or all of them.
 
     heads * head_dim = width, and width // heads = head_dim: with head_dim, the innermost, fixed, the others are linked.
-    (2 + 3 + 3) groups of heads * head_dim = width: with the groups fixed, head_dim and width are.
     What both sides have as a factor need not be fixed: heads * a = heads * b is a = b.
     """
     if len(difference.terms) == 2:
@@ -486,13 +485,6 @@ def _least_to_fix(difference: Poly, eq: Equation, known: dict[Attribute, Quotien
                 return {inner}
         elif common:
             return {v for side in sides for v in side}  # type: ignore[misc]
-    for sign in (1, -1):
-        one = [m for m, c in difference.terms.items() if c * sign > 0]
-        summed = [m for m, c in difference.terms.items() if c * sign < 0]
-        if len(summed) > 1 and [len(m) for m in one] == [1]:
-            shared = set(summed[0]).intersection(*summed[1:])
-            if len(shared) == 1:
-                return {v for m in summed for v in m} - shared  # type: ignore[return-value]
     return _mentioned(eq, known)
 
 

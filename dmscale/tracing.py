@@ -302,7 +302,8 @@ def _tagged_settings(settings: Any, path: str, key: str) -> Any:
             mine.__dict__[name] = SizedInt(value, Attribute(path, (key, name), value))
         elif type(value) is list and value and all(isinstance(v, (str, bool, int)) for v in value):
             entries = [
-                SizedInt(v, Attribute(path, (key, name, i), v)) if type(v) is int and v > 1 else v for i, v in enumerate(value)
+                SizedInt(v, Attribute(path, (key, name, i), v)) if type(v) is int and v > 1 else v
+                for i, v in enumerate(value)
             ]
             mine.__dict__[name] = listed(entries, Attribute(path, (key, name)))
     return mine

@@ -549,39 +549,28 @@ def einsum_attention():
 
 
 class WidthByShape(nn.Module):
-    """Attention that joins its heads by the width of what came in: rotated heads, or heads in groups of kernel sizes."""
+    """Attention with rotated heads that joins them by the width of what came in."""
 
-    def __init__(self, width, heads, groups=()):
+    def __init__(self, width, heads):
         super().__init__()
         self.heads, head_dim = heads, width // heads
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.groups = [n * head_dim for n in groups]  # channels of each group of heads
-        self.convs = nn.ModuleList(nn.Conv1d(n, n, 2 * i + 1, padding=i, groups=n) for i, n in enumerate(self.groups))
-        if not groups:
-            self.register_buffer("angles", torch.rand(7, head_dim // 2))
+        self.register_buffer("angles", torch.rand(7, head_dim // 2))
 
     def forward(self, x):
         b, n, c = x.shape
         q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)  # (b, h, n, d)
-        if self.groups:
-            parts = v.transpose(-2, -1).reshape(b, c, n).split(self.groups, 1)
-            moved = torch.cat([layer(part) for layer, part in zip(self.convs, parts)], 1)
-            v = v + q * moved.reshape(b, self.heads, -1, n).transpose(-2, -1)
-        else:
-            cos, sin = torch.cat([self.angles.cos()] * 2, -1), torch.cat([self.angles.sin()] * 2, -1)
-            q, k = (t * cos + torch.cat([-t.chunk(2, -1)[1], t.chunk(2, -1)[0]], -1) * sin for t in (q, k))
+        cos, sin = torch.cat([self.angles.cos()] * 2, -1), torch.cat([self.angles.sin()] * 2, -1)
+        q, k = (t * cos + torch.cat([-t.chunk(2, -1)[1], t.chunk(2, -1)[0]], -1) * sin for t in (q, k))
         weight = (q @ k.transpose(-2, -1) * 0.3).softmax(-1)
         return self.out((weight @ v).transpose(1, 2).reshape(b, n, c))
 
 
 def rotated_width_by_shape():
     """All of width, heads and head size change together, so head size stays and the others keep one share."""
-    return nn.Sequential(nn.Linear(6, 24), WidthByShape(24, 3), WidthByShape(24, 3), nn.Linear(24, 5)), torch.randn(2, 7, 6)
-
-
-def grouped_width_by_shape():
-    """The groups of heads stay; width and head size keep one share."""
-    return nn.Sequential(nn.Linear(6, 24), WidthByShape(24, 4, (1, 3)), nn.Linear(24, 5)), torch.randn(2, 7, 6)
+    return nn.Sequential(nn.Linear(6, 24), WidthByShape(24, 3), WidthByShape(24, 3), nn.Linear(24, 5)), torch.randn(
+        2, 7, 6
+    )
 
 
 class ShapeOfAPart(nn.Module):
@@ -623,7 +612,10 @@ class RelativeShift(nn.Module):
         super().__init__()
         self.heads = heads
         self.q, self.v = nn.Linear(width, heads * head_dim), nn.Linear(width, heads * head_dim)
-        self.distances, self.out = nn.Parameter(torch.randn(heads, head_dim, 13) / 2), nn.Linear(heads * head_dim, width)
+        self.distances, self.out = (
+            nn.Parameter(torch.randn(heads, head_dim, 13) / 2),
+            nn.Linear(heads * head_dim, width),
+        )
 
     def forward(self, x):
         q, v = (f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.q, self.v))
@@ -917,7 +909,6 @@ EXPECTED: dict[Callable[[], tuple[nn.Module, Any]], dict[tuple[str, int], int]] 
     relative_position_buckets: {(W, 20): 1, (H, 4): 1, (W, 6): 1},
     einsum_attention: {(W, 20): 1, (H, 3): 1, (W, 6): 1},
     rotated_width_by_shape: {(H, 3): 2, (H, 24): 2, (W, 24): 1},
-    grouped_width_by_shape: {(W, 24): 2, (W, 6): 1},
     shape_of_a_part: {(W, 14): 1},
     norm_of_any_rank: {(W, 14): 1},
     relative_shift: {(W, 20): 1, (H, 3): 1, (W, 5): 2},
