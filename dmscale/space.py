@@ -15,7 +15,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import axes, blocks, branches, budget, calls, causes, certify, export, gates, latency, naming, settings, tracing
+from . import (
+    axes,
+    blocks,
+    branches,
+    budget,
+    calls,
+    causes,
+    certify,
+    export,
+    gates,
+    latency,
+    naming,
+    routing,
+    settings,
+    tracing,
+)
 from .axes import Axis
 from .clone import alias, clone
 from .cost import METRICS, Cost, CostModel, CostTerm, product
@@ -104,6 +119,7 @@ class SearchSpace:
         self.dimensions, self.frozen = _dimensions(self.trace, resolved, self.options)
         self.__dict__.pop("costs", None)
         self.__dict__.pop("shares", None)
+        self.__dict__.pop("routed", None)
 
     def trace_with_cache(self) -> None:
         """Trace anew with the model's key-value cache, whose numbers then follow; all as it was where that fails."""
@@ -127,6 +143,11 @@ class SearchSpace:
     def costs(self) -> CostModel:
         """The cost polynomials over `variables`."""
         return _cost_model(self)
+
+    @functools.cached_property
+    def routed(self) -> tuple[str, ...]:
+        """Modules whose MACs depend on values too, experts of a mixture say: they are counted as the example routes."""
+        return tuple(routing.routed(self.trace.record, self.model))
 
     def block_of_operator(self) -> Callable[[int], tuple[Hashable, ...]]:
         """What tells of an operator's number the removable block that it runs in, as a cost variable: one or none."""
@@ -680,6 +701,7 @@ def _cost_model(space: SearchSpace) -> CostModel:
             add("params", dims, gate, 1, paths)
             add("bytes", dims, gate, parameters[name].element_size(), paths)
     uncounted = [f"{op} in {path or 'the model'}" for op, paths in record.unknown.items() for path in paths]
+    uncounted += [f"other rows than the example's in {path}" for path in space.routed]
     return CostModel(space.variables, terms, uncounted, {"latency": space._latency_metric})
 
 

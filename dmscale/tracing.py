@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from . import attachment, axes, running
+from . import attachment, axes, routing, running
 from .arrivals import Arrivals, transparent_functional
 from .axes import Dim
 from .clone import alias, clone, on_meta
@@ -151,9 +151,12 @@ def _read(model: nn.Module, args: tuple, kwargs: dict, kind: str, cached: bool) 
     slots, aliases = _watch_parameters(tracer, twin)
     _tag_sizes(twin)
     parameters = {n for n, _ in twin.named_parameters()}
-    _run(tracer, twin, args, kwargs, meta)
+    examples: dict[str, routing.Example] = {}
+    _run(tracer, twin, args, kwargs, meta, None if meta else examples)  # without values none is chosen by them
     trace = Trace(slots, aliases, tracer.record, kind, cached)
     touched = _touched(tracer.record)
+    if examples and parameters - tracer.record.read.keys():
+        touched |= _read_others(tracer, twin, examples, trace)
     if parameters - tracer.record.read.keys():
         touched |= _read_training(tracer, twin, args, kwargs, meta, trace)
     for name in slots:
@@ -182,20 +185,38 @@ def _read_training(tracer: Tracer, twin: nn.Module, args: tuple, kwargs: dict, m
     Returns the dimensions of what was computed then.
     """
     record = tracer.record
-    costs = (record.terms, record.activations, record.calls, record.instances, record.cached, record.functions)
-    before = [len(noted) for noted in costs]
     met, normalised = len(record.contractions), len(record.normalisations)
     twin.train()
-    try:
-        _run(tracer, twin, args, kwargs, meta)
-    except Exception as error:  # a batch of one under BatchNorm, say: what only training reads stays frozen
-        trace.notes.append(f"not traced in training mode ({type(error).__name__}: {error})")
-    touched = _touched(record)
-    for noted, length in zip(costs, before):
-        del noted[length:]  # type: ignore[attr-defined]
+    with _free_of_cost(record) as touched:
+        try:
+            _run(tracer, twin, args, kwargs, meta)
+        except Exception as error:  # a batch of one under BatchNorm, say: what only training reads stays frozen
+            trace.notes.append(f"not traced in training mode ({type(error).__name__}: {error})")
     # what evaluation has noted of a module is not noted again: the call that it ran in is no longer known
     record.contractions[met:] = _new(record.contractions, met, lambda c: [c.dim, *(own for _, own in c.operands)])
     record.normalisations[normalised:] = _new(record.normalisations, normalised, lambda n: [*n.dims, n.group])
+    return touched
+
+
+@contextlib.contextmanager
+def _free_of_cost(record: Record) -> Iterator[set[Dim]]:
+    """What runs inside adds to no cost; gives the dimensions of what was computed there, afterwards."""
+    costs = (record.terms, record.activations, record.calls, record.instances, record.cached, record.functions)
+    before = [len(noted) for noted in costs]
+    touched: set[Dim] = set()
+    yield touched
+    touched |= _touched(record)
+    for noted, length in zip(costs, before):
+        del noted[length:]  # type: ignore[attr-defined]
+
+
+def _read_others(tracer: Tracer, twin: nn.Module, examples: dict[str, routing.Example], trace: Trace) -> set[Dim]:
+    """Experts that the example does not reach follow those that it does.  Returns the dimensions of what was computed."""
+    with _free_of_cost(tracer.record) as touched, _following(tracer, twin):
+        try:
+            routing.call_others(tracer, twin, examples)
+        except Exception as error:  # what it takes depends on which one it is: it stays as it is
+            trace.notes.append(f"not all alternatives were traced ({type(error).__name__}: {error})")
     return touched
 
 
@@ -216,18 +237,28 @@ def _new(noted: list[_Noted], old: int, dims_of: Callable[[_Noted], list[Dim]]) 
     ]  # fmt: skip
 
 
-def _run(tracer: Tracer, twin: nn.Module, args: tuple, kwargs: dict, meta: bool) -> None:
+@contextlib.contextmanager
+def _following(tracer: Tracer, twin: nn.Module, examples: dict[str, routing.Example] | None = None) -> Iterator[None]:
+    """Everything that must be on while modules of `twin` run."""
+    generators = [] if tracer.meta else [d for d in range(torch.cuda.device_count())]
+    with (
+        torch.random.fork_rng(generators), torch.no_grad(), _following_calls(tracer, twin, examples),
+        transparent_functional(), running.uncompiled(), tracer, Arrivals(tracer),
+    ):  # fmt: skip
+        yield
+
+
+def _run(
+    tracer: Tracer, twin: nn.Module, args: tuple, kwargs: dict, meta: bool,
+    examples: dict[str, routing.Example] | None = None,
+) -> None:  # fmt: skip
     def own(t: Tensor) -> Tensor:
         mine = on_meta(t) if meta else t.detach().clone()
         return tracer.watch(mine, frozen="an axis of the model's input", data=True)
 
     args, kwargs = running.map_tensors(own, args), running.map_tensors(own, kwargs)
-    generators = [] if meta else [d for d in range(torch.cuda.device_count())]
     try:
-        with (
-            torch.random.fork_rng(generators), torch.no_grad(), _following_calls(tracer, twin),
-            transparent_functional(), running.uncompiled(), tracer, Arrivals(tracer),
-        ):  # fmt: skip
+        with _following(tracer, twin, examples):
             out = twin(*args, **kwargs)
     except Exception as error:
         error._dmscale_path = tracer.path  # type: ignore[attr-defined]
@@ -320,8 +351,11 @@ def _form(out: Any, first: Tensor, taken: Mapping[int, int | str]) -> Any:
 
 
 @contextlib.contextmanager
-def _following_calls(tracer: Tracer, twin: nn.Module) -> Iterator[None]:
-    """Know at every operator which module runs, and note what each module call takes and gives."""
+def _following_calls(tracer: Tracer, twin: nn.Module, examples: dict[str, routing.Example] | None) -> Iterator[None]:
+    """Know at every operator which module runs, and note what each module call takes and gives.
+
+    `examples` gets one call of each container of alternatives.
+    """
     paths = [""]
     open_calls: list[Call] = []
     arguments: list[dict[int, int | str]] = []  # of each open call: tensor -> position or name
@@ -356,6 +390,9 @@ def _following_calls(tracer: Tracer, twin: nn.Module) -> Iterator[None]:
         given = {id(t) for t in running.tensors_in((args, kwargs))}
         call.passes_the_rest = all(id(t) in given for t in tensors[1:])
         tracer.record.calls.append(call)
+        container = call.path.rpartition(".")[0]
+        if examples is not None and container not in examples and len(routing.alternatives(twin, call.path)) > 1:
+            examples[container] = routing.Example(call.path, args, kwargs, out)
 
     try:
         for path, module in twin.named_modules():

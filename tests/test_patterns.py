@@ -181,6 +181,40 @@ def test_a_number_in_a_list_of_a_config_follows():
     assert small.config.widths == [7, 9] and model.config.widths == [7, 14]
 
 
+class Experts(nn.Module):
+    """Rows go where the first number in them says; each expert gets its own, and one that gets none is not called."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Linear(6, 14), nn.Linear(14, 5)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(14, 9), nn.ReLU(), nn.Linear(9, 14)) for _ in range(3))
+
+    def forward(self, x):
+        to, x = x[:, 0].abs().long(), self.embed(x)
+        y = torch.zeros_like(x)
+        for i in to.unique().tolist():
+            rows = (to == i).nonzero()[:, 0]
+            y = y.index_add(0, rows, self.experts[i](x[rows]))
+        return self.head(x + y)
+
+
+def test_an_expert_that_the_example_does_not_reach_follows():
+    """Its axes are those of the others; its rows, and theirs, are counted as the example sends them."""
+    model, x = non_trivial(Experts()), torch.randn(12, 6)
+    x[:, 0] = torch.tensor([0.5, 1.5]).repeat(6)
+    space = dmscale.trace(model, x)
+    assert kinds(space) == {("width", 14): 1, ("width", 9): 3}, space.frozen
+    assert space.routed == ("experts.0", "experts.1", "experts.2")
+    assert sum("experts.2" in u for u in space.cost().uncounted) == 1
+    assert space.cost().macs == counted_macs(model, x)
+    other = x.clone()
+    other[:, 0] = torch.tensor([0.5, 1.5, 2.5]).repeat(4)
+    for structure in structures(space):
+        small = space.export(structure)
+        assert small.experts[2][0].in_features == small.head.in_features
+        assert difference(outputs(small, other), outputs(space.gate(structure), other)) <= 1e-4
+
+
 # -- reductions over a part of an axis --------------------------------------------------------------------------------
 
 CALLS = {
