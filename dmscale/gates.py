@@ -201,6 +201,14 @@ def _is_masked(c: Contraction, masked: Mapping[int, Dim]) -> bool:
     return any(wanted <= set(axes.atoms(masked[v.origin])) for v, _ in c.operands if v.data and v.origin in masked)
 
 
+_SCALES = frozenset({
+    "mul", "div", "add", "sub", "pow", "mean", "var", "var_mean", "sqrt", "rsqrt", "reciprocal", "clamp_min", "view", "_unsafe_view",
+    "permute", "transpose", "t", "expand", "unsqueeze", "squeeze", "clone", "_to_copy", "alias", "detach", "relu", "leaky_relu",
+    "_prelu_kernel", "native_dropout", "native_layer_norm", "native_group_norm", "_fused_rms_norm",
+})  # fmt: skip
+"""Operators that a normalisation may be made of, and those behind it that hand on a positive factor as it is: no GELU."""
+
+
 def _norm_site(trace: Trace, norm: Normalisation) -> NormSite | str:
     """The kept-count form of the module that runs `norm`, or why there is none."""
     where = f"{norm.path or 'the model'} ({norm.operator})"
@@ -215,7 +223,12 @@ def _norm_site(trace: Trace, norm: Normalisation) -> NormSite | str:
     position = _position(call, norm.group + norm.dims[0])
     if inside or len(_beside(trace, norm)) > len(parts) or position is None:
         return f"normalised inside a module that does more than that, in {where}"
-    weight = norm.weight.rpartition(".")[2] if norm.weight and norm.bias else None
+    scales = all(
+        step.operator.rstrip("_") in _SCALES for op, step in trace.record.steps.items() if norm.op < op <= call.end
+    )
+    weight = norm.weight.rpartition(".")[2] if norm.weight and (norm.bias or not scales) else None
+    if weight is None and not scales:
+        return f"normalised inside a module that does more than that, in {where}"
     bias = _bias_of(trace, norm)
     return NormSite(
         norm.path, position, norm.dims[0], norm.group, bool(parts) or KEPT_COUNT[norm.kind],

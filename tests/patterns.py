@@ -589,6 +589,24 @@ def shape_of_a_part():
     return ShapeOfAPart(), torch.randn(2, 7, 6)
 
 
+class NormAct(nn.Module):
+    """A norm without a bias that ends with an activation: what is behind it is no multiple of what it gives (MobileNetV5)."""
+
+    def __init__(self, width, centred):
+        super().__init__()
+        self.weight, self.centred = nn.Parameter(torch.ones(width)), centred
+
+    def forward(self, x):
+        if self.centred:
+            return F.gelu(F.layer_norm(x, (x.shape[-1],), self.weight))
+        return F.gelu(x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * self.weight)
+
+
+def norm_with_activation():
+    layers = nn.Linear(6, 14), NormAct(14, True), nn.Linear(14, 17), NormAct(17, False), nn.Linear(17, 5)
+    return nn.Sequential(*layers), torch.randn(2, 7, 6)
+
+
 class NormOfAny(nn.Module):
     """One norm for tokens and for what they are pooled to (BLIP)."""
 
@@ -910,6 +928,7 @@ EXPECTED: dict[Callable[[], tuple[nn.Module, Any]], dict[tuple[str, int], int]] 
     einsum_attention: {(W, 20): 1, (H, 3): 1, (W, 6): 1},
     rotated_width_by_shape: {(H, 3): 2, (H, 24): 2, (W, 24): 1},
     shape_of_a_part: {(W, 14): 1},
+    norm_with_activation: {(W, 14): 1, (W, 17): 1},
     norm_of_any_rank: {(W, 14): 1},
     relative_shift: {(W, 20): 1, (H, 3): 1, (W, 5): 2},
     latent_attention: {(W, 20): 1, (H, 3): 1, (W, 8): 1, (W, 3): 1, (W, 5): 1, (W, 10): 1},
