@@ -202,9 +202,9 @@ def _is_masked(c: Contraction, masked: Mapping[int, Dim]) -> bool:
 
 
 _SCALES = frozenset({
-    "mul", "div", "add", "sub", "pow", "mean", "var", "var_mean", "sqrt", "rsqrt", "reciprocal", "clamp_min", "view", "_unsafe_view",
-    "permute", "transpose", "t", "expand", "unsqueeze", "squeeze", "clone", "_to_copy", "alias", "detach", "relu", "leaky_relu",
-    "_prelu_kernel", "native_dropout", "native_layer_norm", "native_group_norm", "_fused_rms_norm",
+    "mul", "div", "add", "sub", "pow", "mean", "var", "var_mean", "sqrt", "rsqrt", "reciprocal", "clamp_min", "view",
+    "_unsafe_view", "permute", "transpose", "t", "expand", "unsqueeze", "squeeze", "clone", "_to_copy", "alias", "detach",
+    "relu", "leaky_relu", "_prelu_kernel", "native_dropout", "native_layer_norm", "native_group_norm", "_fused_rms_norm",
 })  # fmt: skip
 """Operators that a normalisation may be made of, and those behind it that hand on a positive factor as it is: no GELU."""
 
