@@ -8,6 +8,7 @@ under a `TorchFunctionMode` which gives the numbered calls their kept-count form
     mean      sum(m x) / k                       variance   sum(m (x - mean)^2) / (k - correction)
     softmax   m exp(x) / sum(m exp(x))           attention  q sqrt(N / k), so that the default scale becomes 1 / sqrt(k)
     largest   of the kept                        sums, norms and products   of m x
+    batch norm of a weight   of m (x - mean of the kept) sqrt(N / k), times sqrt(k / N), as in `gates.py`
 
 A function with a Python body (`F.normalize`, `torch.norm`) is one call in a gated model, while a trace sees through it: what
 its body calls is not numbered, unless it is the function itself by another name.
@@ -38,6 +39,7 @@ NAMES = {
     "mean": "mean", "var": "var", "std": "std", "var_mean": "var_mean", "std_mean": "std_mean", "softmax": "softmax",
     "log_softmax": "log_softmax", "amax": "amax", "amin": "amin", "scaled_dot_product_attention": "attention",
     "sum": "sum", "nansum": "sum", "norm": "norm", "linalg_vector_norm": "norm", "vector_norm": "norm",
+    "batch_norm": "batch_norm",
     "max": "max", "min": "min", "matmul": "matmul", "__matmul__": "matmul", "bmm": "bmm", "einsum": "einsum",
 }  # fmt: skip
 """Name of a torch function or method -> what its calls are counted as."""
@@ -327,6 +329,22 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(dtype=PRECISE.get(b.dtype))
 
 
+def _standardised(func: Any, args: Any, kwargs: Any, found: CallSite, masks: Any) -> Tensor:
+    """A batch norm with the statistics of its input (1, C, ...): a weight standardised over its inputs."""
+    x = args[0] if args else kwargs["input"]
+    over, m = [i for i in range(x.dim()) if i != 1], _along(x, found, masks)
+    places = torch.Size(x.shape[i] for i in over).numel()
+    count = _count(x, m, over)
+    centred = (x - (x * m).sum(over, keepdim=True) / count) * m * torch.sqrt(places / count)
+    bias = _argument(args, kwargs, 4, "bias")
+    if bias is not None:
+        args, kwargs = args[:4] + (None,) * (len(args) > 4) + args[5:], {**kwargs}
+        kwargs.pop("bias", None)
+    rest = {k: v for k, v in kwargs.items() if k != "input"}
+    out = func(centred.to(x.dtype), *args[1:], **rest) * torch.sqrt(count / places).to(x.dtype)
+    return out if bias is None else out + bias.view(-1, *[1] * (x.dim() - 2)) * m.to(x.dtype)
+
+
 def _masked(func: Any, args: Any, kwargs: Any, found: CallSite, masks: Any) -> Tensor:
     args, kwargs = _with_masked((tuple(args), dict(kwargs)), found, masks, [found.operand])
     return func(*args, **kwargs)
@@ -345,5 +363,5 @@ def _with_masked(node: Any, found: CallSite, masks: Any, before: list[int]) -> A
 _FORMS: dict[str, Callable[..., Any]] = {
     "mean": _mean, "var": _variance, "std": _deviation, "var_mean": _moments, "std_mean": _deviation_and_mean,
     "softmax": _softmax, "log_softmax": _log_softmax, "amax": _extreme, "amin": _extreme, "max": _extreme, "min": _extreme,
-    "sum": _masked, "norm": _masked, "attention": _attention, **dict.fromkeys(_PRODUCTS, _masked),
+    "batch_norm": _standardised, "sum": _masked, "norm": _masked, "attention": _attention, **dict.fromkeys(_PRODUCTS, _masked),
 }  # fmt: skip

@@ -57,7 +57,7 @@ class InputSite:
 
 @dataclass(frozen=True, eq=False)
 class NormSite:
-    """Give module `module` its kept-count form over `dim` at `position` of its input.
+    """Give module `module` its kept-count form over `dim` at `position`, from the end, of its input.
 
     `weight` is scaled where it is a parameter and there is a bias; else the output, without the `bias` that it holds.
     """
@@ -103,6 +103,10 @@ def plan(trace: Trace, blocks: Sequence[Blocks]) -> Sites:
         gives = trace.record.steps[norm.op].gives if norm.op in trace.record.steps else ()
         if gives and matters.isdisjoint(gives):
             continue  # nobody reads it: the mean over the heads of scores that nobody asked for
+        if norm.kind == "selected by index":
+            for dim in free:
+                axes.freeze(dim, f"{norm.kind} in {norm.path or 'the model'} ({norm.operator})")
+            continue
         if norm.kind == "sum":
             for dim in free:
                 _mask_producers(trace, dim, [norm.source], norm.path, norm.operator, weights, functions, norm.op)
@@ -197,6 +201,14 @@ def _is_masked(c: Contraction, masked: Mapping[int, Dim]) -> bool:
     return any(wanted <= set(axes.atoms(masked[v.origin])) for v, _ in c.operands if v.data and v.origin in masked)
 
 
+_SCALES = frozenset({
+    "mul", "div", "add", "sub", "pow", "mean", "var", "var_mean", "sqrt", "rsqrt", "reciprocal", "clamp_min", "view",
+    "_unsafe_view", "permute", "transpose", "t", "expand", "unsqueeze", "squeeze", "clone", "_to_copy", "alias", "detach",
+    "relu", "leaky_relu", "_prelu_kernel", "native_dropout", "native_layer_norm", "native_group_norm", "_fused_rms_norm",
+})  # fmt: skip
+"""Operators that a normalisation may be made of, and those behind it that hand on a positive factor as it is: no GELU."""
+
+
 def _norm_site(trace: Trace, norm: Normalisation) -> NormSite | str:
     """The kept-count form of the module that runs `norm`, or why there is none."""
     where = f"{norm.path or 'the model'} ({norm.operator})"
@@ -211,7 +223,12 @@ def _norm_site(trace: Trace, norm: Normalisation) -> NormSite | str:
     position = _position(call, norm.group + norm.dims[0])
     if inside or len(_beside(trace, norm)) > len(parts) or position is None:
         return f"normalised inside a module that does more than that, in {where}"
-    weight = norm.weight.rpartition(".")[2] if norm.weight and norm.bias else None
+    scales = all(
+        step.operator.rstrip("_") in _SCALES for op, step in trace.record.steps.items() if norm.op < op <= call.end
+    )
+    weight = norm.weight.rpartition(".")[2] if norm.weight and (norm.bias or not scales) else None
+    if weight is None and not scales:
+        return f"normalised inside a module that does more than that, in {where}"
     bias = _bias_of(trace, norm)
     return NormSite(
         norm.path, position, norm.dims[0], norm.group, bool(parts) or KEPT_COUNT[norm.kind],
@@ -255,11 +272,13 @@ def _bias_of(trace: Trace, norm: Normalisation) -> str | None:
 
 
 def _position(call: Call, dim: Dim) -> int | None:
-    """Where `dim` stands in the module's input and, unchanged, in its output."""
+    """Where `dim` stands in the module's input and, unchanged, in its output: from the end, as -1 is the last."""
     if call.source is None or call.result is None or len(call.source.dims) != len(call.result.dims):
         return None
+    rank = len(call.source.dims)
     return next(
-        (i for i, (p, q) in enumerate(zip(call.source.dims, call.result.dims)) if axes.same(p, dim) and axes.same(q, dim)),
+        (i - rank for i, (p, q) in enumerate(zip(call.source.dims, call.result.dims))
+         if axes.same(p, dim) and axes.same(q, dim)),
         None,
     )  # fmt: skip
 
@@ -320,17 +339,31 @@ def _mask_producers(
     functions: CallSites,
     op: int,
 ) -> None:
-    """Make the removed elements of `dim` zero in one of `values`: at the weights that made them, or where it is summed."""
+    """Make the removed elements of `dim` zero in one of `values`: at the weights that made them, or where it is summed.
+
+    Where the values are joined of parts (a rotated and a plain part of each head), the weights of one may make some of the
+    elements only; then those of all are masked.
+    """
+    wanted = {a for a in axes.atoms(dim) if not a.reasons}
     made = [v for v in values if any(_holding(trace, n, dim) for n in v.params)]
-    producers = [v.params for v in made if v.zeroed]
-    if not producers and functions.add(op, [dim], zero=True):
+    producers = _producers(trace, wanted, [v for v in made if v.zeroed])
+    if producers is None and functions.add(op, [dim], zero=True):
         return
-    producers = producers or [v.params for v in made]
-    if not producers:
+    producers = producers or _producers(trace, wanted, made)
+    if producers is None:
         axes.freeze(dim, f"summed over, with no weight to mask, in {path or 'the model'} ({operator})")
         return
-    for name in min(producers, key=len):
+    for name in producers:
         _mask(trace, path, name, _holding(trace, name, dim), weights)
+
+
+def _producers(trace: Trace, wanted: set[Axis], values: Sequence[Value]) -> frozenset[str] | None:
+    """The parameters of one of `values`, or of all, that hold every axis of `wanted`; None where some are in none."""
+    all_of_them = frozenset().union(*(v.params for v in values))
+    for names in (*sorted((v.params for v in values), key=len), all_of_them):
+        if wanted <= {a for n in names for d in trace.slots[n] for a in axes.atoms(d)}:
+            return names
+    return None
 
 
 def _holding(trace: Trace, name: str, dim: Dim) -> list[int]:
@@ -582,7 +615,7 @@ class KeptCount:
         return replace_first((args, kwargs), self.apply)
 
     def apply(self, x: Tensor) -> Tensor:
-        mask, at, shape = self.masks(self.site.dim), self.site.position, x.shape
+        mask, at, shape = self.masks(self.site.dim), self.site.position % x.dim(), x.shape
         x = x.reshape(
             *shape[:at], axes.size(self.site.group), mask.numel(), *shape[at + 1 :]
         )  # (..., group, inner, ...)
@@ -736,6 +769,8 @@ class KeptByProducts:
 
     def __call__(self, module: nn.Module, args: tuple, out: Any) -> Any:
         for key, tensors in self.fields:
+            if key not in out:  # no cache was asked for
+                continue
             out[key] = running.map_tensors(functools.partial(self._next_kept, iter(tensors)), out[key])
         return out
 
