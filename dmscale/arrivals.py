@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from . import axes
 from .axes import Dim
 from .calls import NAMES, FunctionCall
+from .numbering import Said, freeze_numbers
 from .sizes import Extent, SizedInt
 from .tracer import Tracer, _constant, _tensors, operands_of, shape_of
 
@@ -66,17 +67,20 @@ class Arrivals(TorchFunctionMode):
     def _call(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func is F.scaled_dot_product_attention:
             return _attention(self.tracer, *args, **kwargs)
+        if func is F.one_hot:
+            return _one_hot(self.tracer, *args, **kwargs)
         name = getattr(func, "__name__", "")
         if name in _TO_PYTHON:
             self.tracer._operator = name
             self.tracer.freeze_dims(self.tracer.dims(args[0]), "its elements are read by Python")
+            freeze_numbers(self.tracer, [self.tracer.value(args[0])])
         handler = _HANDLERS.get(name)
         if handler is None:
             out = func(*args, **kwargs)
             for value in _sized(args, kwargs):
                 self.tracer.equate(value, _constant(int(value)))
             return out
-        self.tracer.making_sized = handler is _created
+        self.tracer.making_sized = handler is _created or (handler is _numbered and _counts_to(args, kwargs))
         try:
             out = func(*args, **kwargs)
         finally:
@@ -152,6 +156,24 @@ def _attention(
     out = torch.softmax(scores, dim=-1).to(value.dtype) @ value
     tracer.fuse(start, F.scaled_dot_product_attention, *as_called, out)
     return out
+
+
+def _one_hot(tracer: Tracer, tensor: Tensor, num_classes: int = -1) -> Tensor:
+    """One-hot vectors as the comparison that they are: `tensor` (...) with all numbers, (..., num_classes)."""
+    if not isinstance(num_classes, SizedInt):
+        return F.one_hot(tensor, num_classes)
+    tracer.making_sized = True
+    try:
+        every = torch.arange(int(num_classes), device=tensor.device)
+    finally:
+        tracer.making_sized = False
+    _numbered(tracer, every, num_classes)
+    return (tensor.unsqueeze(-1) == every).long()
+
+
+def _counts_to(args: Any, kwargs: Any) -> bool:
+    """Whether the arguments of an `arange` ask for the numbers below one size."""
+    return len(args) == 1 and isinstance(args[0], SizedInt) and not kwargs.keys() & {"start", "end", "step"}
 
 
 # -- handlers: tracer, out, then the function's own arguments ---------------------------------------------------------
@@ -332,3 +354,29 @@ def _created(tracer: Tracer, out: Tensor, *args: Any, **kwargs: Any) -> None:
         _equate_all(tracer, sizes, tracer.dims(out))
     else:
         tracer.freeze_dims(tracer.dims(out), "a constant")
+
+
+@_on("arange")
+def _numbered(tracer: Tracer, out: Tensor, *args: Any, **kwargs: Any) -> None:
+    """The numbers of all elements of an axis, if they go up to one size."""
+    if _counts_to(args, kwargs):
+        (dim,) = tracer.dims(out)
+        tracer.equate(args[0], dim)
+        tracer.value(out).said = Said(dim)
+    else:
+        for value in _sized(args, kwargs):
+            tracer.equate(value, _constant(int(value)))
+
+
+@_on("histc")
+def _histc(
+    tracer: Tracer, out: Tensor, x: Tensor, bins: int = 100, min: float = 0, max: float = 0, **kwargs: Any
+) -> None:
+    tracer.equate(bins, tracer.dims(out)[0])
+    if isinstance(max, int):
+        tracer.equate(max + 1, tracer.dims(out)[0])
+
+
+@_on("bincount")
+def _bincount(tracer: Tracer, out: Tensor, x: Tensor, weights: Tensor | None = None, minlength: int = 0) -> None:
+    tracer.equate(minlength, tracer.dims(out)[0])

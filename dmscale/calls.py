@@ -7,7 +7,7 @@ under a `TorchFunctionMode` which gives the numbered calls their kept-count form
 
     mean      sum(m x) / k                       variance   sum(m (x - mean)^2) / (k - correction)
     softmax   m exp(x) / sum(m exp(x))           attention  q sqrt(N / k), so that the default scale becomes 1 / sqrt(k)
-    largest   of the kept                        sums, norms and products   of m x
+    largest   of the kept, one or several        sums, norms and products   of m x
     batch norm of a weight   of m (x - mean of the kept) sqrt(N / k), times sqrt(k / N), as in `gates.py`
 
 A function with a Python body (`F.normalize`, `torch.norm`) is one call in a gated model, while a trace sees through it: what
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -39,8 +40,8 @@ NAMES = {
     "mean": "mean", "var": "var", "std": "std", "var_mean": "var_mean", "std_mean": "std_mean", "softmax": "softmax",
     "log_softmax": "log_softmax", "amax": "amax", "amin": "amin", "scaled_dot_product_attention": "attention",
     "sum": "sum", "nansum": "sum", "norm": "norm", "linalg_vector_norm": "norm", "vector_norm": "norm",
-    "batch_norm": "batch_norm",
-    "max": "max", "min": "min", "matmul": "matmul", "__matmul__": "matmul", "bmm": "bmm", "einsum": "einsum",
+    "batch_norm": "batch_norm", "max": "max", "min": "min", "topk": "topk",
+    "argmax": "argmax", "argmin": "argmin", "matmul": "matmul", "__matmul__": "matmul", "bmm": "bmm", "einsum": "einsum",
 }  # fmt: skip
 """Name of a torch function or method -> what its calls are counted as."""
 
@@ -73,7 +74,7 @@ class CallSite:
     """Gate call `number` of functions counted as `name` in module `module`: its tensor `operand` along `dims`.
 
     dims: (position in that tensor, axes).
-    zero: of attention, whether the query is not zero yet where it is masked.
+    zero: of attention, whether the query is not zero yet where it is masked; of a top-k, whether nothing else is masked.
     """
 
     module: str
@@ -280,11 +281,27 @@ def _log_softmax(*call: Any) -> Tensor:
     return _softmax(*call).log()
 
 
-def _extreme(func: Any, args: Any, kwargs: Any, found: CallSite, masks: Any) -> Tensor:
+def _extreme(func: Any, args: Any, kwargs: Any, found: CallSite, masks: Any) -> Any:
     x = args[0] if args else kwargs["input"]
-    worst = torch.finfo(x.dtype).min if "max" in func.__name__ else torch.finfo(x.dtype).max
-    x = torch.where(_along(x, found, masks) > 0, x, worst)
-    return func(x, *args[1:], **{k: v for k, v in kwargs.items() if k != "input"})
+    largest = "min" not in func.__name__
+    if func.__name__ == "topk":
+        given = _argument(args, kwargs, 3, "largest")
+        largest = given is None or given
+    m = _along(x, found, masks)
+    x = torch.where(m > 0, x, _worst(x.dtype, largest))
+    out = func(x, *args[1:], **{k: v for k, v in kwargs.items() if k != "input"})
+    if found.zero and func.__name__ == "topk":  # the only place where the mask can collect a gradient
+        dim = _argument(args, kwargs, 2, "dim")
+        chosen = m.to(x.dtype).expand(x.shape).gather(-1 if dim is None else dim, out[1])
+        return type(out)((out[0] * chosen, out[1]))
+    return out
+
+
+def _worst(dtype: torch.dtype, largest: bool) -> float:
+    """What is chosen last of all elements."""
+    if dtype.is_floating_point:
+        return -math.inf if largest else math.inf
+    return torch.iinfo(dtype).min if largest else torch.iinfo(dtype).max
 
 
 def _attention(func: Any, args: Any, kwargs: Any, found: CallSite, masks: Any) -> Tensor:
@@ -363,5 +380,6 @@ def _with_masked(node: Any, found: CallSite, masks: Any, before: list[int]) -> A
 _FORMS: dict[str, Callable[..., Any]] = {
     "mean": _mean, "var": _variance, "std": _deviation, "var_mean": _moments, "std_mean": _deviation_and_mean,
     "softmax": _softmax, "log_softmax": _log_softmax, "amax": _extreme, "amin": _extreme, "max": _extreme, "min": _extreme,
-    "batch_norm": _standardised, "sum": _masked, "norm": _masked, "attention": _attention, **dict.fromkeys(_PRODUCTS, _masked),
+    "topk": _extreme, "argmax": _extreme, "argmin": _extreme, "batch_norm": _standardised,
+    "sum": _masked, "norm": _masked, "attention": _attention, **dict.fromkeys(_PRODUCTS, _masked),
 }  # fmt: skip

@@ -94,6 +94,7 @@ def plan(trace: Trace, blocks: Sequence[Blocks]) -> Sites:
     norms: dict[str, NormSite] = {}
     functions = CallSites(trace)
     matters: set[int] | None = None
+    found = _plan_lookups(trace, weights)
     for norm in trace.record.normalisations:
         free = [dim for dim in norm.dims if axes.is_free(dim)]
         if not free:
@@ -111,11 +112,18 @@ def plan(trace: Trace, blocks: Sequence[Blocks]) -> Sites:
             for dim in free:
                 _mask_producers(trace, dim, [norm.source], norm.path, norm.operator, weights, functions, norm.op)
             continue
+        if norm.kind == "chosen":
+            alone = not any(set(axes.atoms(dim)) & found for dim in free)
+            if not functions.add(norm.op, free, norm.source, zero=alone):
+                for dim in free:
+                    axes.freeze(
+                        dim, f"chosen from where no gate can be, in {norm.path or 'the model'} ({norm.operator})"
+                    )
+            continue
         site = _norm_site(trace, norm)
         # a normalisation written out is masked where it takes its statistics, if these calls can be found again
         by_parts = isinstance(site, str) or bool(_other_parts(trace, norm))
-        positions_read = norm.kind == "reduced" and any(g in matters for g in gives[1:])  # which one is the largest
-        if by_parts and not positions_read and functions.add(norm.op, free, norm.source):
+        if by_parts and functions.add(norm.op, free, norm.source):
             continue
         if isinstance(site, str):
             for dim in norm.dims:
@@ -281,6 +289,23 @@ def _position(call: Call, dim: Dim) -> int | None:
          if axes.same(p, dim) and axes.same(q, dim)),
         None,
     )  # fmt: skip
+
+
+def _plan_lookups(trace: Trace, weights: dict[tuple[str, str], dict[int, Dim]]) -> set[Axis]:
+    """Mask the last weight of which elements are found by number: what is chosen counts for as much as its mask.
+
+    What is gone is never chosen, so the masks of experts are there to collect gradients.  Returns the axes so masked.
+    """
+    found: set[Axis] = set()
+    for lookup in reversed(trace.record.lookups):
+        free = {a for a in axes.atoms(lookup.dim) if not a.reasons}
+        held = [n for n in lookup.source.params if n in trace.slots and _holding(trace, n, lookup.dim)]
+        if lookup.source.data or not held or free <= found:
+            continue
+        for name in held:
+            _mask(trace, lookup.path, name, _holding(trace, name, lookup.dim), weights)
+        found |= free
+    return found
 
 
 def _plan_contraction(

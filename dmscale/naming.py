@@ -15,7 +15,8 @@ def name_axes(trace: Trace) -> dict[Axis, str]:
     """Axis -> a unique name, for every axis of a parameter that some weight makes, in the order of the forward.
 
     An axis that one layer makes has the layer's path.  One that several make (a residual stream, the two inputs of a
-    gated MLP) has the path that they share, and 'width'.  Heads and head dims are named after the attention module.
+    gated MLP) has the path that they share, and 'width'.  Heads and head dims are named after the attention module, experts
+    after the module of router and matrices.
     """
     in_parameters = {a for dims in trace.slots.values() for dim in dims for a in axes.atoms(dim)}
     heads = {a for dim in trace.record.batched for a in axes.atoms(dim)}
@@ -33,12 +34,21 @@ def name_axes(trace: Trace) -> dict[Axis, str]:
             for a in axes.atoms(dim):
                 if not a.reasons and a not in makers:
                     makers[a] = {name.rpartition(".")[0] or name: None}
+    experts: set[Axis] = set()
+    for lookup in trace.record.lookups:
+        if not lookup.source.data and len(lookup.source.dims) > 2:  # one matrix for each number
+            for a in axes.atoms(lookup.dim):
+                experts.add(a)
+                makers.get(a, {})[lookup.path] = None
     names: dict[Axis, str] = {}
     whole = {f[0] for dims in trace.slots.values() for dim in dims for f in products(dim) if len(f) == 1}
     makers = {a: paths for a, paths in makers.items() if not _is_constant(a, a in whole)}
     for a, paths in makers.items():
         near = siblings.get(a, [a])
-        names[a] = _name(a, list(paths), [s for s in near if s is not a], heads)
+        if a in experts:
+            names[a] = _expert_name(a, list(paths), near)
+        else:
+            names[a] = _name(a, list(paths), [s for s in near if s is not a], heads)
     return _unique(names, makers)
 
 
@@ -69,6 +79,11 @@ def _name(a: Axis, paths: Sequence[str], siblings: Sequence[Axis], heads: set[Ax
     if len(paths) == 1:
         return prefix or "width"
     return f"{prefix} width" if prefix else "residual width"
+
+
+def _expert_name(a: Axis, paths: Sequence[str], product: Sequence[Axis]) -> str:
+    inside = "experts" if len(product) == 1 else "expert groups" if a is product[0] else "experts per group"
+    return f"{_common(paths)} {inside}".strip()
 
 
 def _common(paths: Sequence[str]) -> str:

@@ -594,7 +594,8 @@ def _dimensions(
     heads = {a for dim in trace.record.batched for a in axes.atoms(dim)}
     groups = _groups([a for a in names if not a.reasons], resolved.solution.links)
     steps = _steps(trace.record.multiples)
-    pairs = _pairs(trace.record)
+    least = _least(trace.record.least)
+    least |= {a: max(least.get(a, 1), 2) for a in _pairs(trace.record)}
     dimensions: dict[str, Dimension] = {}
     for group in groups:
         group = sorted(group, key=lambda a: (names[a].count("."), a.size))  # the widest scope names the dimension
@@ -606,9 +607,9 @@ def _dimensions(
         ) in group:  # an axis of a.size keeps n * a.size / size elements of n: that must be a multiple of its own step
             step = math.lcm(step, steps.get(a, 1) * size // math.gcd(steps.get(a, 1) * size, a.size))
         wanted = _bound(options.multiple, name, 1) if kind == "width" else 1
-        least = max([1, *(-(-2 * size // a.size) for a in group if a in pairs)])
+        needed = max(-(-least.get(a, 1) * size // a.size) for a in group)
         dimensions[name] = Dimension(
-            name, kind, size, max(_bound(options.minimum, name, 1), least), math.lcm(step, wanted),
+            name, kind, size, max(_bound(options.minimum, name, 1), needed), math.lcm(step, wanted),
             tuple(group), tuple(names[a] for a in group),
         )  # fmt: skip
     for stack in resolved.stacks:
@@ -659,6 +660,29 @@ def _steps(multiples: Iterable[tuple[axes.Dim, int]]) -> dict[Axis, int]:
     for dim, step in multiples:
         require(dim, step)
     return steps
+
+
+def _least(bounds: Iterable[tuple[axes.Dim, int]]) -> dict[Axis, int]:
+    """Axis -> the smallest size that it may have, so that every dimension has what is chosen from it.
+
+    Of a product, groups of experts, each factor must do with the least of the others.
+    """
+    least: dict[Axis, int] = {}
+
+    def require(dim: axes.Dim, size: int) -> None:
+        found = axes.factors(dim)
+        for a in reversed(found):
+            if axes.is_free((a,)):
+                others = math.prod(least.get(b, 1) if axes.is_free((b,)) else b.size for b in found if b is not a)
+                if a.sum is None:
+                    least[a] = max(least.get(a, 1), -(-size // others))
+                else:
+                    fixed = sum(axes.size(part) for part in a.sum if not axes.is_free(part))
+                    require(next(part for part in a.sum if axes.is_free(part)), -(-size // others) - fixed)
+
+    for dim, size in sorted(bounds, key=lambda b: len(axes.factors(b[0]))):
+        require(dim, size)
+    return least
 
 
 def _bound(bounds: Mapping[str, int], name: str, default: int) -> int:

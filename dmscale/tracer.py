@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from . import axes
 from .axes import Axis, Conflict, Dim
 from .calls import Counting, FunctionCall
+from .numbering import NOTHING, PICKS, Said, freeze_numbers, heard
 from .rules import RULES
 from .sizes import Attribute, Equation, Expression, Extent, Operation, SizedInt, expression_of, listening
 
@@ -40,6 +41,7 @@ class Value:
     repeated: dimensions along which it was repeated (`expand`, `repeat`): its elements differ only beside them.
     product: the product of two activations that it was computed from, element by element or by a softmax.
     zeroed: whether it is zero where those parameters are.
+    said: what it says about elements of axes by their number.
     """
 
     dims: tuple[Dim, ...]
@@ -50,6 +52,7 @@ class Value:
     repeated: tuple[Dim, ...] = ()
     product: Product | None = None
     zeroed: bool = True
+    said: Said = NOTHING
 
 
 @dataclass(eq=False)
@@ -134,6 +137,16 @@ class Contraction:
 
 
 @dataclass(frozen=True, eq=False)
+class Lookup:
+    """Elements of `dim` of the tensor `source` were found by numbers that had been chosen, by operator number `op`."""
+
+    op: int
+    path: str
+    dim: Dim
+    source: Value
+
+
+@dataclass(frozen=True, eq=False)
 class Normalisation:
     """The result depends on the number of elements of `dims` (mean, variance, softmax ...), `kind` says how."""
 
@@ -211,6 +224,8 @@ class Record:
     conflicts: list[str] = field(default_factory=list)
     operators: dict[str, int] = field(default_factory=dict)
     multiples: list[tuple[Dim, int]] = field(default_factory=list)  # dim, what its size must be a multiple of
+    least: list[tuple[Dim, int]] = field(default_factory=list)  # dim, the smallest size that it may have
+    lookups: list[Lookup] = field(default_factory=list)
     by_products: dict[str, tuple[tuple[Dim, ...], ...]] = field(default_factory=dict)  # outputs whose axes may shrink
     read: dict[str, int] = field(default_factory=dict)  # parameter -> the first operator that took it
     steps: dict[int, Step] = field(default_factory=dict)  # by operator number
@@ -279,6 +294,7 @@ class Tracer(TorchDispatchMode):
         self._square: int | None = None
         self._operator = ""
         self._origins = 0
+        self._said: dict[int, Said] = {}  # by the result of the operator of the moment
         self._listening: contextlib.AbstractContextManager | None = None
 
     # -- tensors ------------------------------------------------------------------------------------------------------
@@ -400,6 +416,19 @@ class Tracer(TorchDispatchMode):
         if step > 1 and axes.is_free(dim):
             self.record.multiples.append((dim, step))
 
+    def at_least(self, dim: Dim, size: int) -> None:
+        """Note that so many elements of `dim` are chosen: there must be as many."""
+        if axes.is_free(dim):
+            self.record.least.append((dim, size))
+
+    def looked_up(self, dim: Dim, x: Tensor) -> None:
+        """Note that elements of `dim`, of `x`, are found by numbers that were chosen."""
+        self.record.lookups.append(Lookup(self.op, self.path, dim, self.value(x)))
+
+    def says(self, out: Tensor, said: Said) -> None:
+        """Note what a result of the operator of the moment says about numbers of elements."""
+        self._said[id(out)] = said
+
     def is_square(self, x: Tensor) -> bool:
         """Whether `x` is the elementwise square of another tensor."""
         return self.value(x).square is not None
@@ -453,6 +482,8 @@ class Tracer(TorchDispatchMode):
         self.op += 1
         if not outs:
             takes = tuple(self.value(t).origin for t in tensors)
+            self._operator = func._overloadpacket.__name__
+            freeze_numbers(self, [self.value(t) for t in tensors])
             self.record.steps[self.op] = Step(func._overloadpacket.__name__, takes, (), True)  # Python reads the values
             return out
         self._infer(func, args, kwargs, tensors, out, outs)
@@ -489,6 +520,7 @@ class Tracer(TorchDispatchMode):
             for name in v.params:
                 record.read.setdefault(name, self.op)
         self._contracting = False
+        self._said.clear()
         found = self._apply_rule(func, args, kwargs, tensors, out, outs)
         if torch.Tag.dynamic_output_shape in func.tags:
             before = {a for v in values for dim in v.dims for a in axes.atoms(dim)}
@@ -496,7 +528,8 @@ class Tracer(TorchDispatchMode):
             record.by_values.update(dict.fromkeys(new, self.path))
         data = any(v.data for v in values)
         params: frozenset[str] = frozenset()
-        for v in values:
+        made_of = values[:1] if func in PICKS else values  # numbers say where elements come from, not what they are
+        for v in made_of:
             if v.params and v.params is not params and not (self._contracting and v.data):
                 params = params | v.params
         origin = values[0].origin if func in _SAME_ELEMENTS else None
@@ -510,7 +543,9 @@ class Tracer(TorchDispatchMode):
         adds = func in (aten.add.Tensor, aten.add_.Tensor) and len(values) == 2
         if adds:
             record.biases += [(self.op, n) for v in values if not v.data for n in v.params if len(v.params) == 1]
-        zeroed = func not in _LEAVES_ZERO and all(v.zeroed for v in values if not (self._contracting and v.data))
+        zeroed = func not in _LEAVES_ZERO and all(v.zeroed for v in made_of if not (self._contracting and v.data))
+        if self._contracting and all(v.data for v in values):
+            zeroed = False  # of two activations: nothing that is added to their product makes it zero
         if func in _TIMES:
             zeroed = any(v.zeroed for v in values if v.params)
         is_view = func in _VIEWS
@@ -518,9 +553,10 @@ class Tracer(TorchDispatchMode):
         if is_view or len(tensors) == 1:
             repeated = (*values[0].repeated, *repeated)
         product = self._attend(func, args, tensors, values)
-        for o, dims in zip(outs, found):
+        said = heard(self, func, kwargs, values, [self._said.get(id(o)) for o in outs])
+        for o, dims, numbers in zip(outs, found, said):
             origin_of = origin or self._new_origin()
-            self._store(o, Value(tuple(dims), params, data, origin_of, square, repeated, product, zeroed))
+            self._store(o, Value(tuple(dims), params, data, origin_of, square, repeated, product, zeroed, numbers))
             if adds:
                 record.additions.append(Addition(self.op, (values[0], values[1]), self.value(o)))
             if data and not is_view:
@@ -579,12 +615,14 @@ class Tracer(TorchDispatchMode):
             self.record.conflicts.append(f"{self.where}: {error}")
             for t in tensors:
                 self.freeze_dims(self.dims(t), f"conflict ({error})")
+            freeze_numbers(self, [self.value(t) for t in tensors])
             return [self.fresh(o, f"conflict in {self.where}") for o in outs]
 
     def _no_rule(self, tensors: list[Tensor]) -> None:
         self.record.unknown.setdefault(self._operator, {})[self.path] = None
         for t in tensors:
             self.freeze_dims(self.dims(t), "no rule for the operator")
+        freeze_numbers(self, [self.value(t) for t in tensors])
 
 
 def operands_of(tracer: Tracer, tree: Any) -> Any:

@@ -268,6 +268,9 @@ def _run(
             f"{type(twin).__name__}.forward returns a {type(out).__name__} in which no tensor is found; return tensors, or a "
             "tuple, list, dict or dataclass of them"
         )
+    for numbers in [tracer.value(t).said.numbers for t in running.tensors_in(out)]:
+        if numbers is not None:
+            axes.freeze(numbers, "the numbers of its elements are an output of the model")
     tracer.record.results.update(tracer.value(t).origin for t in running.tensors_in(out))
     fields = dict(out.items()) if isinstance(out, Mapping) else {"": out}
     beside = {id(t) for key, value in fields.items() if is_by_product(out, key) for t in running.tensors_in(value)}

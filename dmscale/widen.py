@@ -133,6 +133,9 @@ def _zeros(space: SearchSpace, targets: Mapping[Axis, int], quiet: Mapping[Axis,
     record = space.trace.record
     zeros: Zeros = {}
     refused: dict[Axis, str] = {}
+    for dim, _ in record.least:
+        inside = {a for a in axes.atoms(dim) if a in targets}
+        refused |= dict.fromkeys(inside, "the largest of its elements are chosen, and new ones would be among them")
     for norm in record.normalisations:
         inside = {a for dim in norm.dims for a in axes.atoms(dim) if a in targets}
         if norm.kind == "sum" and inside:

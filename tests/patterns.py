@@ -892,6 +892,174 @@ def lstm_cells():
     return OwnCell(), torch.randn(2, 3, 6)
 
 
+# -- mixtures of experts ----------------------------------------------------------------------------------------------
+
+
+class Experts(nn.Module):
+    """Nine experts in two tensors, of which a router chooses two for each row; `route` gives weights and numbers."""
+
+    def __init__(self, route, experts=9, width=12, hidden=20):
+        super().__init__()
+        self.num_experts, self.top_k, self.groups, self.route = experts, 2, 3, route
+        self.router = nn.Linear(width, experts)
+        self.register_buffer("correction", torch.randn(experts) / 4)
+        self.up = nn.Parameter(torch.randn(experts, width, hidden) / 3)
+        self.down = nn.Parameter(torch.randn(experts, hidden, width) / 3)
+        self.bias = nn.Parameter(torch.randn(experts, hidden) / 3)
+
+
+class GroupedExperts(Experts):
+    """Rows sorted by expert, and a product for each group of them."""
+
+    def forward(self, x):
+        weight, number = self.route(self, self.router(x))
+        number, order = number.flatten().sort()
+        ends = torch.histc(number.float(), self.num_experts, 0, self.num_experts - 1).cumsum(0, dtype=torch.int32)
+        y = torch._grouped_mm(x[order // self.top_k], self.up, ends) + self.bias[number]
+        y = torch._grouped_mm(y.relu(), self.down, ends) * weight.flatten()[order, None]
+        return y[order.argsort()].view(*weight.shape, -1).sum(1)
+
+
+class PickedExperts(Experts):
+    """The matrices of each row, picked by number."""
+
+    def forward(self, x):
+        weight, number = self.route(self, self.router(x))
+        y = torch.einsum("td,tkdh->tkh", x, self.up[number]) + self.bias[number]
+        return torch.einsum("tkh,tkhd,tk->td", y.relu(), self.down[number], weight)
+
+
+class DenseExperts(Experts):
+    """Every expert for every row, weighted; `route` gives a weight for each."""
+
+    def forward(self, x):
+        weight = self.route(self, self.router(x))
+        y = torch.bmm(x.expand(self.num_experts, -1, -1), self.up) + self.bias[:, None]
+        return (torch.bmm(y.relu(), self.down) * weight.t()[..., None]).sum(0)
+
+
+def of_probabilities(experts, logits):
+    """Mixtral: the largest probabilities, normalised."""
+    weight, number = logits.softmax(-1).topk(experts.top_k)
+    return weight / weight.sum(-1, keepdim=True), number
+
+
+def of_logits(experts, logits):
+    """GPT-OSS: a softmax of the largest logits."""
+    weight, number = torch.topk(logits, experts.top_k, dim=-1)
+    return weight.softmax(-1), number
+
+
+def in_groups(experts, logits):
+    """DeepSeek-V3: the largest sigmoids with a correction, among those of the best two of three groups."""
+    score = logits.sigmoid()
+    choice = score + experts.correction
+    best = choice.view(-1, experts.groups, experts.num_experts // experts.groups).topk(2)[0].sum(-1)
+    mask = torch.zeros_like(best).scatter_(1, best.topk(2, sorted=False)[1], 1).bool()
+    mask = (
+        mask.unsqueeze(-1)
+        .expand(-1, experts.groups, experts.num_experts // experts.groups)
+        .reshape(-1, experts.num_experts)
+    )
+    number = choice.masked_fill(~mask, float("-inf")).topk(experts.top_k, sorted=False)[1]
+    return score.gather(1, number), number
+
+
+def one_by_one(experts, logits):
+    """PhiMoE: the largest, then the largest of the others."""
+    first, number = logits.max(-1, keepdim=True)
+    second, other = logits.scatter(-1, number, float("-inf")).max(-1, keepdim=True)
+    return torch.cat([first, second], -1).softmax(-1), torch.cat([number, other], -1)
+
+
+def one_hot(experts, logits):
+    """Weights of the chosen, as one-hot vectors."""
+    weight, number = logits.softmax(-1).topk(experts.top_k)
+    return (F.one_hot(number, experts.num_experts) * weight[..., None]).sum(1)
+
+
+def compared(experts, logits):
+    weight, number = logits.sigmoid().topk(experts.top_k)
+    every = torch.arange(experts.num_experts)
+    return ((number[..., None] == every) * weight[..., None]).sum(-2)
+
+
+def scattered(experts, logits):
+    weight, number = logits.topk(experts.top_k)
+    return torch.full_like(logits, float("-inf")).scatter(-1, number, weight).softmax(-1)
+
+
+def switch(experts, logits):
+    """Switch: one expert, by its probability."""
+    weight = logits.softmax(-1)
+    return F.one_hot(weight.argmax(-1), experts.num_experts) * weight.amax(-1, keepdim=True)
+
+
+def everyone(experts, logits):
+    return logits.softmax(-1)
+
+
+def mixture(kind, route):
+    net = nn.Sequential(nn.Linear(5, 12), kind(route), nn.ReLU(), nn.Linear(12, 3))
+    return net, torch.randn(16, 5)
+
+
+def experts_grouped():
+    return mixture(GroupedExperts, of_probabilities)
+
+
+def experts_by_logits():
+    return mixture(GroupedExperts, of_logits)
+
+
+def experts_in_groups():
+    return mixture(GroupedExperts, in_groups)
+
+
+def experts_one_by_one():
+    return mixture(GroupedExperts, one_by_one)
+
+
+def einsum_experts():
+    return mixture(PickedExperts, of_logits)
+
+
+def experts_one_hot():
+    return mixture(DenseExperts, one_hot)
+
+
+def experts_compared():
+    return mixture(DenseExperts, compared)
+
+
+def experts_scattered():
+    return mixture(DenseExperts, scattered)
+
+
+def experts_switch():
+    return mixture(DenseExperts, switch)
+
+
+def experts_dense():
+    return mixture(DenseExperts, everyone)
+
+
+class Codebook(nn.Module):
+    """Vector quantisation: each row becomes the nearest of seven."""
+
+    def __init__(self):
+        super().__init__()
+        self.book = nn.Embedding(7, 10)
+
+    def forward(self, x):
+        distance = (x[:, None] - self.book.weight).square().sum(-1)
+        return self.book(distance.argmin(-1))
+
+
+def codebook():
+    return nn.Sequential(nn.Linear(5, 10), Codebook(), nn.Linear(10, 3)), torch.randn(40, 5)
+
+
 # -- the list ---------------------------------------------------------------------------------------------------------
 
 W, H, D = "width", "heads", "depth"
@@ -945,6 +1113,17 @@ EXPECTED: dict[Callable[[], tuple[nn.Module, Any]], dict[tuple[str, int], int]] 
     lstm_two_layers: {(W, 9): 1, (W, 12): 1},
     gru_both_ways: {(W, 9): 1, (W, 12): 1},
     lstm_cells: {(W, 11): 1, (W, 13): 1},
+    experts_grouped: {(W, 9): 1, (W, 12): 2, (W, 20): 1},
+    experts_by_logits: {(W, 9): 1, (W, 12): 2, (W, 20): 1},
+    experts_in_groups: {(W, 3): 2, (W, 12): 2, (W, 20): 1},
+    experts_one_by_one: {(W, 9): 1, (W, 12): 2, (W, 20): 1},
+    einsum_experts: {(W, 9): 1, (W, 12): 2, (W, 20): 1},
+    experts_one_hot: {(W, 9): 1, (W, 12): 2, (W, 20): 1},
+    experts_compared: {(W, 9): 1, (W, 12): 2, (W, 20): 1},
+    experts_scattered: {(W, 9): 1, (W, 12): 2, (W, 20): 1},
+    experts_switch: {(W, 9): 1, (W, 12): 2, (W, 20): 1},
+    experts_dense: {(W, 9): 1, (W, 12): 2, (W, 20): 1},
+    codebook: {(W, 7): 1, (W, 10): 1},
 }
 """Each network and, by (kind, size), the dimensions that it must offer: these and no others."""
 

@@ -53,6 +53,27 @@ def test_all_is_free_and_every_structure_exact(name):
     assert_same(before, fingerprint(model))
 
 
+@pytest.mark.parametrize("name", ["mixtral", "granitemoe", "phimoe", "gpt_oss", "deepseek_v3"])
+def test_experts_go_with_their_rows_of_the_router(name, tmp_path):
+    """Routers by softmax before and after the choice, one by one, with biases, in groups; all layers alike, or not."""
+    model, inputs = built(name)
+    before = fingerprint(model)
+    space = dmscale.trace(model, inputs, only="* experts*")
+    layers = list(space.dimensions.values())
+    assert len(layers) == (2 if name == "deepseek_v3" else 3)
+    assert all((d.kind, d.size, d.lowest) == ("width", 4, 2) for d in layers), space.dimensions
+    for structure in (space.sample(0), space.structure({d.name: 2 + i for i, d in enumerate(layers)})):
+        small = space.export(structure)
+        assert difference(outputs(small, inputs), outputs(space.gate(structure), inputs)) <= 1e-4
+        assert space.cost(structure).macs == counted_macs(small, inputs)
+    small = space.export(space.structure({d.name: 3 for d in layers}))
+    assert small.config.num_local_experts == (6 if name == "deepseek_v3" else 3)
+    small.save_pretrained(tmp_path)
+    again = type(small).from_pretrained(tmp_path).eval()
+    assert difference(outputs(again, inputs), outputs(small, inputs)) <= 1e-6
+    assert_same(before, fingerprint(model))
+
+
 def test_entries_of_a_layer_list_go_with_their_layers():
     model, inputs = built("gemma2")
     space = dmscale.trace(model, inputs, only=("*depth",))

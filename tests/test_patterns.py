@@ -39,8 +39,9 @@ def structures(space):
 
 
 def counted_macs(model, inputs):
-    """As in `nets`, and the products with vectors of spectral normalisation, which PyTorch's counter passes over."""
+    """As in `nets`, and what PyTorch's counter passes over: products with vectors, and those of groups of rows."""
     vectors = {
+        aten._grouped_mm: lambda a, b, *rest, out_shape=None, **_: 2 * a[0] * a[1] * b[-1],
         aten.mv: lambda a, b, out_shape=None, **_: 2 * a[0] * a[1],
         aten.vdot: lambda a, b, out_shape=None, **_: 2 * a[0],
         aten.dot: lambda a, b, out_shape=None, **_: 2 * a[0],
@@ -298,7 +299,7 @@ def test_positions_of_a_maximum_are_no_part_of_it():
             value, where = self.make(x).max(-1, keepdim=True)
             return self.last(self.make(x)) + value * where
 
-    assert "reduced over it" in dmscale.trace(Which(), torch.randn(2, 3)).frozen["make"]
+    assert "numbers of its elements" in dmscale.trace(Which(), torch.randn(2, 3)).frozen["make"]
 
 
 def test_nested_forwards_count_alike():

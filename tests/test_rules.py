@@ -135,6 +135,7 @@ def by_hand():
         (aten.glu.default, x, -1), (aten.glu.default, volume, 1),
         (aten.index.Tensor, volume, [torch.rand(2, 6) > 0.5]),
         (aten.index.Tensor, volume, [torch.tensor([[1], [0]]), None, torch.tensor([1, 2, 2])]),
+        (aten.bincount.default, torch.tensor([0, 2, 1, 2]), None, 4),
         (aten.gather.default, x, 0, index), (aten.gather.default, x[:, :5], 0, index[:, :4]),
         (aten.scatter.src, x, 0, index, torch.randn(3, 6)), (aten.scatter.value, x, 0, index, 1.0),
         (aten.scatter_add.default, x, 0, index, torch.randn(3, 6)),
@@ -180,6 +181,10 @@ def samples():
     return found
 
 
+BY_NUMBERS = {"histc", "bincount"}
+"""Their results have an axis only where numbers of one go in: `test_numbering` tries them."""
+
+
 @functools.cache
 def verdicts(name):
     return [check(call) for call in samples().get(name, [])]
@@ -194,7 +199,9 @@ def test_slicing_and_running_equals_running_and_slicing(name):
     problems = [p for v in found for p in v.problems]
     assert not problems, "\n".join(problems[:5])
     assert found, f"the rule of aten.{name} has no sample: add one to `by_hand`"
-    assert sum(v.proven for v in found), f"no sample of aten.{name} leaves an axis free: add one that does"
+    assert name in BY_NUMBERS or sum(v.proven for v in found), (
+        f"no sample of aten.{name} leaves an axis free: add one that does"
+    )
 
 
 @pytest.mark.parametrize("name", CANNOT_RUN_HERE)

@@ -199,11 +199,11 @@ MIXTURES = [
     _decoder("gpt_oss", "GptOss", LLAMA_LIKE | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4},
              "mixture of experts"),
     _decoder("deepseek_v2", "DeepseekV2", LLAMA_LIKE | LATENT | {
-        "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "n_group": 2, "topk_group": 1,
+        "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "n_group": 2, "topk_group": 1,
         "n_shared_experts": 1, "first_k_dense_replace": 1, "topk_method": "group_limited_greedy",
     }, "mixture of experts"),
     _decoder("deepseek_v3", "DeepseekV3", LLAMA_LIKE | LATENT | {
-        "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "n_group": 2, "topk_group": 1,
+        "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "n_group": 2, "topk_group": 1,
         "n_shared_experts": 1, "first_k_dense_replace": 1,
     }, "mixture of experts"),
     _entry("switch_transformers", "mixture of experts", "SwitchTransformersForConditionalGeneration",

@@ -1,4 +1,7 @@
-"""Operators that pick elements by number: the axis that is numbered is fixed, the others pass."""
+"""Operators that pick elements by number: the axis that is numbered is fixed, the others pass.
+
+It is free where the numbers are those that were chosen from that very axis (`numbering.py`): the experts of a mixture.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import torch
 
 from .. import axes
 from ..axes import Conflict, Dim
+from ..numbering import Said, freeze_numbers, look_up
 from .registry import rule
 
 if TYPE_CHECKING:
@@ -22,10 +26,15 @@ Tensor = torch.Tensor
 def embedding(trace: Tracer, out: Tensor, weight: Tensor, index: Tensor, *args: Any, **kwargs: Any) -> Sequence[Dim]:
     """Rows of a table: the vocabulary is fixed, the width free."""
     rows, *width = trace.dims(weight)
-    trace.freeze(rows, "vocabulary")
+    _look_up(trace, weight, rows, index, "vocabulary")
     for dim in width:
         trace.produced(dim)
     return [*trace.dims(index), *width]
+
+
+def _look_up(trace: Tracer, x: Tensor, own: Dim, picked: Tensor, reason: str) -> None:
+    if look_up(trace, own, picked, reason):
+        trace.looked_up(own, x)
 
 
 @rule(aten.index)
@@ -50,7 +59,7 @@ def _picked(trace: Tracer, x: Tensor, indices: Sequence[Tensor | None], by_mask:
         after = dims[used[0] + masked :]
         return [*dims[: used[0]], by_mask(-1 - len(after)), *after]
     for i in used:
-        trace.freeze(dims[i], "indexed")
+        _look_up(trace, x, dims[i], padded[i], "indexed")  # type: ignore[arg-type]
     picked = trace.broadcast(tensors, torch.broadcast_shapes(*[t.shape for t in tensors]))
     rest = [d for i, d in enumerate(dims) if i not in used]
     at = used[0] if used == list(range(used[0], used[-1] + 1)) else 0
@@ -61,7 +70,7 @@ def _picked(trace: Tracer, x: Tensor, indices: Sequence[Tensor | None], by_mask:
 def index_select(trace: Tracer, out: Tensor, x: Tensor, dim: int, picked: Tensor) -> Sequence[Dim]:
     """One axis picked by numbers."""
     dims = list(trace.dims(x))
-    trace.freeze(dims[dim], "indexed")
+    _look_up(trace, x, dims[dim], picked, "indexed")
     dims[dim] = trace.dims(picked)[0] if picked.dim() else ()
     return dims
 
@@ -71,7 +80,7 @@ def gather(trace: Tracer, out: Tensor, x: Tensor, dim: int, picked: Tensor, **kw
     """Like `index_select` element by element."""
     for i, (own, other) in enumerate(zip(trace.dims(x), trace.dims(picked))):
         if i == dim % x.dim():
-            trace.freeze(own, "indexed")
+            _look_up(trace, x, own, picked, "indexed")
         elif axes.size(own) == axes.size(other):
             axes.unify(own, other)
         else:
@@ -115,16 +124,80 @@ def _is_constant_along_last(mask: Tensor, rank: int, position: int) -> bool:
     return at < 0 or mask.shape[at] == 1 or mask.stride(at) == 0
 
 
-@rule(aten.topk, aten.sort, aten.argsort)
+@rule(aten.topk)
+def largest(
+    trace: Tracer, out: Sequence[Tensor], x: Tensor, k: int, dim: int = -1, *args: Any, **kwargs: Any
+) -> Sequence[Any]:
+    """Some elements of an axis and their numbers.  There must be as many; what is gone must not be among them."""
+    dims = list(trace.dims(x))
+    if not dims:  # a single number
+        return [dims, dims]
+    own, least = dims[dim], k + trace.value(x).said.taken
+    if least >= axes.size(own):
+        trace.freeze(own, "all of it is sorted")
+    elif axes.is_free(own):
+        trace.normalised("chosen", [own], x)
+        trace.at_least(own, least)
+        trace.says(out[1], Said(own))
+    dims[dim] = axes.axis(out[0].shape[dim], "chosen")
+    return [dims, dims]
+
+
+@rule(aten.sort, aten.argsort)
 def ordered(trace: Tracer, out: Any, x: Tensor, *args: Any, **kwargs: Any) -> Sequence[Any]:
     """Sorted axes are fixed."""
-    # topk(x, k, dim), sort(x, dim), sort.stable(x, *, stable, dim)
-    outs = out if isinstance(out, (tuple, list)) else [out]
-    position = kwargs.get("dim", next((a for a in args[1 if outs[0].shape != x.shape else 0 :] if type(a) is int), -1))
+    # sort(x, dim), sort.stable(x, *, stable, dim)
+    position = kwargs.get("dim", next((a for a in args if type(a) is int), -1))
     dims = list(trace.dims(x))
-    trace.freeze(dims[position], "sorted")
-    dims[position] = axes.axis(outs[0].shape[position], "sorted")
-    return [dims for _ in outs] if isinstance(out, (tuple, list)) else dims
+    if dims:
+        trace.freeze(dims[position], "sorted")
+        dims[position] = axes.axis(x.shape[position], "sorted")
+    return [dims, dims] if isinstance(out, (tuple, list)) else dims
+
+
+@rule(aten.histc)
+def histogram(
+    trace: Tracer, out: Tensor, x: Tensor, bins: int = 100, min: float = 0, max: float = 0, **kwargs: Any
+) -> Sequence[Dim]:
+    """How often each number occurs, if there is a bin for each; otherwise numbers are values like any others."""
+    numbers = trace.value(x).said.numbers
+    return _counted(trace, out, x, numbers is not None and (min, max) == (0, axes.size(numbers) - 1))
+
+
+@rule(aten.bincount)
+def bincount(trace: Tracer, out: Tensor, x: Tensor, weights: Tensor | None = None, *args: Any, **kw: Any) -> Any:
+    """The same with whole numbers, or the sum of weights of each."""
+    if weights is not None:
+        freeze_numbers(trace, [trace.value(weights)])
+    return _counted(trace, out, x, True)
+
+
+def _counted(trace: Tracer, out: Tensor, x: Tensor, each: bool) -> Sequence[Dim]:
+    trace.freeze_dims(trace.dims(x), "counted")
+    numbers = trace.value(x).said.numbers
+    if numbers is None or not each or out.shape[0] != axes.size(numbers):
+        freeze_numbers(trace, [trace.value(x)])
+        return trace.fresh(out, "counts")
+    trace.says(out, Said(zero=(numbers,)))
+    return [numbers]
+
+
+@rule(aten.searchsorted)
+def searchsorted(trace: Tracer, out: Tensor, row: Tensor, x: Any, *args: Any, **kwargs: Any) -> Sequence[Dim]:
+    """Where each element belongs in a sorted row, whose length is fixed; of sorted numbers, where those of each end."""
+    trace.freeze_dims(trace.dims(row), "a sorted row")
+    if not isinstance(x, Tensor):
+        freeze_numbers(trace, [trace.value(row)])
+        return []
+    given, own = trace.value(row).said.numbers, trace.value(x).said.numbers
+    right = kwargs.get("right") or kwargs.get("side") == "right"
+    if given is None or own is None or not right or kwargs.get("sorter") is not None:
+        freeze_numbers(trace, [trace.value(row), trace.value(x)])
+    else:
+        axes.unify(given, own)
+        if any(axes.same(own, d) for d in trace.dims(x)):
+            trace.says(out, Said(ends=own))
+    return trace.dims(x)
 
 
 @rule(aten.index_put, aten.index_put_)
@@ -166,8 +239,14 @@ def scatter(
     trace: Tracer, out: Tensor, x: Tensor, dim: int, picked: Tensor, source: Any = None, *args: Any, **kw: Any
 ) -> Any:
     """Writing element by element at numbered places."""
+    freeze_numbers(trace, [trace.value(t) for t in (x, source) if isinstance(t, Tensor)])
     for i, (own, other) in enumerate(zip(trace.dims(x), trace.dims(picked))):
-        if i == dim % x.dim() or axes.size(own) != axes.size(other):
+        if i == dim % x.dim():
+            trace.freeze(other, "written by index")
+            if look_up(trace, own, picked, "written by index") and _is_lowest(source):
+                said = trace.value(x).said
+                trace.says(out, Said(taken=said.taken + picked.shape[i]))
+        elif axes.size(own) != axes.size(other):
             trace.freeze_dims([own, other], "written by index")
         else:
             axes.unify(own, other)
@@ -176,3 +255,7 @@ def scatter(
             if axes.size(own) == axes.size(other):
                 axes.unify(own, other)
     return trace.dims(x)
+
+
+def _is_lowest(source: Any) -> bool:
+    return not isinstance(source, Tensor) and source == float("-inf")

@@ -13,10 +13,11 @@ import torch
 
 from .. import axes
 from ..axes import Dim
+from ..numbering import Said, is_zero
 from .registry import rule
 
 if TYPE_CHECKING:
-    from ..tracer import Tracer
+    from ..tracer import Tracer, Value
 
 aten = torch.ops.aten
 Tensor = torch.Tensor
@@ -109,10 +110,21 @@ def softmax_backward(trace: Tracer, out: Tensor, grad: Tensor, result: Tensor, d
     return dims
 
 
-@rule(aten.cumsum, aten.cumprod, aten.logcumsumexp, aten.cummax, aten.cummin)
+@rule(aten.cumsum)
+def cumsum(trace: Tracer, out: Tensor, x: Tensor, dim: int, *args: Any, **kwargs: Any) -> Sequence[Any]:
+    """The sum of all elements up to this one; what is zero where it is gone adds nothing to those behind it."""
+    own = trace.dims(x)[dim] if x.dim() else ()
+    if not is_zero(trace.value(x), own):
+        return cumulative(trace, out, x, dim)
+    trace.says(out, Said(ends=own))
+    return trace.dims(x)
+
+
+@rule(aten.cumprod, aten.logcumsumexp, aten.cummax, aten.cummin)
 def cumulative(trace: Tracer, out: Any, x: Tensor, dim: int, *args: Any, **kwargs: Any) -> Sequence[Any]:
     """Every element depends on those before it: the axis is fixed."""
-    trace.freeze(trace.dims(x)[dim], "cumulative")
+    if x.dim():
+        trace.freeze(trace.dims(x)[dim], "cumulative")
     return trace.dims(x) if isinstance(out, Tensor) else [trace.dims(x)] * len(out)
 
 
@@ -136,10 +148,30 @@ def _reduced_positions(x: Tensor, dim: Any) -> set[int]:
 def _reduce(trace: Tracer, out: Any, x: Tensor, dim: Any, kind: str) -> Sequence[Any]:
     dims, first = trace.dims(x), out if isinstance(out, Tensor) else out[0]
     gone = _reduced_positions(x, dim)
-    trace.normalised(kind, [dims[i] for i in sorted(gone)], x)
+    over = [dims[i] for i in sorted(gone)]
+    value = trace.value(x)
+    trace.normalised(kind, [d for d in over if kind != "sum" or not is_zero(value, d)], x)
+    _number(trace, out, value, over)
     keepdim = first.dim() == x.dim()
     result = [() if i in gone else d for i, d in enumerate(dims) if keepdim or i not in gone]
     return result if isinstance(out, Tensor) else [result for _ in out]
+
+
+def _number(trace: Tracer, out: Any, value: Value, over: Sequence[Dim]) -> None:
+    """Where a reduction gives numbers of elements: of the largest, say."""
+    several = isinstance(out, (tuple, list))
+    if trace._operator not in (_GIVE_BOTH if several else _GIVE_NUMBERS):
+        return
+    number = out[1] if several else out
+    if len(over) != 1:
+        trace.freeze_dims(over, "numbered together")
+    elif axes.is_free(over[0]):
+        trace.at_least(over[0], 1 + value.said.taken)
+        trace.says(number, Said(over[0]))
+
+
+_GIVE_NUMBERS = ("argmax", "argmin")
+_GIVE_BOTH = ("max", "min", "median")
 
 
 @rule(aten.mean)

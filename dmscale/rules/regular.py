@@ -54,15 +54,26 @@ def convolution(
 
 @rule(aten._grouped_mm)
 def grouped_mm(trace: Tracer, out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *rest: Any, **kw: Any) -> list[Dim]:
-    """Rows of `a` (T, K) in groups, each with its own matrix of `b` (G, K, M): mixtures of experts."""
+    """Rows of `a` (T, K) in groups, each with its own matrix of `b` (G, K, M): mixtures of experts.
+
+    A group may go with its matrix where the rows of each end as the numbers say that were chosen: it has none.
+    """
+    rows, groups = trace.dims(a)[:-1], trace.dims(b)[:-2]
     k, m = trace.dims(b)[-2:]
     axes.unify(trace.dims(a)[-1], k)
-    for offsets in [t for t in (*rest, *kw.values()) if isinstance(t, torch.Tensor)]:
-        trace.freeze_dims(trace.dims(offsets), "one for each expert")
-    trace.freeze_dims([*trace.dims(a)[:-1], *trace.dims(b)[:-2]], "rows and experts are matched by the routing")
+    trace.freeze_dims(rows, "rows are matched by the routing")
+    offsets = [t for t in (*rest, *kw.values()) if isinstance(t, torch.Tensor)]
+    ends = [trace.value(t).said.ends for t in offsets]
+    if len(offsets) == len(groups) == 1 and ends[0] is not None and axes.same(ends[0], trace.dims(offsets[0])[0]):
+        axes.unify(groups[0], ends[0])
+        trace.looked_up(groups[0], b)
+    else:
+        for t in offsets:
+            trace.freeze_dims(trace.dims(t), "one for each expert")
+        trace.freeze_dims(groups, "rows and experts are matched by the routing")
     trace.contracted(k, [(a, trace.dims(a)[-1]), (b, k)])
-    trace.count_macs([*trace.dims(a)[:-1], k, m])
+    trace.count_macs([*rows, k, m])
     trace.produced(m)
     for dim in (k, m):  # its kernels load 16 bytes at a time
         trace.multiple_of(dim, 16 // a.element_size())
-    return [*trace.dims(a)[:-1], m]
+    return [*rows, m]
