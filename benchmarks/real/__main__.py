@@ -23,7 +23,8 @@ from .data import NoData
 from .tasks import SIZES, TASKS, Problem, Setup
 
 MAIN = (
-    "dmscale", "dms", "uniform", "random", "magnitude-l2", "taylor", "knapsack", "knapsack-exact", "torch-pruning-taylor",
+    "dmscale", "dms", "uniform", "random", "magnitude-l2", "taylor", "knapsack", "knapsack-exact",
+    "knapsack-fisher", "torch-pruning-taylor",
 )  # fmt: skip
 """What the small table of all tasks compares.  All strategies would take days on two cores."""
 
