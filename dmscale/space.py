@@ -602,9 +602,7 @@ def _dimensions(
         name, size = names[group[0]], group[0].size
         kind = "heads" if group[0] in heads else "width"
         step = size // math.gcd(*(a.size for a in group))  # so that every linked axis keeps whole elements
-        for (
-            a
-        ) in group:  # an axis of a.size keeps n * a.size / size elements of n: that must be a multiple of its own step
+        for a in group:  # keeps n * a.size / size elements of n: that must be a multiple of its own step
             step = math.lcm(step, steps.get(a, 1) * size // math.gcd(steps.get(a, 1) * size, a.size))
         wanted = _bound(options.multiple, name, 1) if kind == "width" else 1
         needed = max(-(-least.get(a, 1) * size // a.size) for a in group)
