@@ -1,14 +1,22 @@
 """What does a search step cost against the same plain training step?
 
-    python -m benchmarks.step_overhead
+    python -m benchmarks.step_overhead [--full] [--repeats 9]
 
-Time: medians of interleaved plain and search steps (forward, backward, AdamW) of one process.  Memory: peak resident set of
-a process that runs three steps of one kind, above that of a process that has built the model and the optimizer only.
+A step is forward, backward and AdamW.  The search is the default one, in two phases: while all is kept (warm-up), and at the
+budget of 50% of the MACs, where most masks are at work.  Plain and search steps take turns in one process; time is that of the
+process where it runs a single thread (what other processes take is not in it), else the wall's; medians, and the median of the
+ratios of neighbours.  Beside it what a busy machine cannot change: the number of operators that a step runs, and the bytes that
+autograd keeps from forward to backward (parameters aside).  The schedule also solves a knapsack, at most 400 times in a
+search: its time is given by itself.  Memory: peak resident set of a process that runs the steps, above that of one that has
+built model and optimizer only, with an allocator that hands freed blocks back.
 """
 
 from __future__ import annotations
 
+import argparse
+import gc
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -19,9 +27,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dmscale
 from benchmarks.models import llama, timm_model
+from dmscale import budget
 
 SETTINGS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     "resnet50, 128 px, batch 16": lambda: timm_model("resnet50", 128, 16),
@@ -29,6 +39,12 @@ SETTINGS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     "deit_tiny, 224 px, batch 8": lambda: timm_model("deit_tiny_patch16_224", 224, 8),
     "llama, 4 layers of 256, 8 x 128 tokens": lambda: llama(4, 256, 8, 128),
 }
+FULL: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
+    "vit_small, 224 px, batch 16": lambda: timm_model("vit_small_patch16_224", 224, 16),
+    "llama, 12 layers of 832, 4 x 256 tokens": lambda: llama(12, 832, 4, 256),
+}
+BUDGET, QUICK = "50% macs", 4
+"""The budget, and the steps after which the second phase begins."""
 
 
 def loss_of(model: nn.Module, inputs: Any) -> torch.Tensor:
@@ -38,17 +54,19 @@ def loss_of(model: nn.Module, inputs: Any) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(out.flatten(0, -2), torch.zeros(out[..., 0].numel(), dtype=torch.long))
 
 
-def steppers(name: str, kinds: tuple[str, ...]) -> dict[str, Callable[[], None]]:
-    """kind -> one training step; 'none' does nothing."""
+def made(name: str, kinds: tuple[str, ...]) -> dict[str, tuple[Callable[[], None], Callable[[], torch.Tensor], Any]]:
+    """kind (plain, whole, pruned) -> a training step, its loss alone, and its search; 'none' does nothing."""
     torch.manual_seed(0)
-    model, inputs = SETTINGS[name]()
+    model, inputs = (SETTINGS | FULL)[name]()
     model.train()
-    out: dict[str, Callable[[], None]] = {}
+    space = dmscale.trace(model, inputs, verify=False)
+    out = {}
     for kind in kinds:
         optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
-        run: nn.Module = model
-        if kind == "search":
-            search = dmscale.Search(dmscale.trace(model, inputs, verify=False), "50% macs", 1000)
+        run, search = model, None
+        if kind in ("whole", "pruned"):
+            steps, warmup, decay = (10000, 0.05, 0.8) if kind == "whole" else (100, 0.0, QUICK / 100)
+            search = dmscale.Search(space, BUDGET, steps, warmup=warmup, decay=decay)
             search.attach(optimizer)
             run = search.model.train()
 
@@ -57,48 +75,123 @@ def steppers(name: str, kinds: tuple[str, ...]) -> dict[str, Callable[[], None]]
             optimizer.step()
             optimizer.zero_grad()
 
-        out[kind] = step if kind != "none" else lambda: None
+        def loss(run: nn.Module = run) -> torch.Tensor:
+            return loss_of(run, inputs)
+
+        for _ in range(QUICK + 1 if kind == "pruned" else 0):
+            step()
+        out[kind] = (step, loss, search) if kind != "none" else (lambda: None, loss, None)
     return out
 
 
+class _Count(TorchDispatchMode):
+    """The number of operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += 1
+        return func(*args, **(kwargs or {}))
+
+
+def operators(step: Callable[[], None]) -> int:
+    """How many operators a step runs."""
+    with _Count() as count:
+        step()
+    return count.number
+
+
+def saved_mb(loss: Callable[[], torch.Tensor], parameters: set[int]) -> float:
+    """MB that the backward of a loss finds saved, each storage once, those of parameters left out."""
+    kept: dict[int, int] = {}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        value = loss()
+    del value
+    return sum(kept.values()) / 2**20
+
+
 def peak_mb(name: str, kind: str) -> float:
-    """Peak resident set, in MB, of a fresh process that runs three steps of `kind`."""
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.step_overhead", name, kind]
-    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+    """Peak resident set, in MB, of a fresh process that runs some steps of `kind`."""
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.step_overhead", "--peak", name, kind]
+    # glibc gives every large block back at once then; by default its heap keeps a share that differs from run to run
+    environment = os.environ | {
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_TRIM_THRESHOLD_": "65536",
+        "MALLOC_TOP_PAD_": "0",
+    }
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-def main(repeats: int = 5) -> None:
-    """Print one row a setting."""
-    print("| model | plain s | search s | time ratio | plain MB | search MB | memory ratio |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
-    for name in SETTINGS:
-        steps = steppers(name, ("plain", "search"))
+def solve_ms(search: dmscale.Search) -> float:
+    """Milliseconds of one knapsack, the least of five."""
+    scores = search.layout.by_member(search.importance)
+    best = float("inf")
+    for _ in range(5):
+        start = time.process_time()
+        budget.allocate(search.space, search.budget, scores)
+        best = min(best, 1000 * (time.process_time() - start))
+    return best
+
+
+def main(names: list[str], repeats: int) -> None:
+    """Print two rows a setting."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    print(
+        "| model | phase | plain s | search s | time ratio | operators | saved MB | peak MB | peak ratio | knapsack ms |"
+    )
+    print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    for name in names:
+        peak = {kind: peak_mb(name, kind) for kind in ("none", "plain", "whole", "pruned")}
+        peak = {kind: mb - peak["none"] for kind, mb in peak.items()}
+        steps = made(name, ("plain", "whole", "pruned"))
         times: dict[str, list[float]] = {kind: [] for kind in steps}
         for i in range(repeats + 1):
-            for kind, step in steps.items():
-                start = time.perf_counter()
+            for kind, (step, *_) in steps.items():
+                gc.collect()
+                start = clock()
                 step()
                 if i:  # the first one warms up
-                    times[kind].append(time.perf_counter() - start)
-        base, plain, search = (peak_mb(name, kind) for kind in ("none", "plain", "search"))
-        a, b = (statistics.median(times[k]) for k in ("plain", "search"))
-        ratio = statistics.median(y / x for x, y in zip(times["plain"], times["search"]))
-        plain, search = plain - base, search - base
-        print(
-            f"| {name} | {a:.2f} | {b:.2f} | {ratio:.2f} | {plain:.0f} | {search:.0f} | {search / plain:.2f} |",
-            flush=True,
-        )
+                    times[kind].append(clock() - start)
+        counted = {kind: operators(step) for kind, (step, *_) in steps.items()}
+        own = {p.untyped_storage().data_ptr() for p in steps["whole"][2].space.model.parameters()}
+        saved = {kind: saved_mb(loss, own) for kind, (_, loss, _) in steps.items()}
+        for kind, phase in (("whole", "all kept"), ("pruned", "at the budget")):
+            ratio = statistics.median(b / a for a, b in zip(times["plain"], times[kind]))
+            a, b = (statistics.median(times[k]) for k in ("plain", kind))
+            print(
+                f"| {name} | {phase} | {a:.3f} | {b:.3f} | {ratio:.2f} | {counted['plain']} -> {counted[kind]} | "
+                f"{saved['plain']:.0f} -> {saved[kind]:.0f} | {peak['plain']:.0f} -> {peak[kind]:.0f} | "
+                f"{peak[kind] / peak['plain']:.2f} | {solve_ms(steps['pruned'][2]):.0f} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 3:
-        # what a trace imports (meta kernels, 50 to 90 MB) is no memory of a step: every process traces once
-        dmscale.trace(*SETTINGS[sys.argv[1]](), verify=False)
-        run = steppers(sys.argv[1], (sys.argv[2],))[sys.argv[2]]
-        for _ in range(3):
-            run()
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--full", action="store_true", help="the larger models too")
+    parser.add_argument("--only", default="", help="settings whose name begins so")
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--peak", nargs=2, metavar=("SETTING", "KIND"), help="print the peak resident set of one kind")
+    arguments = parser.parse_args()
+    if arguments.peak:
+        ((step, *_),) = made(arguments.peak[0], (arguments.peak[1],)).values()
+        for _ in range(3 if arguments.peak[1] == "pruned" else 3 + QUICK + 1):  # as many for all
+            step()
         # not getrusage: its maximum is inherited from the parent process
         high = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
         print(json.dumps(int(high.split()[1]) / 1024))
     else:
-        main()
+        main(
+            [n for n in (SETTINGS | FULL if arguments.full else SETTINGS) if n.startswith(arguments.only)],
+            arguments.repeats,
+        )

@@ -348,16 +348,17 @@ def kept(dim: Dim, masks: Mapping[Axis, torch.Tensor]) -> torch.Tensor:
     `masks[atom]` has shape (atom.size,) and any dtype: booleans give the kept indices, floats give soft masks and the
     result is differentiable in them.  Atoms without a mask are kept whole.
     """
-    like = next(iter(masks.values()), torch.ones(1, dtype=torch.bool))
-    out = torch.ones(1, dtype=like.dtype, device=like.device)
+    like = next(iter(masks.values()), None)
+    like = torch.ones(1, dtype=torch.bool) if like is None else like
+    out: torch.Tensor | None = None
     for a in factors(dim):
         if a.sum is not None:
             mask = torch.cat([kept(part, masks) for part in a.sum])
         else:
             found = masks.get(a)
             mask = torch.ones(a.size, dtype=like.dtype, device=like.device) if found is None else found
-        out = (out[:, None] * mask[None, :]).reshape(-1)
-    return out
+        out = mask if out is None else (out[:, None] * mask[None, :]).reshape(-1)
+    return torch.ones(1, dtype=like.dtype, device=like.device) if out is None else out
 
 
 def gathered(dim: Dim, indices: Mapping[Axis, torch.Tensor], sizes: Mapping[Axis, int] | None = None) -> torch.Tensor:

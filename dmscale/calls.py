@@ -8,6 +8,7 @@ under a `TorchFunctionMode` which gives the numbered calls their kept-count form
     mean      sum(m x) / k                       variance   sum(m (x - mean)^2) / (k - correction)
     softmax   m exp(x) / sum(m exp(x))           attention  q sqrt(N / k), so that the default scale becomes 1 / sqrt(k)
     largest   of the kept, one or several        sums, norms and products   of m x
+    batch norm of a weight   of m (x - mean of the kept) sqrt(N / k), times sqrt(k / N), as in `gates.py`
 
 A function with a Python body (`F.normalize`, `torch.norm`) is one call in a gated model, while a trace sees through it: what
 its body calls is not numbered, unless it is the function itself by another name.
@@ -39,7 +40,7 @@ NAMES = {
     "mean": "mean", "var": "var", "std": "std", "var_mean": "var_mean", "std_mean": "std_mean", "softmax": "softmax",
     "log_softmax": "log_softmax", "amax": "amax", "amin": "amin", "scaled_dot_product_attention": "attention",
     "sum": "sum", "nansum": "sum", "norm": "norm", "linalg_vector_norm": "norm", "vector_norm": "norm",
-    "max": "max", "min": "min", "topk": "topk",
+    "batch_norm": "batch_norm", "max": "max", "min": "min", "topk": "topk",
     "argmax": "argmax", "argmin": "argmin", "matmul": "matmul", "__matmul__": "matmul", "bmm": "bmm", "einsum": "einsum",
 }  # fmt: skip
 """Name of a torch function or method -> what its calls are counted as."""
@@ -310,27 +311,75 @@ def _attention(func: Any, args: Any, kwargs: Any, found: CallSite, masks: Any) -
     if found.zero:
         query = query * _along(query, found, masks).to(query.dtype)
     if _argument(args, kwargs, 6, "scale") is None:
-        query = query * torch.sqrt(axes.size(dim) / masks(dim).sum()).to(query.dtype)
+        scale, kept = torch.rsqrt(masks(dim).mean()), masks.count(dim)
+        query = Scaled.apply(query, scale, kept is not None)
+        if kept is not None and kept < axes.size(dim):  # the operator scales: no other query is made and kept
+            kwargs["scale"] = (axes.size(dim) / kept / query.shape[-1]) ** 0.5
     return func(query, *args[1:], **kwargs)
 
 
+class Scaled(torch.autograd.Function):
+    """y * s for a scalar s > 0, saving its result (which the consumer saves too) in place of y.
+
+    y alone where s is `done`: it is one, or whoever takes y multiplies with it; s gets its gradient still.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, scale: Tensor, done: bool) -> Tensor:
+        out = y if done else y * scale.to(y.dtype)
+        ctx.save_for_backward(out, scale)
+        ctx.done = done
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:  # type: ignore[override]
+        out, scale = ctx.saved_tensors
+        return grad if ctx.done else grad * scale.to(grad.dtype), inner(grad, out).to(scale.dtype) / scale, None
+
+
+PRECISE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
+"""What is summed in another dtype than its own."""
+
+
+def inner(a: Tensor, b: Tensor) -> Tensor:
+    """Sum of a * b over all elements, (), in float32 at least."""
+    return (a * b).sum(dtype=PRECISE.get(b.dtype))
+
+
+def _standardised(func: Any, args: Any, kwargs: Any, found: CallSite, masks: Any) -> Tensor:
+    """A batch norm with the statistics of its input (1, C, ...): a weight standardised over its inputs."""
+    x = args[0] if args else kwargs["input"]
+    over, m = [i for i in range(x.dim()) if i != 1], _along(x, found, masks)
+    places = torch.Size(x.shape[i] for i in over).numel()
+    count = _count(x, m, over)
+    centred = (x - (x * m).sum(over, keepdim=True) / count) * m * torch.sqrt(places / count)
+    bias = _argument(args, kwargs, 4, "bias")
+    if bias is not None:
+        args, kwargs = args[:4] + (None,) * (len(args) > 4) + args[5:], {**kwargs}
+        kwargs.pop("bias", None)
+    rest = {k: v for k, v in kwargs.items() if k != "input"}
+    out = func(centred.to(x.dtype), *args[1:], **rest) * torch.sqrt(count / places).to(x.dtype)
+    return out if bias is None else out + bias.view(-1, *[1] * (x.dim() - 2)) * m.to(x.dtype)
+
+
 def _masked(func: Any, args: Any, kwargs: Any, found: CallSite, masks: Any) -> Tensor:
-    seen = -1
+    args, kwargs = _with_masked((tuple(args), dict(kwargs)), found, masks, [found.operand])
+    return func(*args, **kwargs)
 
-    def visit(node: Any) -> Any:
-        nonlocal seen
-        if isinstance(node, Tensor):
-            seen += 1
-            return node * _along(node, found, masks).to(node.dtype) if seen == found.operand else node
-        return type(node)(visit(n) for n in node) if isinstance(node, (tuple, list)) else node
 
-    args = tuple(visit(a) for a in args)
-    return func(*args, **{k: visit(v) for k, v in kwargs.items()})
+def _with_masked(node: Any, found: CallSite, masks: Any, before: list[int]) -> Any:
+    """A call's arguments with the operand of a site masked; `before` counts the tensors that come first."""
+    if isinstance(node, Tensor):
+        before[0] -= 1
+        return node * _along(node, found, masks).to(node.dtype) if before[0] == -1 else node
+    if isinstance(node, dict):
+        return {k: _with_masked(v, found, masks, before) for k, v in node.items()}
+    return type(node)(_with_masked(n, found, masks, before) for n in node) if isinstance(node, (tuple, list)) else node
 
 
 _FORMS: dict[str, Callable[..., Any]] = {
     "mean": _mean, "var": _variance, "std": _deviation, "var_mean": _moments, "std_mean": _deviation_and_mean,
     "softmax": _softmax, "log_softmax": _log_softmax, "amax": _extreme, "amin": _extreme, "max": _extreme, "min": _extreme,
-    "topk": _extreme, "argmax": _extreme, "argmin": _extreme,
+    "topk": _extreme, "argmax": _extreme, "argmin": _extreme, "batch_norm": _standardised,
     "sum": _masked, "norm": _masked, "attention": _attention, **dict.fromkeys(_PRODUCTS, _masked),
 }  # fmt: skip

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from . import running
 from .clone import clone
-from .known import quiet
+from .known import keeps_cache, quiet
 from .tracing import failed_forward
 
 if TYPE_CHECKING:
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 def certify(space: SearchSpace) -> None:
     """Freeze, with the reason, every dimension of `space` whose export fails or differs from its gated model."""
     model, inputs = trial_model(space)
+    if keeps_cache(space.model) and not _runs_with_cache(space, inputs):
+        space.trace_with_cache()
+        model, inputs = trial_model(space)
     names = list(space.dimensions)
     while names and _trial(space, model, inputs, names) is not None:
         _check_runs(model, inputs)
@@ -41,12 +44,24 @@ def certify(space: SearchSpace) -> None:
         names = list(space.dimensions)
 
 
+def _runs_with_cache(space: SearchSpace, inputs: Any) -> bool:
+    """Whether what is exported makes its own cache: a network may lay one out by numbers that nothing else reads."""
+    small = space.build(_halved(space, list(space.dimensions)))
+    try:
+        with running.uncompiled(), running.evaluating(small), repeatable(small):
+            running.outputs(small, inputs)
+    except Exception:
+        return False
+    return True
+
+
 def trial_model(space: SearchSpace) -> tuple[nn.Module, Any]:
     """A copy of the space's model on which nothing is trivial, in evaluation mode, and the inputs for it.
 
     Half precision becomes float32: a trial is about indices, not about rounding.
     """
-    model = quiet(clone(space.model, _non_trivial)).eval()
+    model = clone(space.model, _non_trivial).eval()
+    model = model if space.trace.cached else quiet(model)
     inputs = space.example_inputs
     low = {t.dtype for t in model.parameters() if t.is_floating_point()} - {torch.float32, torch.float64}
     if low:

@@ -125,6 +125,23 @@ def scale(
     weights: Weights = None,
     freeze: Freeze = None,
     only: Only = None,
+    from_scratch: Annotated[
+        bool, typer.Option("--from-scratch", help="Fine-tune from the weights before the search, cut to the structure.")
+    ] = False,
+    structure_only: Annotated[
+        bool, typer.Option("--structure-only", help="Search without moving a weight, and do not fine-tune.")
+    ] = False,
+    expand_width: Annotated[
+        float | None,
+        typer.Option(min=1, help="Search a version that is this much wider, down to shares of MODEL's cost."),
+    ] = None,
+    expand_depth: Annotated[float | None, typer.Option(min=1, help="The same with more blocks.")] = None,
+    distill: Annotated[
+        str | None, typer.Option(help="Learn from MODEL as it is: logits, relations, features, with commas.")
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option(help="Of the search: dms for the paper's; a wrong one lists them.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; by default cuda where there is one.")] = None,
 ) -> None:
     """Search MODEL down to a budget, fine-tune the smaller network and save it."""
@@ -149,6 +166,11 @@ def scale(
         "lr": lr,
         "freeze": freeze,
         "only": only,
+        "inherit": False if from_scratch else None,
+        "train_weights": False if structure_only else None,
+        "expand": {k: v for k, v in (("width", expand_width), ("depth", expand_depth)) if v is not None} or None,
+        "distill": distill,
+        "method": method,
     }
     result = dmscale.scale(
         network,
@@ -163,7 +185,10 @@ def scale(
 
     rows = {}
     times = compare_latency([dense, result.model], inputs)
-    networks = (("dense", dense, result.space.cost()), ("scaled", result.model, result.cost))
+    full = dmscale.trace(
+        dense, inputs, verify=False
+    ).cost()  # with --expand-width the space is that of a larger network
+    networks = (("dense", dense, full), ("scaled", result.model, result.cost))
     for (name, net, cost), milliseconds in zip(networks, times):
         rows[name] = {
             "accuracy": accuracy(net, val),
@@ -191,7 +216,7 @@ def compare(
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds.")] = 3,
     search_steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of a search.")] = 200,
     recovery_steps: Annotated[int, typer.Option(min=0, help="Optimizer steps after it, for all.")] = 200,
-    lr: Annotated[float, typer.Option(min=0, help="Learning rate of the recovery; a search takes half of it.")] = 1e-3,
+    lr: Annotated[float, typer.Option(min=0, help="Learning rate of search and recovery.")] = 1e-3,
     batch_size: Annotated[int, typer.Option(min=2)] = 64,
     redo: Annotated[str, typer.Option(help="Strategies whose finished runs are thrown away first.")] = "",
     input: InputShape = None,

@@ -109,7 +109,7 @@ def compare(
         seeds: how many (0, 1, ...) or which.
         search_steps: optimizer steps of a strategy that trains; the others get them added to their recovery.
         recovery_steps: optimizer steps that all take after the cut.
-        lr: of the recovery, a cosine; `search_lr` of the weights in a search, constant, half of it by default.
+        lr: of the recovery, a cosine; `search_lr` of the weights in a search, constant, the same by default.
         optimizer: (parameters, lr) -> optimizer; by default AdamW with `weight_decay`.
         metric, higher_is_better: its name and sense.
         extra: strategies beside the registered ones, external tools for example.
@@ -135,7 +135,7 @@ def compare(
     wanted = budgets.parse(budget, space)
     recipe = Recipe(
         criterion, optimizer or (lambda p, rate: torch.optim.AdamW(p, rate, weight_decay=weight_decay)), lr,
-        lr / 2 if search_lr is None else search_lr, search_steps, recovery_steps,
+        lr if search_lr is None else search_lr, search_steps, recovery_steps,
     )  # fmt: skip
     fixed = {
         "model": type(dense).__name__, "budget": str(budget), "targets": {m: float(t) for m, t in wanted.targets.items()},

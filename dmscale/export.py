@@ -8,7 +8,7 @@ blocks are taken out and what counts its position is renumbered.  What was done 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -158,15 +158,19 @@ def set_attribute(model: nn.Module, attribute: Attribute, value: int | list) -> 
     if not rest:
         setattr(module, name, value)
         return
-    holder = getattr(module, name)
-    if isinstance(rest[0], int):
+    setattr(module, name, _with(getattr(module, name), rest, value))
+
+
+def _with(holder: Any, key: Sequence[str | int], value: Any) -> Any:
+    """A copy of a tuple, list or config with `value` at `key`: modules that share one must be able to differ."""
+    first, *rest = key
+    if isinstance(first, int):
         changed = list(holder)
-        changed[rest[0]] = value
-        setattr(module, name, type(holder)(changed))
-    else:
-        own = copy.copy(holder)  # modules that share one config object must be able to differ
-        own.__dict__[rest[0]] = value
-        setattr(module, name, own)
+        changed[first] = value
+        return type(holder)(changed)
+    own = copy.copy(holder)
+    own.__dict__[first] = _with(getattr(holder, first), rest, value) if rest else value
+    return own
 
 
 def _refresh_flat_weights(model: nn.Module) -> None:

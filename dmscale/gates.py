@@ -57,7 +57,7 @@ class InputSite:
 
 @dataclass(frozen=True, eq=False)
 class NormSite:
-    """Give module `module` its kept-count form over `dim` at `position` of its input.
+    """Give module `module` its kept-count form over `dim` at `position`, from the end, of its input.
 
     `weight` is scaled where it is a parameter and there is a bias; else the output, without the `bias` that it holds.
     """
@@ -104,6 +104,10 @@ def plan(trace: Trace, blocks: Sequence[Blocks]) -> Sites:
         gives = trace.record.steps[norm.op].gives if norm.op in trace.record.steps else ()
         if gives and matters.isdisjoint(gives):
             continue  # nobody reads it: the mean over the heads of scores that nobody asked for
+        if norm.kind == "selected by index":
+            for dim in free:
+                axes.freeze(dim, f"{norm.kind} in {norm.path or 'the model'} ({norm.operator})")
+            continue
         if norm.kind == "sum":
             for dim in free:
                 _mask_producers(trace, dim, [norm.source], norm.path, norm.operator, weights, functions, norm.op)
@@ -205,6 +209,14 @@ def _is_masked(c: Contraction, masked: Mapping[int, Dim]) -> bool:
     return any(wanted <= set(axes.atoms(masked[v.origin])) for v, _ in c.operands if v.data and v.origin in masked)
 
 
+_SCALES = frozenset({
+    "mul", "div", "add", "sub", "pow", "mean", "var", "var_mean", "sqrt", "rsqrt", "reciprocal", "clamp_min", "view",
+    "_unsafe_view", "permute", "transpose", "t", "expand", "unsqueeze", "squeeze", "clone", "_to_copy", "alias", "detach",
+    "relu", "leaky_relu", "_prelu_kernel", "native_dropout", "native_layer_norm", "native_group_norm", "_fused_rms_norm",
+})  # fmt: skip
+"""Operators that a normalisation may be made of, and those behind it that hand on a positive factor as it is: no GELU."""
+
+
 def _norm_site(trace: Trace, norm: Normalisation) -> NormSite | str:
     """The kept-count form of the module that runs `norm`, or why there is none."""
     where = f"{norm.path or 'the model'} ({norm.operator})"
@@ -219,7 +231,12 @@ def _norm_site(trace: Trace, norm: Normalisation) -> NormSite | str:
     position = _position(call, norm.group + norm.dims[0])
     if inside or len(_beside(trace, norm)) > len(parts) or position is None:
         return f"normalised inside a module that does more than that, in {where}"
-    weight = norm.weight.rpartition(".")[2] if norm.weight and norm.bias else None
+    scales = all(
+        step.operator.rstrip("_") in _SCALES for op, step in trace.record.steps.items() if norm.op < op <= call.end
+    )
+    weight = norm.weight.rpartition(".")[2] if norm.weight and (norm.bias or not scales) else None
+    if weight is None and not scales:
+        return f"normalised inside a module that does more than that, in {where}"
     bias = _bias_of(trace, norm)
     return NormSite(
         norm.path, position, norm.dims[0], norm.group, bool(parts) or KEPT_COUNT[norm.kind],
@@ -263,11 +280,13 @@ def _bias_of(trace: Trace, norm: Normalisation) -> str | None:
 
 
 def _position(call: Call, dim: Dim) -> int | None:
-    """Where `dim` stands in the module's input and, unchanged, in its output."""
+    """Where `dim` stands in the module's input and, unchanged, in its output: from the end, as -1 is the last."""
     if call.source is None or call.result is None or len(call.source.dims) != len(call.result.dims):
         return None
+    rank = len(call.source.dims)
     return next(
-        (i for i, (p, q) in enumerate(zip(call.source.dims, call.result.dims)) if axes.same(p, dim) and axes.same(q, dim)),
+        (i - rank for i, (p, q) in enumerate(zip(call.source.dims, call.result.dims))
+         if axes.same(p, dim) and axes.same(q, dim)),
         None,
     )  # fmt: skip
 
@@ -345,17 +364,31 @@ def _mask_producers(
     functions: CallSites,
     op: int,
 ) -> None:
-    """Make the removed elements of `dim` zero in one of `values`: at the weights that made them, or where it is summed."""
+    """Make the removed elements of `dim` zero in one of `values`: at the weights that made them, or where it is summed.
+
+    Where the values are joined of parts (a rotated and a plain part of each head), the weights of one may make some of the
+    elements only; then those of all are masked.
+    """
+    wanted = {a for a in axes.atoms(dim) if not a.reasons}
     made = [v for v in values if any(_holding(trace, n, dim) for n in v.params)]
-    producers = [v.params for v in made if v.zeroed]
-    if not producers and functions.add(op, [dim], zero=True):
+    producers = _producers(trace, wanted, [v for v in made if v.zeroed])
+    if producers is None and functions.add(op, [dim], zero=True):
         return
-    producers = producers or [v.params for v in made]
-    if not producers:
+    producers = producers or _producers(trace, wanted, made)
+    if producers is None:
         axes.freeze(dim, f"summed over, with no weight to mask, in {path or 'the model'} ({operator})")
         return
-    for name in min(producers, key=len):
+    for name in producers:
         _mask(trace, path, name, _holding(trace, name, dim), weights)
+
+
+def _producers(trace: Trace, wanted: set[Axis], values: Sequence[Value]) -> frozenset[str] | None:
+    """The parameters of one of `values`, or of all, that hold every axis of `wanted`; None where some are in none."""
+    all_of_them = frozenset().union(*(v.params for v in values))
+    for names in (*sorted((v.params for v in values), key=len), all_of_them):
+        if wanted <= {a for n in names for d in trace.slots[n] for a in axes.atoms(d)}:
+            return names
+    return None
 
 
 def _holding(trace: Trace, name: str, dim: Dim) -> list[int]:
@@ -390,12 +423,31 @@ class Masks(nn.Module):
         self.widths = dict(zip(widths, (nn.Parameter(m, requires_grad=trainable) for m in widths.values())))
         self.depths = dict(zip(depths, (nn.Parameter(m, requires_grad=trainable) for m in depths.values())))
         self.decided: dict[str, list[bool]] = {}  # stacks whose gates are known to be zero or one
+        self.hard: dict[Axis, int] = {}  # axes whose masks are known to be zeros and ones -> how many ones
+        self._found: dict[Dim, dict[Axis, Tensor]] = {}
         self._list = nn.ParameterList([*self.widths.values(), *self.depths.values()])
 
     def forward(self, dim: Dim) -> Tensor:
         """The mask of `dim`, (size(dim),)."""
-        free = {a: self.widths[a] for a in axes.atoms(dim) if a in self.widths}
-        return axes.kept(dim, free)
+        return axes.kept(dim, self._of(dim))
+
+    def is_whole(self, dim: Dim) -> bool:
+        """Whether the mask of `dim` is known to be ones: a gate need not multiply with it then, only give its gradient."""
+        return self.count(dim) == axes.size(dim)
+
+    def count(self, dim: Dim) -> int | None:
+        """How many ones the mask of `dim` holds, where it is known to be zeros and ones."""
+        # a compiled model would be compiled anew at every change of what is known, and fuses the products anyway
+        if torch.compiler.is_compiling() or not all(a in self.hard for a in self._of(dim)):
+            return None
+        return int(axes.measure(dim, self.hard))  # type: ignore[call-overload]
+
+    def _of(self, dim: Dim) -> dict[Axis, Tensor]:
+        if torch.compiler.is_compiling():
+            return {a: self.widths[a] for a in axes.atoms(dim) if a in self.widths}
+        if dim not in self._found:
+            self._found[dim] = {a: self.widths[a] for a in axes.atoms(dim) if a in self.widths}
+        return self._found[dim]
 
 
 class MaskedWeight(nn.Module):
@@ -410,11 +462,77 @@ class MaskedWeight(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """`weight` with the shape that it has."""
-        for position, dim in self.dims:
-            shape = [1] * weight.dim()
-            shape[position] = -1
-            weight = weight * self.masks(dim).to(weight.dtype).view(shape)
-        return weight if self.scale is None else weight * self.scale().to(weight.dtype)
+        places: list[int | None] = [position for position, _ in self.dims]
+        factors, ones = [self.masks(d) for _, d in self.dims], [self.masks.is_whole(d) for _, d in self.dims]
+        if self.scale is not None:
+            places.append(None)
+            factors.append(self.scale())
+            ones.append(self.masks.is_whole(self.scale.dim))
+        if torch.compiler.is_compiling():  # which fuses the products
+            for place, factor in zip(places, factors):
+                weight = weight * _along(factor, weight, place)
+            return weight
+        with calls.unseen():
+            return _Product.apply(weight, places, ones, *factors)
+
+
+def _along(factor: Tensor, like: Tensor, place: int | None) -> Tensor:
+    """A mask that broadcasts along dimension `place` of `like`, a scalar where that is None; in its dtype."""
+    factor = factor.to(like.dtype)
+    return factor if place is None else factor.view([-1 if i == place else 1 for i in range(like.dim())])
+
+
+class _Product(torch.autograd.Function):
+    """x times masks along `places` (and a scalar, place None), of which those known to be `ones` only get their gradient.
+
+    Saves x and the masks alone, and makes one tensor, where a chain of products makes and saves one for each mask; none if
+    all are ones.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, places: list[int | None], ones: list[bool], *factors: Tensor) -> Tensor:
+        ctx.save_for_backward(x, *factors)
+        ctx.places, ctx.ones = places, ones
+        return _times(x, places, ones, factors)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:  # type: ignore[override]
+        x, *factors = ctx.saved_tensors
+        places, wanted = ctx.places, ctx.needs_input_grad
+        grads: list[Tensor | None] = [None] * len(factors)
+        if any(wanted[3:]):
+            masked = sorted(p for p in places if p is not None)
+            others = [i for i in range(x.dim()) if i not in masked]
+            product = grad * x
+            product = product.sum(others, dtype=calls.PRECISE.get(x.dtype)) if others else product
+            for i, factor in enumerate(factors):
+                if wanted[3 + i]:
+                    grads[i] = _collected(product, masked, i, places, ctx.ones, factors).to(factor.dtype)
+        return _times(grad, places, ctx.ones, factors) if wanted[0] else None, None, None, *grads
+
+
+def _times(x: Tensor, places: Sequence[int | None], ones: Sequence[bool], factors: Sequence[Tensor]) -> Tensor:
+    """x times all factors that are not known to be ones; x itself if there are none."""
+    out = x
+    for place, one, factor in zip(places, ones, factors):
+        if not one:
+            by = _along(factor, x, place)
+            out = out * by if out is x or torch.is_grad_enabled() else out.mul_(by)
+    return out
+
+
+def _collected(
+    product: Tensor, masked: list[int], own: int, places: Sequence[int | None], ones: Sequence[bool],
+    factors: Sequence[Tensor],
+) -> Tensor:  # fmt: skip
+    """The gradient of factor `own`: `product` (its dimensions being `masked`) times all other factors, summed up."""
+    over = []
+    for i, (place, one, factor) in enumerate(zip(places, ones, factors)):
+        if i != own:
+            at = None if place is None else masked.index(place)
+            product = product if one else product * _along(factor, product, at)
+            over += [] if at is None else [at]
+    return product.sum(over) if over else product
 
 
 @dataclass(eq=False)
@@ -426,7 +544,7 @@ class NormScale:
 
     def __call__(self) -> Tensor:
         with calls.unseen():
-            return torch.sqrt(self.masks(self.dim).sum() / axes.size(self.dim))
+            return torch.sqrt(self.masks(self.dim).mean())
 
 
 def attach(
@@ -504,9 +622,11 @@ class MaskedInput:
         return replace_first((args, kwargs), self.apply)
 
     def apply(self, x: Tensor) -> Tensor:
-        shape = [1] * x.dim()
-        shape[self.site.position] = -1
-        return x * self.masks(self.site.dim).to(x.dtype).view(shape)
+        mask, at = self.masks(self.site.dim), self.site.position
+        if torch.compiler.is_compiling():
+            return x * _along(mask, x, at)
+        with calls.unseen():
+            return _Product.apply(x, [at], [self.masks.is_whole(self.site.dim)], mask)
 
 
 @dataclass
@@ -520,12 +640,13 @@ class KeptCount:
         return replace_first((args, kwargs), self.apply)
 
     def apply(self, x: Tensor) -> Tensor:
-        mask, at, shape = self.masks(self.site.dim), self.site.position, x.shape
+        mask, at, shape = self.masks(self.site.dim), self.site.position % x.dim(), x.shape
         x = x.reshape(
             *shape[:at], axes.size(self.site.group), mask.numel(), *shape[at + 1 :]
         )  # (..., group, inner, ...)
+        site, count = self.site, self.masks.count(self.site.dim)
         with calls.unseen():
-            return _KeptCount.apply(x, mask, at + 1, self.site.centred, self.site.over_space).reshape(shape)
+            return _KeptCount.apply(x, mask, at + 1, site.centred, site.over_space, count).reshape(shape)
 
 
 class _KeptCount(torch.autograd.Function):
@@ -533,45 +654,64 @@ class _KeptCount(torch.autograd.Function):
 
     The gradient of a mask element that is exactly zero needs the input, which is not kept: it is zero here, and comes
     from the other places where the axis is consumed.
+
+    `known` is the number of ones, if there is nothing else but zeros.  If all are ones x stays as it is: what follows
+    subtracts the mean itself.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, mask: Tensor, at: int, centred: bool, over_space: bool) -> Tensor:
-        trailing = x.dim() - at - 1
+    def forward(
+        ctx: Any, x: Tensor, mask: Tensor, at: int, centred: bool, over_space: bool, known: int | None
+    ) -> Tensor:
         over = [at, *range(at + 1, x.dim())] if over_space else [at]
-        count = mask.sum()
-        places = x.shape[at + 1 :].numel() if over_space else 1
-        m = mask.to(x.dtype).view(-1, *[1] * trailing)
-        factor = m * torch.sqrt(mask.numel() / count).to(x.dtype)
+        ctx.at, ctx.over, ctx.centred, ctx.known = at, over, centred, known
+        ctx.places = x.shape[at + 1 :].numel() if over_space else 1
+        if known == mask.numel():
+            ctx.save_for_backward(x, mask)
+            return x
+        count = known or mask.sum()
+        factor = _along(mask * (mask.numel() / count) ** 0.5, x, at)
         if centred:
-            y = x - (x * m).sum(over, keepdim=True) / (count * places).to(x.dtype)
+            y = x - _weighted(x, mask / (count * ctx.places), at, over)
             y.mul_(factor)
         else:
             y = x * factor
         ctx.save_for_backward(y, mask, factor)
-        ctx.at, ctx.over, ctx.places, ctx.centred = at, over, places, centred
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:  # type: ignore[override]
-        y, mask, factor = ctx.saved_tensors
-        count, others = mask.sum(), [i for i in range(y.dim()) if i != ctx.at]
-        along = (grad * y).sum(others, dtype=torch.float32)  # (N,)
-        grad_x = grad * factor
-        inverse = torch.where(mask > 1e-6, 1 / mask.clamp(min=1e-6), torch.zeros_like(mask))
+        y, mask, *rest = ctx.saved_tensors
+        if ctx.known == mask.numel():
+            centred = y - y.mean(ctx.over, keepdim=True) if ctx.centred else y
+            along = _summed(grad, centred, ctx.at)
+            # what follows does not see a shift: the gradient of the mean is zero
+            return grad, (along - along.mean() / 2).to(mask.dtype), None, None, None, None
+        (factor,) = rest
+        count = ctx.known or mask.sum()
+        along = _summed(grad, y, ctx.at)  # (N,)
+        inverse = mask if ctx.known else torch.where(mask > 1e-6, 1 / mask.clamp(min=1e-6), 0)
         grad_mask = along * inverse - along.sum() / (2 * count)
+        grad_x = grad * factor
         if ctx.centred:
-            total = grad_x.sum(ctx.over, keepdim=True)
-            mean_part = (total * y).sum(others, dtype=torch.float32)
             flat = factor.float().view(-1)
-            grad_mask -= (
-                mean_part
-                * torch.where(flat > 0, 1 / flat.clamp(min=1e-6), torch.zeros_like(flat))
-                / (count * ctx.places)
-            )
-            m = mask.to(y.dtype).view(-1, *[1] * (y.dim() - ctx.at - 1))
-            grad_x = grad_x - total * m / (count * ctx.places).to(y.dtype)
-        return grad_x, grad_mask.to(mask.dtype), None, None, None
+            total = _weighted(grad, flat / (count * ctx.places), ctx.at, ctx.over)
+            grad_mask = grad_mask - _summed(total, y, ctx.at) * torch.where(flat > 0, 1 / flat.clamp(min=1e-6), 0)
+            grad_x = torch.addcmul(grad_x, total, _along(mask, y, ctx.at), value=-1)
+        return grad_x, grad_mask.to(mask.dtype), None, None, None, None
+
+
+def _weighted(x: Tensor, weights: Tensor, at: int, over: Sequence[int]) -> Tensor:
+    """Sum of x * weights (N,) along dimension `at`, and over all of `over`, which are kept as ones."""
+    if list(over) == [x.dim() - 1] and x.dtype == weights.dtype and not torch.is_autocast_enabled(x.device.type):
+        return (x @ weights)[..., None]  # no tensor of the size of x
+    return (x * _along(weights, x, at)).sum(list(over), keepdim=True)
+
+
+def _summed(a: Tensor, b: Tensor, at: int) -> Tensor:
+    """Sum of a * b over all dimensions of `b` but `at`, (N,), in float32 at least."""
+    others = [i for i in range(b.dim()) if i != at]
+    return (a * b).sum(others, dtype=calls.PRECISE.get(b.dtype))
 
 
 @dataclass
@@ -585,22 +725,8 @@ class Rescale:
         if self.bias is not None:
             b = getattr(module, self.bias)
             return replace_first(out, lambda y: torch.lerp(b.to(y.dtype), y, self.scale().to(y.dtype)))
-        return replace_first(out, lambda y: _Scaled.apply(y, self.scale()))
-
-
-class _Scaled(torch.autograd.Function):
-    """y * s for a scalar s > 0, saving its result (which the consumer saves too) in place of y."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, scale: Tensor) -> Tensor:
-        out = y * scale.to(y.dtype)
-        ctx.save_for_backward(out, scale)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:  # type: ignore[override]
-        out, scale = ctx.saved_tensors
-        return grad * scale.to(grad.dtype), (grad * out).sum(dtype=torch.float32).to(scale.dtype) / scale
+        whole = self.scale.masks.is_whole(self.scale.dim)
+        return replace_first(out, lambda y: calls.Scaled.apply(y, self.scale(), whole))
 
 
 @dataclass
@@ -614,13 +740,30 @@ class BlockGate:
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, out: Any) -> Any:
         x = running.tensors_in((args, kwargs))[0]
-        x = torch.zeros_like(x) if self.branch else x
         gate = self.masks.depths[self.stack][self.index]
         # a compiled model would be compiled anew at every change of what is decided, and fuses the lerp anyway
         decided = None if torch.compiler.is_compiling() else self.masks.decided.get(self.stack)
         if decided is None:
+            x = torch.zeros_like(x) if self.branch else x
             return replace_first(out, lambda y: torch.lerp(x, y, gate.to(y.dtype)))
+        if self.branch:
+            return replace_first(out, lambda y: _Kept.apply(y, gate, decided[self.index]))
         return replace_first(out, lambda y: _Chosen.apply(x, y, gate, decided[self.index]))
+
+
+class _Kept(torch.autograd.Function):
+    """lerp(0, y, gate) for a gate known to be zero or one."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, gate: Tensor, keep: bool) -> Tensor:
+        ctx.save_for_backward(y)
+        ctx.keep, ctx.gate_dtype = keep, gate.dtype
+        return y if keep else torch.zeros_like(y)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:  # type: ignore[override]
+        (y,) = ctx.saved_tensors
+        return grad if ctx.keep else None, calls.inner(grad, y).to(ctx.gate_dtype), None
 
 
 class _Chosen(torch.autograd.Function):
@@ -635,7 +778,7 @@ class _Chosen(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:  # type: ignore[override]
         x, y = ctx.saved_tensors
-        slope = (grad * (y - x)).sum(dtype=torch.float32).to(ctx.gate_dtype)
+        slope = calls.inner(grad, y - x).to(ctx.gate_dtype)
         return (None, grad, slope, None) if ctx.keep else (grad, None, slope, None)
 
 
@@ -651,6 +794,8 @@ class KeptByProducts:
 
     def __call__(self, module: nn.Module, args: tuple, out: Any) -> Any:
         for key, tensors in self.fields:
+            if key not in out:  # no cache was asked for
+                continue
             out[key] = running.map_tensors(functools.partial(self._next_kept, iter(tensors)), out[key])
         return out
 
@@ -666,22 +811,20 @@ class KeptByProducts:
 
 def replace_first(tree: Any, function: Any) -> Any:
     """`tree` with its first tensor, in the order of `running.tensors_in`, replaced by `function` of it."""
-    done = False
+    return _visited(tree, [function])
 
-    def visit(node: Any) -> Any:
-        nonlocal done
-        if done:
-            return node
-        if isinstance(node, Tensor):
-            done = True
-            return function(node)
-        if isinstance(node, tuple) and hasattr(node, "_fields"):
-            return type(node)(*[visit(x) for x in node])
-        if isinstance(node, (tuple, list)):
-            return type(node)([visit(x) for x in node])  # a list: torch.compile cannot hand on a generator
-        if isinstance(node, Mapping):
-            changed = {k: visit(v) for k, v in node.items()}
-            return type(node)(**changed) if type(node) is not dict else changed
+
+def _visited(node: Any, todo: list[Any]) -> Any:
+    # not a closure that calls itself: such a cycle would hold a step's activations until the garbage is collected
+    if not todo:
         return node
-
-    return visit(tree)
+    if isinstance(node, Tensor):
+        return todo.pop()(node)
+    if isinstance(node, tuple) and hasattr(node, "_fields"):
+        return type(node)(*[_visited(x, todo) for x in node])
+    if isinstance(node, (tuple, list)):
+        return type(node)([_visited(x, todo) for x in node])  # a list: torch.compile cannot hand on a generator
+    if isinstance(node, Mapping):
+        changed = {k: _visited(v, todo) for k, v in node.items()}
+        return type(node)(**changed) if type(node) is not dict else changed
+    return node

@@ -29,11 +29,19 @@ def quiet(model: nn.Module) -> nn.Module:
 
     A cache is an output that holds keys by head; as an output it would fix the heads, which nobody wants to fix.
     """
-    for module in model.modules():
-        config: Any = getattr(module, "config", None)
-        if getattr(config, "use_cache", False):
-            config.use_cache = False
+    for config in _caching(model):
+        config.use_cache = False
     return model
+
+
+def keeps_cache(model: nn.Module) -> bool:
+    """Whether a forward of `model` makes a key-value cache by default."""
+    return bool(_caching(model))
+
+
+def _caching(model: nn.Module) -> list[Any]:
+    configs = [getattr(module, "config", None) for module in model.modules()]
+    return [c for c in configs if getattr(c, "use_cache", False)]
 
 
 PER_LAYER = ("layer_types", "attention_layers", "mlp_layer_types")
@@ -95,7 +103,8 @@ BY_PRODUCTS = frozenset(
         "encoder_last_hidden_state", "encoder_hidden_states", "encoder_attentions", "decoder_hidden_states",
         "decoder_attentions", "cross_attentions", "hidden_states", "attentions", "past_key_values",
         "text_model_output", "vision_model_output", "vision_outputs", "qformer_outputs", "language_model_outputs",
-        "image_hidden_states", "last_hidden_state",
+        "image_hidden_states", "last_hidden_state", "mems", "state", "pixel_decoder_last_hidden_state",
+        "pixel_decoder_hidden_states", "transformer_decoder_last_hidden_state", "transformer_decoder_hidden_states",
     }
 )  # fmt: skip
 """Fields of a transformers `ModelOutput` that are inner activations handed out beside the result.
@@ -105,9 +114,14 @@ stay free; a gated model hands out the kept elements, as the exported one does.
 """
 
 
+def is_result(key: Any) -> bool:
+    """Whether field `key` of a `ModelOutput` is what its model is for: `logits`, `class_queries_logits`."""
+    return "logits" in str(key)
+
+
 def is_by_product(output: Any, key: str) -> bool:
     """Whether field `key` of a model's `output` is an inner activation and not a result."""
-    has_result = any(str(k).startswith("logits") for k in output) if key in BY_PRODUCTS else False
+    has_result = any(is_result(k) for k in output) if key in BY_PRODUCTS else False
     return has_result and type(output).__module__.startswith("transformers.")
 
 

@@ -1,4 +1,13 @@
-"""Everything in one call: trace, search, export, fine-tune."""
+"""Everything in one call: trace, search, export, fine-tune.
+
+The pipelines of the paper (DMS, section 3.4) and what each is here:
+
+    pretrained      scale(model, ...)                       search and fine-tuning go on from trained weights (DMS_p)
+    from scratch    scale(model, ..., inherit=False)        the search's weights are thrown away; what is trained starts from
+                                                            the weights before it, cut to the structure (DMS_np)
+    structure only  scale(model, ..., train_weights=False)  a few hundred steps that move no weight, no fine-tuning (DMS_p-)
+    from larger     scale(model, ..., expand={"width": 2})  from a wider or deeper network with the same outputs
+"""
 
 from __future__ import annotations
 
@@ -14,13 +23,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import budget as budgets
 from . import checkpoint as checkpoints
 from . import recovery
 from .batches import Batches
 from .callbacks import Callback
 from .cost import Cost
 from .distill import Distill, Distiller, frozen_copy
-from .errors import CheckpointError
+from .errors import CheckpointError, DmscaleError
+from .expand import expand as expanded
 from .progress import progress_bar
 from .search import Search
 from .space import SearchSpace, trace
@@ -55,6 +66,8 @@ def scale(
     only: str | Iterable[str] = (),
     minimum: int | Mapping[str, int] = 1,
     multiple: int | Mapping[str, int] = 1,
+    inherit: bool = True,
+    expand: Mapping[str, Any] | None = None,
     distill: Any = None,
     ema: float | None = None,
     callbacks: Iterable[Callback] = (),
@@ -68,17 +81,22 @@ def scale(
     `Search` into a loop of your own.  The weights of `model` are trained by the search; its structure stays.
 
     Args:
-        model: the network, trained or not, on the device where it shall train.
+        model: the network, trained or not, on the device where it shall train.  With `expand` it is left as it is.
         example_inputs: what one forward takes, on that device; costs are those of this forward.
         loader: batches of (inputs, targets); inputs are a tensor, a tuple or a dict.  It is run through as often as needed.
         criterion: criterion(output, targets) -> scalar loss.
         budget: "50% macs", dict(macs=0.5, params=6e6), or a `Budget`.
         steps: optimizer steps of the search; two passes over the loader by default, at least 200.
-        finetune_steps: optimizer steps of the fine-tuning; twice `steps` by default.
+        finetune_steps: optimizer steps of the fine-tuning; by default twice `steps`, and none with train_weights=False, after
+            which BatchNorm statistics alone are measured anew.
         lr: learning rate of the weights, in both phases.
         seed: of PyTorch's generators while this runs; they are restored.
         progress: whether to show a bar, if the output is a terminal.
         freeze, only, minimum, multiple: as in `trace`.
+        inherit: whether the fine-tuning starts from the weights that the search has trained.  If not, it starts from those
+            before the search, cut to the structure: from scratch where these are random.
+        expand: arguments of `dmscale.expand`, as dict(width=1.5, depth=2): search a larger version of `model`.  Shares in
+            `budget` are of `model` as it is given, "100% macs" its own cost.
         distill: what to learn from a frozen copy of `model` as it is now, in the search and after it: True or "logits",
             "relations", "features", several separated by commas, a dict with weights, a `distill.Distill`, or a function of
             the outputs of student and teacher.  It is added to the criterion.  Features are compared after the cut only,
@@ -88,19 +106,27 @@ def scale(
         checkpoint: a folder.  Where it holds checkpoints of the same call the run goes on from there, bit for bit on a CPU;
             it is written to as this runs.  A checkpoint that cannot be written (a full disk) is a warning, not the end.
         checkpoint_every: steps between two checkpoints; by default 20 in the search and 20 in the fine-tuning.
-        options: further arguments of `Search`.
+        options: further arguments of `Search`.  With train_weights=False the search finds a structure and moves no weight.
     Raises:
         TraceError, BudgetError: before any training.
         SearchError: the loss became NaN or infinite.
         CheckpointError: a checkpoint in the folder is damaged, or of another budget, network or length.
-        DmscaleError: the loader is empty, or `distill` names no known term.
+        DmscaleError: the loader is empty, `distill` names no known term, or nothing can be expanded.
     """
+    if expand is not None:
+        budget = budgets.parse(budget, trace(model, example_inputs))
+        model = expanded(model, example_inputs, **expand)
     space = trace(
         model, example_inputs, freeze=_strings(freeze), only=_strings(only), minimum=minimum, multiple=multiple
     )
+    moves = options.get("train_weights", True)
+    if not moves and not inherit:
+        raise DmscaleError(
+            "inherit=False: with train_weights=False the search trains no weights that could be inherited"
+        )
     if steps is None:
         steps = max(200, 2 * _length(loader))
-    finetune_steps = 2 * steps if finetune_steps is None else finetune_steps
+    finetune_steps = (2 * steps if moves else 0) if finetune_steps is None else finetune_steps
     how = Distill.parse(distill)
     search = Search(space, budget, steps, callbacks=callbacks, **options)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -108,7 +134,8 @@ def scale(
     with checkpoints.preserving_random_state(), contextlib.ExitStack() as stack:
         torch.manual_seed(seed)
         store = _Store(checkpoint, checkpoint_every, Batches(loader, device))
-        teacher = store.teacher(model) if how is not None else None
+        before = store.before(model) if how is not None or not inherit or not moves else None
+        teacher = before if how is not None else None
         bar = stack.enter_context(progress_bar(progress))
         optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=weight_decay)
         search.attach(optimizer)
@@ -128,10 +155,12 @@ def scale(
                     store.save_search(search, optimizer)
         finally:
             model.train(training)
+            if not moves and before is not None:  # the statistics of BatchNorm move without a gradient
+                model.load_state_dict(before.state_dict())
         bar.update(shown, completed=steps)
         structure = search.structure
         shown = bar.add_task("fine-tune", total=finetune_steps)
-        small = search.export().train()
+        small = (search.export() if inherit or before is None else _cut(space, structure, before)).train()
         if finetune_steps == 0:
             recovery.recalibrate(small, (next(store.batches) for _ in range(20)))
         else:
@@ -147,6 +176,16 @@ def scale(
                     store.save_recovery(tuned)
             tuned.finish()
     return Scaled(small.train(training), structure, space.cost(structure), space, search)
+
+
+def _cut(space: SearchSpace, structure: Structure, weights: nn.Module) -> nn.Module:
+    """The exported network with the weights that `weights`, a copy of the space's model, holds."""
+    trained = {name: t.clone() for name, t in space.model.state_dict().items()}
+    try:
+        space.model.load_state_dict(weights.state_dict())
+        return space.export(structure)
+    finally:
+        space.model.load_state_dict(trained)
 
 
 @contextlib.contextmanager
@@ -176,16 +215,16 @@ class _Store:
         path = self.folder / name if self.folder is not None else None
         return path if path is not None and path.exists() else None
 
-    def teacher(self, model: nn.Module) -> nn.Module:
-        """A frozen copy of the weights before the search, which a resumed process may no longer have."""
-        teacher = frozen_copy(model)
+    def before(self, model: nn.Module) -> nn.Module:
+        """A frozen copy of the model before the search, which a resumed process may no longer have."""
+        copied = frozen_copy(model)
         if path := self._found("dense.ckpt"):
             weights = checkpoints.read(path)
-            checkpoints.check_weights(teacher, weights, path)
-            teacher.load_state_dict(weights)
+            checkpoints.check_weights(copied, weights, path)
+            copied.load_state_dict(weights)
         elif self.folder is not None:
-            self._write(lambda path: checkpoints.write(path, teacher.state_dict()), "dense.ckpt")
-        return teacher
+            self._write(lambda path: checkpoints.write(path, copied.state_dict()), "dense.ckpt")
+        return copied
 
     def resume_search(self, search: Search, optimizer: torch.optim.Optimizer) -> None:
         """Go on from `search.ckpt`, if it is there."""

@@ -166,6 +166,7 @@ class Search:
         self.model = gates.attach(self.space.model, self.space.sites, ones, blocks, trainable=True)
         masks = gates.masks_of(self.model)
         self._masks = [*(masks.widths[a] for a in self.layout.axes), *(masks.depths[n] for n in self.space.stacks)]
+        self._tell(torch.ones(self.layout.elements))
 
     # -- in the loop --------------------------------------------------------------------------------------------------
 
@@ -317,12 +318,20 @@ class Search:
     # -- masks --------------------------------------------------------------------------------------------------------
 
     def _write(self, flat: Tensor) -> None:
-        """Set the masks of the model; blocks that are wholly in or out are told to the gates, so that none is blended."""
-        for m, values in zip(self._masks, flat.split(self.layout.sizes)):
-            m.data.copy_(values)
-        masks = gates.masks_of(self.model)
-        blocks = {n: m.tolist() for n, m in masks.depths.items()}
-        masks.decided = {n: [k > 0.5 for k in kept] for n, kept in blocks.items() if set(kept) <= {0.0, 1.0}}
+        """Set the masks of the model, and tell the gates what they need not compute.
+
+        Those are products with ones, and blends of blocks that are wholly in or out.
+        """
+        torch._foreach_copy_([m.data for m in self._masks], list(flat.split(self.layout.sizes)))
+        self._tell(flat)
+
+    def _tell(self, flat: Tensor) -> None:
+        parts = np.split(flat.cpu().numpy(), np.cumsum(self.layout.sizes)[:-1])
+        masks, widths = gates.masks_of(self.model), len(self.layout.axes)
+        hard = [bool(((part == 0) | (part == 1)).all()) for part in parts]
+        masks.hard = {a: int(part.sum()) for a, part, known in zip(self.layout.axes, parts, hard) if known}
+        blocks = zip(masks.depths, parts[widths:], hard[widths:])
+        masks.decided = {n: (part > 0.5).tolist() for n, part, known in blocks if known}
 
     def _finish(self) -> None:
         """Fit the structure to the budget and leave its hard masks on `search.model`."""

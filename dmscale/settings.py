@@ -67,7 +67,7 @@ def settle(
             own = getattr(twin, name)
             if all(vars(own).get(k) in (v, vars(after).get(k)) for k, v in vars(before).items()):
                 setattr(twin, name, after)
-    setattr(small, name, after)
+    setattr(small, name, _changed(getattr(small, name), changes))  # what the equations have set in it stays
     return changes
 
 

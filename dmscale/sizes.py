@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from . import axes
@@ -24,10 +24,14 @@ from .polynomial import Inexact, Poly, Quotient
 
 @dataclass(frozen=True)
 class Attribute:
-    """An int that a module holds: `key` is (name,), (name, index) in a tuple, or (config, name) in a settings object."""
+    """An int that a module holds.
+
+    `key` is (name,), (name, index) in a tuple, (config, name) in a settings object, or (config, name, index) in its list.
+    """
 
     module: str
     key: tuple[str | int, ...]
+    value: int = field(default=0, compare=False)  # at full size
 
     def __str__(self) -> str:
         path = f"{self.module}.{self.key[0]}" if self.module else str(self.key[0])
@@ -350,6 +354,9 @@ def _solve_once(equations: list[Equation], kept: Mapping[Attribute, Quotient]) -
             if found and found[0] not in known:
                 known[found[0]] = found[1]
                 progress = True
+        if not progress and (divisor := _free_divisor(todo, known)) is not None:
+            known[divisor] = Quotient(divisor.value)
+            progress = True
     links: list[set[Axis]] = []
     related: list[tuple[Equation, Poly]] = []
     for eq in reversed(todo):
@@ -369,6 +376,20 @@ def _solve_once(equations: list[Equation], kept: Mapping[Attribute, Quotient]) -
             _join(links, pair)
     _freeze_unrelated(related, links, known)
     return Solution(known, links)
+
+
+def _free_divisor(equations: list[Equation], known: Mapping[Attribute, Quotient]) -> Attribute | None:
+    """An attribute that another one, of which nothing is known either, is divided by: `channels // paths`, two paths say.
+
+    Any value of it will do if the other follows, so it keeps its own.
+    """
+    for eq in equations:
+        e = eq.expression
+        if isinstance(e, Operation) and e.symbol == "//":
+            a, b = e.left, e.right
+            if isinstance(a, Attribute) and isinstance(b, Attribute) and a not in known and b not in known:
+                return b
+    return None
 
 
 def _freeze_unrelated(
@@ -470,12 +491,18 @@ def _least_to_fix(difference: Poly, eq: Equation, known: dict[Attribute, Quotien
 def _innermost(factors: set[Axis], eq: Equation) -> Axis | None:
     """Which of the factors of a product is its last: `eq` shows the product, or it is what a quotient leaves."""
     for dim in (eq.dim, *_extents(eq.expression)):
-        found = [a for a in axes.factors(dim) if a in factors]
+        found = _below(dim, factors)
         if len(found) > 1:
             return found[-1]
     quotient = isinstance(eq.expression, Operation) and eq.expression.symbol == "//"
-    found = [a for a in axes.factors(eq.dim) if a in factors]
+    found = _below(eq.dim, factors)
     return found[0] if len(found) == 1 and quotient else None
+
+
+def _below(dim: Dim, wanted: set[Axis]) -> list[Axis]:
+    """The atoms of `wanted` in order, each alone below a factor of `dim`: the one of both halves of a rotary head too."""
+    inside = [[a for a in axes.atoms((factor,)) if a in wanted] for factor in axes.factors(dim)]
+    return [] if any(len(found) > 1 for found in inside) else [found[0] for found in inside if found]
 
 
 def _freeze(found: set[Axis], reason: str) -> None:

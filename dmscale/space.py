@@ -15,14 +15,30 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import axes, blocks, branches, budget, causes, certify, export, gates, latency, naming, settings, tracing
+from . import (
+    axes,
+    blocks,
+    branches,
+    budget,
+    calls,
+    causes,
+    certify,
+    export,
+    gates,
+    latency,
+    naming,
+    routing,
+    settings,
+    tracing,
+)
 from .axes import Axis
 from .clone import alias, clone
 from .cost import METRICS, Cost, CostModel, CostTerm, product
-from .errors import DmscaleError, ExportError
+from .errors import DmscaleError, ExportError, TraceError
 from .polynomial import Poly
 from .sizes import Solution, extent_in, solve
 from .structure import Structure
+from .tracer import Record
 
 TOLERANCE = 1e-4
 """Largest relative error of an exported model against the gated one, in float32."""
@@ -103,6 +119,15 @@ class SearchSpace:
         self.dimensions, self.frozen = _dimensions(self.trace, resolved, self.options)
         self.__dict__.pop("costs", None)
         self.__dict__.pop("shares", None)
+        self.__dict__.pop("routed", None)
+
+    def trace_with_cache(self) -> None:
+        """Trace anew with the model's key-value cache, whose numbers then follow; all as it was where that fails."""
+        try:
+            self.trace = tracing.read(self.model, self.example_inputs, cached=True)
+        except TraceError:
+            return
+        self._rebuild()
 
     def freeze(self, names: Iterable[str], reason: str) -> None:
         """Take dimensions out of the space."""
@@ -118,6 +143,11 @@ class SearchSpace:
     def costs(self) -> CostModel:
         """The cost polynomials over `variables`."""
         return _cost_model(self)
+
+    @functools.cached_property
+    def routed(self) -> tuple[str, ...]:
+        """Modules whose MACs depend on values too, experts of a mixture say: they are counted as the example routes."""
+        return tuple(routing.routed(self.trace.record, self.model))
 
     def block_of_operator(self) -> Callable[[int], tuple[Hashable, ...]]:
         """What tells of an operator's number the removable block that it runs in, as a cost variable: one or none."""
@@ -564,29 +594,47 @@ def _dimensions(
     heads = {a for dim in trace.record.batched for a in axes.atoms(dim)}
     groups = _groups([a for a in names if not a.reasons], resolved.solution.links)
     steps = _steps(trace.record.multiples)
-    # of one element there is no variance: the unbiased one divides by k - 1
-    spread = {a for n in trace.record.normalisations if n.kind == "variance" for d in n.dims for a in axes.atoms(d)}
     least = _least(trace.record.least)
+    least |= {a: max(least.get(a, 1), 2) for a in _pairs(trace.record)}
     dimensions: dict[str, Dimension] = {}
     for group in groups:
         group = sorted(group, key=lambda a: (names[a].count("."), a.size))  # the widest scope names the dimension
         name, size = names[group[0]], group[0].size
         kind = "heads" if group[0] in heads else "width"
         step = size // math.gcd(*(a.size for a in group))  # so that every linked axis keeps whole elements
-        for (
-            a
-        ) in group:  # an axis of a.size keeps n * a.size / size elements of n: that must be a multiple of its own step
+        for a in group:  # keeps n * a.size / size elements of n: that must be a multiple of its own step
             step = math.lcm(step, steps.get(a, 1) * size // math.gcd(steps.get(a, 1) * size, a.size))
         wanted = _bound(options.multiple, name, 1) if kind == "width" else 1
         needed = max(-(-least.get(a, 1) * size // a.size) for a in group)
         dimensions[name] = Dimension(
-            name, kind, size, max(_bound(options.minimum, name, 1), needed, 2 if spread & set(group) else 1),
-            math.lcm(step, wanted), tuple(group), tuple(names[a] for a in group),
+            name, kind, size, max(_bound(options.minimum, name, 1), needed), math.lcm(step, wanted),
+            tuple(group), tuple(names[a] for a in group),
         )  # fmt: skip
     for stack in resolved.stacks:
         dimensions[stack.name] = Dimension(stack.name, "depth", len(stack.paths), stack.minimum)
     frozen = {names[a]: "; ".join(list(a.reasons)[:2]) for a in names if a.reasons} | options.no_depth
     return dimensions, frozen
+
+
+def _pairs(record: Record) -> set[Axis]:
+    """The axes that keep two elements at least, for what becomes of one is no longer the same operation.
+
+    An unbiased variance divides by k - 1.  A centred normalisation of one element is its bias whatever comes in: what such a
+    network computes is rounding, amplified.  And einsum multiplies element by element where there is one to contract.
+    """
+    single = [d for n in record.normalisations if n.kind in ("variance", "standardised") for d in n.dims]
+    single += [n.dims[0] for n in record.normalisations if n.kind == "centred" and not n.group and len(n.dims) == 1]
+    for c in record.contractions:
+        call = calls.at(record, c.op) if axes.is_free(c.dim) else None
+        if call is not None and call.name == "einsum":
+            single.append(c.dim)
+    found = set()
+    for dim in single:
+        free = [a for a in axes.factors(dim) if axes.is_free((a,)) and a.is_atom]
+        others = [a for a in axes.factors(dim) if a not in free]  # of a sum each part keeps one
+        if free and not others:
+            found.add(max(free, key=lambda a: a.size))
+    return found
 
 
 def _steps(multiples: Iterable[tuple[axes.Dim, int]]) -> dict[Axis, int]:
@@ -675,6 +723,7 @@ def _cost_model(space: SearchSpace) -> CostModel:
             add("params", dims, gate, 1, paths)
             add("bytes", dims, gate, parameters[name].element_size(), paths)
     uncounted = [f"{op} in {path or 'the model'}" for op, paths in record.unknown.items() for path in paths]
+    uncounted += [f"other rows than the example's in {path}" for path in space.routed]
     return CostModel(space.variables, terms, uncounted, {"latency": space._latency_metric})
 
 

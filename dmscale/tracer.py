@@ -230,6 +230,7 @@ class Record:
     read: dict[str, int] = field(default_factory=dict)  # parameter -> the first operator that took it
     steps: dict[int, Step] = field(default_factory=dict)  # by operator number
     results: set[int] = field(default_factory=set)  # origins of what the model returns
+    by_values: dict[Axis, str] = field(default_factory=dict)  # an axis as long as values say -> the module that made it
 
     def matters(self) -> set[int]:
         """Origins of everything that a result, or a tensor that is written to, depends on."""
@@ -265,7 +266,7 @@ _TIMES = {aten.mul.Tensor, aten.mul_.Tensor}
 """Products are zero where one factor is; the masked factor of a rotary embedding is enough."""
 _LEAVES_ZERO = {
     getattr(packet, name)
-    for packet in (aten.exp, aten.sigmoid, aten._softmax, aten._log_softmax, aten.cos, aten.softplus, aten.rsub,
+    for packet in (aten.exp, aten.sigmoid, aten._softmax, aten._log_softmax, aten.cos, aten.polar, aten.softplus, aten.rsub,
                    aten.log_sigmoid_forward, aten.hardsigmoid)
     for name in packet.overloads()
 }  # fmt: skip
@@ -521,6 +522,10 @@ class Tracer(TorchDispatchMode):
         self._contracting = False
         self._said.clear()
         found = self._apply_rule(func, args, kwargs, tensors, out, outs)
+        if torch.Tag.dynamic_output_shape in func.tags:
+            before = {a for v in values for dim in v.dims for a in axes.atoms(dim)}
+            new = {a for dims in found for dim in dims for a in axes.atoms(dim)} - before
+            record.by_values.update(dict.fromkeys(new, self.path))
         data = any(v.data for v in values)
         params: frozenset[str] = frozenset()
         made_of = values[:1] if func in PICKS else values  # numbers say where elements come from, not what they are

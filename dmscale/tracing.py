@@ -8,21 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from . import attachment, axes, running
+from . import attachment, axes, routing, running
 from .arrivals import Arrivals, transparent_functional
 from .axes import Dim
 from .clone import alias, clone, on_meta
 from .errors import TraceError
-from .known import is_by_product, quiet
+from .known import is_by_product, is_result, quiet
 from .sizes import Attribute, SizedInt, listed
-from .tracer import Call, Record, Tracer
+from .tracer import Call, Contraction, Normalisation, Record, Tracer
 
 _GEOMETRY = {
     "stride",
@@ -42,6 +42,7 @@ class Trace:
     aliases: every other name of a tied tensor -> its first name.
     record: contractions, normalisations, size equations, module calls.
     on: "meta" or "values", how the model was run.
+    cached: whether it made its key-value cache.
     unread: parameters that no operator took, in evaluation or in training mode.
     """
 
@@ -49,13 +50,18 @@ class Trace:
     aliases: dict[str, str]
     record: Record
     on: str
+    cached: bool = False
     unread: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
-def read(model: nn.Module, example_inputs: Any) -> Trace:
+def read(model: nn.Module, example_inputs: Any, cached: bool = False) -> Trace:
     """Trace `model` on `example_inputs`; the model is left as it was.
 
+    Args:
+        model: any module.
+        example_inputs: what it is called with.
+        cached: whether it may make the key-value cache that it makes by default.
     Raises:
         TraceError: `model` is no module, its forward fails on the example, inputs and parameters are on different
             devices, or the parameters are sharded over several processes.
@@ -70,7 +76,7 @@ def read(model: nn.Module, example_inputs: Any) -> Trace:
     failure: Exception | None = None
     for kind in ("meta", "values"):
         try:
-            return _read(model, args, kwargs, kind)
+            return _read(model, args, kwargs, kind, cached)
         except TraceError:
             raise
         except Exception as error:
@@ -137,16 +143,20 @@ def _check_inputs(model: nn.Module, args: tuple, kwargs: dict) -> None:
         )
 
 
-def _read(model: nn.Module, args: tuple, kwargs: dict, kind: str) -> Trace:
+def _read(model: nn.Module, args: tuple, kwargs: dict, kind: str, cached: bool) -> Trace:
     meta = kind == "meta"
-    twin = quiet(clone(model, on_meta if meta else alias)).eval()
+    twin = clone(model, on_meta if meta else alias).eval()
+    twin = twin if cached else quiet(twin)
     tracer = Tracer(meta)
     slots, aliases = _watch_parameters(tracer, twin)
     _tag_sizes(twin)
     parameters = {n for n, _ in twin.named_parameters()}
-    _run(tracer, twin, args, kwargs, meta)
-    trace = Trace(slots, aliases, tracer.record, kind)
+    examples: dict[str, routing.Example] = {}
+    _run(tracer, twin, args, kwargs, meta, None if meta else examples)  # without values none is chosen by them
+    trace = Trace(slots, aliases, tracer.record, kind, cached)
     touched = _touched(tracer.record)
+    if examples and parameters - tracer.record.read.keys():
+        touched |= _read_others(tracer, twin, examples, trace)
     if parameters - tracer.record.read.keys():
         touched |= _read_training(tracer, twin, args, kwargs, meta, trace)
     for name in slots:
@@ -175,31 +185,80 @@ def _read_training(tracer: Tracer, twin: nn.Module, args: tuple, kwargs: dict, m
     Returns the dimensions of what was computed then.
     """
     record = tracer.record
-    costs = (record.terms, record.activations, record.calls, record.instances, record.cached, record.functions)
-    before = [len(noted) for noted in costs]
+    met, normalised = len(record.contractions), len(record.normalisations)
     twin.train()
-    try:
-        _run(tracer, twin, args, kwargs, meta)
-    except Exception as error:  # a batch of one under BatchNorm, say: what only training reads stays frozen
-        trace.notes.append(f"not traced in training mode ({type(error).__name__}: {error})")
-    touched = _touched(record)
-    for noted, length in zip(costs, before):
-        del noted[length:]  # type: ignore[attr-defined]
+    with _free_of_cost(record) as touched:
+        try:
+            _run(tracer, twin, args, kwargs, meta)
+        except Exception as error:  # a batch of one under BatchNorm, say: what only training reads stays frozen
+            trace.notes.append(f"not traced in training mode ({type(error).__name__}: {error})")
+    # what evaluation has noted of a module is not noted again: the call that it ran in is no longer known
+    record.contractions[met:] = _new(record.contractions, met, lambda c: [c.dim, *(own for _, own in c.operands)])
+    record.normalisations[normalised:] = _new(record.normalisations, normalised, lambda n: [*n.dims, n.group])
     return touched
 
 
-def _run(tracer: Tracer, twin: nn.Module, args: tuple, kwargs: dict, meta: bool) -> None:
+@contextlib.contextmanager
+def _free_of_cost(record: Record) -> Iterator[set[Dim]]:
+    """What runs inside adds to no cost; gives the dimensions of what was computed there, afterwards."""
+    costs = (record.terms, record.activations, record.calls, record.instances, record.cached, record.functions)
+    before = [len(noted) for noted in costs]
+    touched: set[Dim] = set()
+    yield touched
+    touched |= _touched(record)
+    for noted, length in zip(costs, before):
+        del noted[length:]  # type: ignore[attr-defined]
+
+
+def _read_others(tracer: Tracer, twin: nn.Module, examples: dict[str, routing.Example], trace: Trace) -> set[Dim]:
+    """Experts that the example does not reach follow those that it does.  Returns the dimensions of what was computed."""
+    with _free_of_cost(tracer.record) as touched, _following(tracer, twin):
+        try:
+            routing.call_others(tracer, twin, examples)
+        except Exception as error:  # what it takes depends on which one it is: it stays as it is
+            trace.notes.append(f"not all alternatives were traced ({type(error).__name__}: {error})")
+    return touched
+
+
+_Noted = TypeVar("_Noted", Contraction, Normalisation)
+
+
+def _new(noted: list[_Noted], old: int, dims_of: Callable[[_Noted], list[Dim]]) -> list[_Noted]:
+    """Those of `noted` behind number `old` that are unlike all before it: another module, operator or other axes."""
+    known: dict[tuple[str, str], list[list[Dim]]] = {}
+    for n in noted[:old]:
+        known.setdefault((n.path, n.operator), []).append(dims_of(n))
+    return [
+        n for n in noted[old:]
+        if not any(
+            len(dims) == len(other) and all(map(axes.same, dims, other))
+            for dims in [dims_of(n)] for other in known.get((n.path, n.operator), ())
+        )
+    ]  # fmt: skip
+
+
+@contextlib.contextmanager
+def _following(tracer: Tracer, twin: nn.Module, examples: dict[str, routing.Example] | None = None) -> Iterator[None]:
+    """Everything that must be on while modules of `twin` run."""
+    generators = [] if tracer.meta else [d for d in range(torch.cuda.device_count())]
+    with (
+        torch.random.fork_rng(generators), torch.no_grad(), _following_calls(tracer, twin, examples),
+        transparent_functional(), running.uncompiled(), tracer, Arrivals(tracer),
+    ):  # fmt: skip
+        yield
+
+
+def _run(
+    tracer: Tracer, twin: nn.Module, args: tuple, kwargs: dict, meta: bool,
+    examples: dict[str, routing.Example] | None = None,
+) -> None:  # fmt: skip
     def own(t: Tensor) -> Tensor:
         mine = on_meta(t) if meta else t.detach().clone()
         return tracer.watch(mine, frozen="an axis of the model's input", data=True)
 
     args, kwargs = running.map_tensors(own, args), running.map_tensors(own, kwargs)
-    generators = [] if meta else [d for d in range(torch.cuda.device_count())]
     try:
-        with (
-            torch.random.fork_rng(generators), torch.no_grad(), _following_calls(tracer, twin),
-            transparent_functional(), running.uncompiled(), tracer, Arrivals(tracer),
-        ):  # fmt: skip
+        with _following(tracer, twin, examples):
             out = twin(*args, **kwargs)
     except Exception as error:
         error._dmscale_path = tracer.path  # type: ignore[attr-defined]
@@ -214,9 +273,11 @@ def _run(tracer: Tracer, twin: nn.Module, args: tuple, kwargs: dict, meta: bool)
             axes.freeze(numbers, "the numbers of its elements are an output of the model")
     tracer.record.results.update(tracer.value(t).origin for t in running.tensors_in(out))
     fields = dict(out.items()) if isinstance(out, Mapping) else {"": out}
+    beside = {id(t) for key, value in fields.items() if is_by_product(out, key) for t in running.tensors_in(value)}
     for key, value in fields.items():
         tensors = tuple(tracer.dims(t) for t in running.tensors_in(value))
-        if is_by_product(out, key):
+        again = bool(tensors) and all(id(t) in beside for t in running.tensors_in(value)) and not is_result(key)
+        if is_by_product(out, key) or again:
             tracer.record.by_products[key] = tensors
             continue
         for dims in tensors:
@@ -246,9 +307,9 @@ def _tag_sizes(twin: nn.Module) -> None:
                 continue
             if type(value) is int:
                 if value > 1:
-                    module.__dict__[key] = SizedInt(value, Attribute(path, (key,)))
+                    module.__dict__[key] = SizedInt(value, Attribute(path, (key,), value))
             elif type(value) in (tuple, list) and value and all(type(v) is int for v in value):
-                tagged = (SizedInt(v, Attribute(path, (key, i))) if v > 1 else v for i, v in enumerate(value))
+                tagged = (SizedInt(v, Attribute(path, (key, i), v)) if v > 1 else v for i, v in enumerate(value))
                 module.__dict__[key] = type(value)(tagged)
             elif type(value) is list and value and all(isinstance(v, (str, bool)) for v in value):
                 module.__dict__[key] = listed(value, Attribute(path, (key,)))
@@ -272,9 +333,13 @@ def _tagged_settings(settings: Any, path: str, key: str) -> Any:
     mine.__dict__.update(settings.__dict__)
     for name, value in settings.__dict__.items():
         if type(value) is int and value > 1:
-            mine.__dict__[name] = SizedInt(value, Attribute(path, (key, name)))
+            mine.__dict__[name] = SizedInt(value, Attribute(path, (key, name), value))
         elif type(value) is list and value and all(isinstance(v, (str, bool, int)) for v in value):
-            mine.__dict__[name] = listed(value, Attribute(path, (key, name)))
+            entries = [
+                SizedInt(v, Attribute(path, (key, name, i), v)) if type(v) is int and v > 1 else v
+                for i, v in enumerate(value)
+            ]
+            mine.__dict__[name] = listed(entries, Attribute(path, (key, name)))
     return mine
 
 
@@ -289,8 +354,11 @@ def _form(out: Any, first: Tensor, taken: Mapping[int, int | str]) -> Any:
 
 
 @contextlib.contextmanager
-def _following_calls(tracer: Tracer, twin: nn.Module) -> Iterator[None]:
-    """Know at every operator which module runs, and note what each module call takes and gives."""
+def _following_calls(tracer: Tracer, twin: nn.Module, examples: dict[str, routing.Example] | None) -> Iterator[None]:
+    """Know at every operator which module runs, and note what each module call takes and gives.
+
+    `examples` gets one call of each container of alternatives.
+    """
     paths = [""]
     open_calls: list[Call] = []
     arguments: list[dict[int, int | str]] = []  # of each open call: tensor -> position or name
@@ -325,6 +393,9 @@ def _following_calls(tracer: Tracer, twin: nn.Module) -> Iterator[None]:
         given = {id(t) for t in running.tensors_in((args, kwargs))}
         call.passes_the_rest = all(id(t) in given for t in tensors[1:])
         tracer.record.calls.append(call)
+        container = call.path.rpartition(".")[0]
+        if examples is not None and container not in examples and len(routing.alternatives(twin, call.path)) > 1:
+            examples[container] = routing.Example(call.path, args, kwargs, out)
 
     try:
         for path, module in twin.named_modules():

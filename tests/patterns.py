@@ -191,6 +191,22 @@ def selective_kernel():
     return nn.Sequential(conv(3, 10), SelectiveKernel(10, 6), nn.Conv2d(10, 4, 1)), picture(6)
 
 
+class Paths(nn.Module):
+    """Each half of the channels goes its own way; a number that nothing else reads says how many ways there are (SKNet)."""
+
+    def __init__(self, channels=20, paths=2):
+        super().__init__()
+        self.channels, self.paths = channels, paths
+        self.ways = nn.ModuleList(conv(channels // paths, 9, 3 + 2 * i) for i in range(paths))
+
+    def forward(self, x):
+        return sum(way(part) for way, part in zip(self.ways, x.split(self.channels // self.paths, 1)))
+
+
+def paths_by_number():
+    return nn.Sequential(conv(3, 20), Paths(), nn.Conv2d(9, 4, 1)), picture(6)
+
+
 class SpatialAttention(nn.Module):
     """CBAM: a map from the mean and the maximum over the channels."""
 
@@ -367,6 +383,44 @@ def weight_norm():
     return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.Linear(15, 4)), torch.randn(3, 8)
 
 
+class Standardised(nn.Conv2d):
+    """A convolution whose weight is standardised over its inputs by a batch norm (BiT, NFNet)."""
+
+    def __init__(self, *sizes, affine, **options):
+        super().__init__(*sizes, **options)
+        self.gain = nn.Parameter(torch.ones(self.out_channels, 1, 1, 1)) if affine else None
+        self.shift = nn.Parameter(torch.zeros(self.out_channels)) if affine else None
+
+    def forward(self, x):
+        gain = None if self.gain is None else (self.gain * 0.7).view(-1)
+        weight = self.weight.reshape(1, self.out_channels, -1)
+        weight = F.batch_norm(weight, None, None, gain, self.shift, training=True, momentum=0.0, eps=1e-2)
+        return F.conv2d(x, weight.reshape_as(self.weight), self.bias, self.stride, self.padding, groups=self.groups)
+
+
+def weight_standardisation():
+    return nn.Sequential(
+        Standardised(3, 12, 3, affine=False), nn.ReLU(), Standardised(12, 15, 3, affine=True), nn.ReLU(),
+        Standardised(15, 16, 1, affine=False), nn.ReLU(), nn.Conv2d(16, 4, 1),
+    ), picture(6)  # fmt: skip
+
+
+class Sideways(nn.Module):
+    """Tokens of three scales mixed by a convolution of size one over their stack: the width is its spatial axis (CoaT)."""
+
+    def __init__(self):
+        super().__init__()
+        self.scales, self.mix = nn.ModuleList(nn.Linear(6, 14) for _ in range(3)), nn.Conv1d(3, 1, 1)
+        self.head = nn.Linear(14, 4)
+
+    def forward(self, x):
+        return self.head(self.mix(torch.stack([scale(x) for scale in self.scales], 1)).squeeze(1))
+
+
+def sideways_convolution():
+    return Sideways(), torch.randn(2, 6)
+
+
 def spectral_norm():
     first, second = nn.Linear(8, 12), parametrizations.spectral_norm(nn.Linear(12, 15))
     return nn.Sequential(
@@ -494,6 +548,137 @@ def einsum_attention():
     return Stream(EinsumAttention()), torch.randn(2, 7, 6)
 
 
+class WidthByShape(nn.Module):
+    """Attention with rotated heads that joins them by the width of what came in."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads, head_dim = heads, width // heads
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.register_buffer("angles", torch.rand(7, head_dim // 2))
+
+    def forward(self, x):
+        b, n, c = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)  # (b, h, n, d)
+        cos, sin = torch.cat([self.angles.cos()] * 2, -1), torch.cat([self.angles.sin()] * 2, -1)
+        q, k = (t * cos + torch.cat([-t.chunk(2, -1)[1], t.chunk(2, -1)[0]], -1) * sin for t in (q, k))
+        weight = (q @ k.transpose(-2, -1) * 0.3).softmax(-1)
+        return self.out((weight @ v).transpose(1, 2).reshape(b, n, c))
+
+
+def rotated_width_by_shape():
+    """All of width, heads and head size change together, so head size stays and the others keep one share."""
+    return nn.Sequential(nn.Linear(6, 24), WidthByShape(24, 3), WidthByShape(24, 3), nn.Linear(24, 5)), torch.randn(
+        2, 7, 6
+    )
+
+
+class ShapeOfAPart(nn.Module):
+    """A table of positions, as many as there are tokens in the last channel of what is embedded (BART)."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.positions, self.head = nn.Linear(6, 14), nn.Embedding(9, 14), nn.Linear(14, 5)
+
+    def forward(self, x):
+        x = self.embed(x)
+        return self.head(x + self.positions(torch.arange(x[:, :, -1].shape[1], device=x.device)))
+
+
+def shape_of_a_part():
+    return ShapeOfAPart(), torch.randn(2, 7, 6)
+
+
+class NormAct(nn.Module):
+    """A norm without a bias that ends with an activation: what is behind it is no multiple of what it gives (MobileNetV5)."""
+
+    def __init__(self, width, centred):
+        super().__init__()
+        self.weight, self.centred = nn.Parameter(torch.ones(width)), centred
+
+    def forward(self, x):
+        if self.centred:
+            return F.gelu(F.layer_norm(x, (x.shape[-1],), self.weight))
+        return F.gelu(x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * self.weight)
+
+
+def norm_with_activation():
+    layers = nn.Linear(6, 14), NormAct(14, True), nn.Linear(14, 17), NormAct(17, False), nn.Linear(17, 5)
+    return nn.Sequential(*layers), torch.randn(2, 7, 6)
+
+
+class NormOfAny(nn.Module):
+    """One norm for tokens and for what they are pooled to (BLIP)."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.norm, self.head = nn.Linear(6, 14), nn.LayerNorm(14), nn.Linear(14, 5)
+
+    def forward(self, x):
+        x = self.norm(self.embed(x))
+        return self.head(x) + self.head(self.norm(x[:, 0])).unsqueeze(1)
+
+
+def norm_of_any_rank():
+    return NormOfAny(), torch.randn(2, 7, 6)
+
+
+class RelativeShift(nn.Module):
+    """Scores for each distance become scores for each place by a view of other rows: heads are not concerned."""
+
+    def __init__(self, width=20, heads=3, head_dim=5):
+        super().__init__()
+        self.heads = heads
+        self.q, self.v = nn.Linear(width, heads * head_dim), nn.Linear(width, heads * head_dim)
+        self.distances, self.out = (
+            nn.Parameter(torch.randn(heads, head_dim, 13) / 2),
+            nn.Linear(heads * head_dim, width),
+        )
+
+    def forward(self, x):
+        q, v = (f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.q, self.v))
+        scores = F.pad(q @ self.distances, (1, 0))  # (b, h, 7, 14)
+        b, h, n, m = scores.shape
+        scores = scores.view(b, h, m, n)[:, :, 1:].reshape(b, h, n, m - 1)[..., :n]
+        return self.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+def relative_shift():
+    return Stream(RelativeShift()), torch.randn(2, 7, 6)
+
+
+class LatentAttention(nn.Module):
+    """Keys and values from a narrow latent; a part of each head is rotated, as complex numbers, in place (DeepSeek)."""
+
+    def __init__(self, width=20, heads=3, plain=8, rotated=6, value=5, latent=10):
+        super().__init__()
+        self.sizes, self.parts, self.latent = [plain, rotated], [plain, value], latent
+        self.q = nn.Linear(width, heads * (plain + rotated))
+        self.down, self.up = nn.Linear(width, latent + rotated), nn.Linear(latent, heads * (plain + value))
+        self.out = nn.Linear(heads * value, width)
+        self.register_buffer("angles", torch.rand(7, rotated // 2))
+
+    def forward(self, x):
+        b, n, _ = x.shape
+        plain, turned = self.q(x).view(b, n, -1, sum(self.sizes)).transpose(1, 2).split(self.sizes, -1)
+        latent, shared = self.down(x).split([self.latent, self.sizes[1]], -1)
+        key, value = self.up(latent).view(b, n, -1, sum(self.parts)).transpose(1, 2).split(self.parts, -1)
+        query = torch.cat([plain, self.turn(turned)], -1)
+        keys = key.new_empty(*key.shape[:-1], sum(self.sizes))
+        keys[..., : self.sizes[0]].copy_(key)
+        keys[..., self.sizes[0] :].copy_(self.turn(shared.unsqueeze(1)).expand(-1, key.shape[1], -1, -1))
+        weight = (query @ keys.transpose(-2, -1) * 0.3).softmax(-1)
+        return self.out((weight @ value).transpose(1, 2).reshape(b, n, -1))
+
+    def turn(self, x):
+        x = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2))
+        return torch.view_as_real(x * torch.polar(torch.ones_like(self.angles), self.angles)).flatten(-2)
+
+
+def latent_attention():
+    return Stream(LatentAttention()), torch.randn(2, 7, 6)
+
+
 class MultiheadAttentions(nn.Module):
     """PyTorch's layer three times: as it comes, with its scores wanted, and with keys and values of other widths."""
 
@@ -602,6 +787,25 @@ def checkpointed():
 
 def checkpointed_reentrant():
     return Checkpointed(True), torch.randn(2, 7, 6)
+
+
+class MaskedTokens(nn.Module):
+    """Only training reads the token that stands for masked ones; what is normalised then is what always is."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.token = nn.Linear(6, 18), nn.Parameter(torch.randn(18))
+        self.feed, self.norm, self.head = Feed(18, 22), MeanGate(), nn.Linear(18, 5)
+
+    def forward(self, x):
+        x = self.embed(x)
+        if self.training:
+            x = torch.cat([x[:, :-1], self.token.expand(x.shape[0], 1, -1)], 1)
+        return self.head(self.norm(self.feed(x).transpose(1, 2)).transpose(1, 2))
+
+
+def token_of_training():
+    return MaskedTokens(), torch.randn(2, 7, 6)
 
 
 class BareParameters(nn.Module):
@@ -866,6 +1070,7 @@ EXPECTED: dict[Callable[[], tuple[nn.Module, Any]], dict[tuple[str, int], int]] 
     two_input_cells: {(W, 9): 1, (W, 5): 1, (W, 6): 1, (W, 7): 1},
     split_shuffle: {(W, 10): 3, (W, 5): 2, (W, 9): 1},
     selective_kernel: {(W, 10): 2, (W, 6): 1},
+    paths_by_number: {(W, 10): 2, (W, 9): 1},
     spatial_attention: {(W, 10): 1},
     channel_mean: {(W, 10): 1},
     pixel_unshuffle: {(W, 7): 1, (W, 9): 1},
@@ -878,6 +1083,8 @@ EXPECTED: dict[Callable[[], tuple[nn.Module, Any]], dict[tuple[str, int], int]] 
     channels_first_norm: {(W, 14): 1},
     global_response_norm: {(W, 14): 1},
     weight_norm: {(W, 12): 1, (W, 15): 1},
+    weight_standardisation: {(W, 12): 1, (W, 15): 1, (W, 16): 1},
+    sideways_convolution: {(W, 14): 1},
     spectral_norm: {(W, 12): 1, (W, 15): 1, (W, 11): 1},
     mqa_by_expand: {(W, 24): 1, (H, 3): 1, (W, 8): 2},
     mqa_native: {(W, 24): 1, (H, 3): 1, (W, 8): 2},
@@ -887,6 +1094,12 @@ EXPECTED: dict[Callable[[], tuple[nn.Module, Any]], dict[tuple[str, int], int]] 
     relative_position_table: {(W, 20): 1, (H, 4): 1, (W, 6): 1},
     relative_position_buckets: {(W, 20): 1, (H, 4): 1, (W, 6): 1},
     einsum_attention: {(W, 20): 1, (H, 3): 1, (W, 6): 1},
+    rotated_width_by_shape: {(H, 3): 2, (H, 24): 2, (W, 24): 1},
+    shape_of_a_part: {(W, 14): 1},
+    norm_with_activation: {(W, 14): 1, (W, 17): 1},
+    norm_of_any_rank: {(W, 14): 1},
+    relative_shift: {(W, 20): 1, (H, 3): 1, (W, 5): 2},
+    latent_attention: {(W, 20): 1, (H, 3): 1, (W, 8): 1, (W, 3): 1, (W, 5): 1, (W, 10): 1},
     multihead_attentions: {(H, 24): 1, (W, 10): 1, (W, 9): 1, (H, 4): 3},
     layer_scale: {(W, 18): 1, (W, 22): 3, (D, 3): 1},
     learned_residual_weights: {(W, 18): 1, (W, 22): 3},
@@ -894,6 +1107,7 @@ EXPECTED: dict[Callable[[], tuple[nn.Module, Any]], dict[tuple[str, int], int]] 
     tied_layers: {(W, 18): 1, (W, 22): 1},
     checkpointed: {(W, 18): 1, (W, 22): 3, (D, 3): 1},
     checkpointed_reentrant: {(W, 18): 1, (W, 22): 3, (D, 3): 1},
+    token_of_training: {(W, 18): 1, (W, 22): 1},
     bare_parameters: {(W, 12): 1, (W, 15): 1},
     nested_output: {(W, 9): 1, (W, 7): 1},
     lstm_two_layers: {(W, 9): 1, (W, 12): 1},

@@ -125,6 +125,19 @@ def test_scale_writes_a_smaller_network_on_budget(net, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "pipeline", [["--from-scratch"], ["--structure-only"], ["--expand-width", 2, "--method", "dms"]]
+)
+def test_scale_runs_every_pipeline(net, tmp_path, pipeline):
+    result = dmscale_command(
+        "scale", net, "--data", "digits", "--budget", "60% macs", "--out", tmp_path / "out", "--steps", 8, "--epochs", 0,
+        "--device", "cpu", *pipeline,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert 0.5 <= report["scaled"]["macs"] / report["dense"]["macs"] <= 0.6  # shares are of the network as it was given
+
+
+@pytest.mark.parametrize(
     "changed, says",
     [
         ({"--budget": "1% nonsense"}, "nonsense"),

@@ -92,6 +92,43 @@ def test_the_gradient_of_a_mask_is_that_of_finite_differences(name):
 
 
 @pytest.mark.parametrize("name", NETS)
+def test_what_gates_know_of_their_masks_changes_nothing(name):
+    """Told which masks are hard, gates leave products out: same outputs, same gradients of masks and weights."""
+    over = space(name)
+    rng = torch.Generator().manual_seed(0)
+    of_axes, hard = {}, {}
+    for a in (a for d in over.dimensions.values() for a in d.axes):
+        of_axes[a] = torch.ones(a.size)
+        if torch.rand((), generator=rng) < 0.4:
+            of_axes[a] = (torch.rand(a.size, generator=rng) < 0.6).float()
+            of_axes[a][0] = 1
+        hard[a] = int(of_axes[a].sum())
+        if torch.rand((), generator=rng) < 0.2:
+            of_axes[a], _ = torch.empty(a.size).uniform_(0.3, 1, generator=rng), hard.pop(a)
+    of_stacks = {n: torch.ones(len(s.paths)) for n, s in over.stacks.items()}
+    found = []
+    for told in (False, True):
+        gated = gates.attach(over.model, over.sites, of_axes, of_stacks, trainable=True)
+        masks = gates.masks_of(gated)
+        if told:
+            masks.hard, masks.decided = hard, {n: [True] * len(m) for n, m in masks.depths.items()}
+        gated.zero_grad()
+        values = floats_of(run(gated, over.example_inputs))
+        rng.manual_seed(1)
+        sum((t.square() * torch.rand(t.shape, generator=rng)).sum() for t in values).backward()
+        grads = {n: p.grad for n, p in gated.named_parameters() if p.grad is not None}
+        assert {id(m) for m in masks.parameters()} <= {id(p) for n, p in gated.named_parameters() if n in grads}
+        found.append((values, grads))
+    (plain, expected), (values, grads) = found
+    assert difference([t.detach() for t in values], [t.detach() for t in plain]) <= 1e-5
+    assert grads.keys() == expected.keys()
+    largest = max(float(g.abs().max()) for g in expected.values())
+    for n, g in grads.items():
+        scale = max(float(expected[n].abs().max()), 1e-3 * largest)
+        assert float((g - expected[n]).abs().max()) <= 2e-4 * scale, n
+
+
+@pytest.mark.parametrize("name", NETS)
 def test_what_is_masked_cannot_be_seen(name):
     """Whatever a removed element of a weight holds, the output of the gated model is the same."""
     torch.manual_seed(0)

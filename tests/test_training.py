@@ -7,6 +7,7 @@ found beyond rounding, and what does not change it must not change a bit.
 from __future__ import annotations
 
 import functools
+import gc
 
 import pytest
 import torch
@@ -303,6 +304,21 @@ def test_clipping_the_weights_leaves_importance_alone():
         optimizer.zero_grad()
         note(search)
     assert_like(search, plain(make=still), 0.0)
+
+
+@pytest.mark.parametrize("net", ["residual_conv", "fused_attention", "own_rms_norm"])
+def test_a_step_leaves_no_cycle_behind(net):
+    """A cycle in a gate would hold the activations of some steps until the garbage is collected."""
+    search, optimizer, batches = searching(net)
+    train(search, optimizer, batches[:2])
+    (x, y), *_ = batches
+    gc.collect()
+    gc.disable()
+    try:
+        F.mse_loss(search.model(x), y).backward()
+        assert gc.collect() == 0
+    finally:
+        gc.enable()
 
 
 # -- other ways to run the forward ------------------------------------------------------------------------------------

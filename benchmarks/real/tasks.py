@@ -139,7 +139,6 @@ def cifar10(setup: Setup) -> list[Problem]:
         "search_steps": epoch,
         "recovery_steps": epoch if setup.small else 5 * epoch,
         "lr": 0.02,
-        "search_lr": 0.01,
     }
     return [
         Problem(
@@ -175,7 +174,7 @@ def fashion(setup: Setup) -> list[Problem]:
             Problem(
                 f"fashion-{name}", trained(setup, f"fashion-{name}-{tag}", make, lambda seed: train, dense_steps, lr),
                 torch.zeros(1, 1, 28, 28, device=setup.device), lambda seed: train, percent(test.plain),
-                recipe={**steps, "lr": lr, "search_lr": lr / 2, "optimizer": adamw},
+                recipe={**steps, "lr": lr, "optimizer": adamw},
                 settings=setup.settings(images=len(x), dense_steps=dense_steps, optimizer="adamw, wd 0.05"),
             )
         )  # fmt: skip
@@ -225,7 +224,7 @@ def nuclei(setup: Setup) -> list[Problem]:
             "nuclei-unet", trained(setup, f"nuclei-unet-{tag}", make, lambda seed: train, dense_steps, 3e-3, criterion=dice_loss),
             torch.zeros(1, 1, *x.shape[-2:], device=setup.device), lambda seed: train, dice(lambda: test.plain(11)),
             criterion=dice_loss, metric="dice %",
-            recipe={"search_steps": steps, "recovery_steps": steps, "lr": 2e-3, "search_lr": 1e-3, "optimizer": adamw},
+            recipe={"search_steps": steps, "recovery_steps": steps, "lr": 2e-3, "optimizer": adamw},
             settings=setup.settings(images=len(x), width=width, dense_steps=dense_steps, optimizer="adamw, wd 0.05"),
         )
     ]  # fmt: skip
@@ -257,8 +256,8 @@ def _language(
     train, test = replace(train, tokens=train.tokens.to(on)), replace(test, tokens=test.tokens.to(on))
     return Problem(
         name, model, {"input_ids": torch.zeros(1, train.length, dtype=torch.long, device=on)}, lambda seed: train,
-        perplexity(test.plain), metric="perplexity", higher_is_better=False, budgets=("50% params", "80% params"),
-        recipe={"search_steps": steps, "recovery_steps": steps, "lr": lr, "search_lr": lr / 2, "optimizer": adamw},
+        perplexity(test.plain), metric="perplexity", higher_is_better=False, budgets=("25% params", "50% params", "80% params"),
+        recipe={"search_steps": steps, "recovery_steps": steps, "lr": lr, "optimizer": adamw},
         settings=setup.settings(
             tokens=len(train.tokens), length=train.length, batch=train.batch, optimizer="adamw, wd 0.05", **settings
         ),

@@ -8,7 +8,7 @@ import statistics
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -44,7 +44,8 @@ class Row:
     params, macs: of the full model on the example inputs.
     free_params, free_macs: share that goes when every width and the heads are at their minimum, all blocks kept.
     half_macs: MACs at half width and half the heads, as a share.
-    error: largest relative error of exported against gated over the structures; macs_equal: predicted = counted on all.
+    error: largest relative error of exported against gated over the structures; macs_equal: predicted = counted on all,
+        experts aside that a router gives other rows.
     read_s, trace_s: seconds of a trace without and with its trial; export_s: median seconds of an export, unverified.
     forward_s: seconds of the forward on meta tensors; 0 where it does not run there.
     causes: reason (without its place) -> share of the parameters that an axis frozen for it indexes.
@@ -107,7 +108,9 @@ def _measure(row: Row, model: nn.Module, inputs: Any) -> None:
         took, small = _timed(lambda chosen=structure: space.export(chosen, verify=False))
         seconds.append(took)
         row.error = max(row.error, certify.compare(space.gate(structure), small, inputs))
-        predicted, counted = space.cost(structure).macs, counted_macs(small, inputs)
+        cost = space.cost(structure)
+        predicted = cost.macs - int(sum(cost[f"macs in {path}"] for path in space.routed))
+        counted = counted_macs(small, inputs, space.routed)
         if predicted != counted:
             problems.append(f"MACs of structure {seed} predicted {predicted}, counted {counted}")
     row.export_s, row.macs_equal = statistics.median(seconds), not problems
@@ -191,8 +194,11 @@ def non_trivial(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def counted_macs(model: nn.Module, inputs: Any) -> int:
-    """MACs of one forward by PyTorch's counter, which counts two FLOPs for each."""
+def counted_macs(model: nn.Module, inputs: Any, without: Sequence[str] = ()) -> int:
+    """MACs of one forward by PyTorch's counter, which counts two FLOPs for each; but for those in the modules `without`.
+
+    How many rows an expert gets is for its router to say: another structure routes otherwise.
+    """
     learning = [p for p in model.parameters() if p.requires_grad]
     for p in learning:  # the counter follows backward passes too, and fails on a parameter that a module takes as input
         p.requires_grad_(False)
@@ -202,7 +208,9 @@ def counted_macs(model: nn.Module, inputs: Any) -> int:
     finally:
         for p in learning:
             p.requires_grad_(True)
-    return counter.get_total_flops() // 2
+    in_modules = counter.get_flop_counts()
+    left_out = [sum(in_modules.get(f"{type(model).__name__}.{path}", {}).values()) for path in without]
+    return (counter.get_total_flops() - sum(left_out)) // 2
 
 
 @contextlib.contextmanager

@@ -32,8 +32,12 @@ def batch_norm(trace: Tracer, out: Sequence[Tensor], x: Tensor, *parameters: Any
     """Statistics by channel: every per-channel vector has the channel's axis, and nothing mixes channels."""
     dims = trace.dims(x)
     if any(p is True for p in parameters) or trace._operator == "_batch_norm_with_update":
-        # in training mode they are those of this very batch
-        trace.freeze_dims([dims[0], *dims[2:]], "statistics are taken over it")
+        # in training mode they are those of this very batch, or of a weight that is standardised
+        others = [dims[0], *dims[2:]]
+        if trace.value(x).data:
+            trace.freeze_dims(others, "statistics are taken over it")
+        else:
+            trace.normalised("standardised", others, x)
     for p in parameters[:4]:
         if isinstance(p, Tensor):
             axes.unify(dims[1], trace.dims(p)[0])

@@ -35,9 +35,16 @@ def convolution(
     trace: Tracer, out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
     stride: Any, padding: Any, dilation: Any, transposed: bool, output_padding: Any, groups: int,
 ) -> list[Dim]:  # fmt: skip
-    """(B, C, *spatial) with (O, C / groups, *kernel); the kernel axes are fixed, the spatial ones come anew."""
+    """(B, C, *spatial) with (O, C / groups, *kernel); the kernel axes are fixed, the spatial ones come anew.
+
+    Places that a kernel of size one looks at one by one are as free as those of any pointwise operator.
+    """
     trace.freeze_dims(trace.dims(weight)[2:], "kernel size")
-    spatial = trace.spatial(out, x, 2)
+    moves = [
+        (k, *(n[min(i, len(n) - 1)] for n in (stride, padding, output_padding))) for i, k in enumerate(weight.shape[2:])
+    ]
+    pointwise = all(move == (1, 1, 0, 0) for move in moves)
+    spatial = list(trace.dims(x)[2:]) if pointwise else trace.spatial(out, x, 2)
     eq = _TRANSPOSED if transposed else _CONVOLUTION
     dims, _ = contract(trace, eq, (x, weight), sizes={"g": groups}, known={"y": spatial})
     if bias is not None:

@@ -43,9 +43,11 @@ def view_as_real(trace: Tracer, out: Tensor, x: Tensor) -> Sequence[Dim]:
 
 @rule(aten.view_as_complex, aten.view_as_complex_copy)
 def view_as_complex(trace: Tracer, out: Tensor, x: Tensor) -> Sequence[Dim]:
-    """The last dimension, of two, goes."""
+    """The last dimension, of two, goes.  Rows of the memory that `x` looks into must then be of even length."""
     *dims, parts = trace.dims(x)
     trace.freeze(parts, "real and imaginary part")
+    if x._base is not None and x.stride(-1) == 1:
+        trace.multiple_of(trace.dims(x._base)[-1], 2)
     return dims
 
 
@@ -97,7 +99,21 @@ def view(trace: Tracer, out: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Se
         return trace.dims(x)
     if 0 in x.shape:
         return trace.fresh(out, "empty")
-    return axes.regroup(trace.dims(x), out.shape)
+    dims, first, last = trace.dims(x), 0, 0  # dimensions at either end that stay as they are have no part in a conflict
+    while first < min(x.dim(), out.dim()) and x.shape[first] == out.shape[first]:
+        first += 1
+    while last < min(x.dim(), out.dim()) - first and x.shape[-1 - last] == out.shape[-1 - last]:
+        last += 1
+    try:
+        return axes.regroup(dims, out.shape)
+    except Conflict as error:
+        inner = slice(first, x.dim() - last)
+        if first == last == 0:
+            raise
+        trace.record.conflicts.append(f"{trace.where}: {error}")
+        trace.freeze_dims(dims[inner], f"conflict ({error})")
+        new = [axes.axis(n, f"conflict in {trace.where}") for n in out.shape[first : out.dim() - last]]
+        return [*dims[:first], *new, *dims[x.dim() - last :]]
 
 
 @rule(aten.expand)
@@ -183,16 +199,17 @@ def narrow(trace: Tracer, out: Tensor, x: Tensor, dim: int, start: int, length: 
 
 @rule(aten.select)
 def select(trace: Tracer, out: Tensor, x: Tensor, dim: int, index: int) -> Sequence[Dim]:
-    """One element of an axis by number: the axis is fixed."""
+    """One element of an axis by number: the axis is fixed, unless only the shape of the result is read."""
     dims = list(trace.dims(x))
-    trace.freeze(dims.pop(dim), "selected by index")
+    trace.normalised("selected by index", [dims.pop(dim)], x)
     return dims
 
 
 @rule(aten.unbind)
 def unbind(trace: Tracer, out: Sequence[Tensor], x: Tensor, dim: int = 0) -> Sequence[Sequence[Dim]]:
     """Every element of an axis by number."""
-    dims = select(trace, out[0], x, dim, 0)
+    dims = list(trace.dims(x))
+    trace.freeze(dims.pop(dim), "selected by index")
     return [dims for _ in out]
 
 

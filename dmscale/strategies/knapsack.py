@@ -16,7 +16,7 @@ from ..optional import require
 from ..structure import Structure
 from .base import Found, Task, strategy
 from .ranking import by_share
-from .taylor import taylor_scores
+from .taylor import fisher_scores, taylor_scores
 
 _ROUNDS = 6  # of the exact form: solve, linearise the cost there, solve again
 _REACH = 1.5  # how far a size may move in one round, as a factor: the linear cost is right only nearby
@@ -39,6 +39,15 @@ def knapsack_depth(task: Task) -> Found:
 )
 def knapsack_exact(task: Task) -> Found:
     return Found(exact(task, taylor_scores(task)))
+
+
+@strategy(
+    "knapsack-fisher",
+    "the same with blocks, by E[(dL/dm)^2]: what the default search solves, in one shot",
+    needs_data=True,
+)
+def knapsack_fisher(task: Task) -> Found:
+    return Found(greedy(task, fisher_scores(task), depth=True))
 
 
 def greedy(task: Task, scores: Mapping[str, Any], depth: bool) -> Structure:

@@ -19,6 +19,12 @@ def taylor_scores(task: Task) -> dict[str, Tensor]:
     return mean_of(mask_gradients(task.space, task.calibration(BATCHES), task.criterion), Tensor.abs)
 
 
+def fisher_scores(task: Task) -> dict[str, Tensor]:
+    """Mean of (dL/dm)^2: the Hessian-free second order, E[(dL/dm)^2] standing for the curvature, by parts of few examples."""
+    batches = parts(task.calibration(BATCHES), _EXAMPLES)
+    return mean_of(mask_gradients(task.space, batches, task.criterion), Tensor.square)
+
+
 @strategy("taylor", "global ranking by |sum w dL/dw| (Molchanov et al., 2019), widths and heads", needs_data=True)
 def taylor(task: Task) -> Found:
     scores = taylor_scores(task)
@@ -38,7 +44,5 @@ def taylor_local(task: Task) -> Found:
 
 @strategy("fisher", "global ranking by the Fisher information of masks (Theis et al., 2018)", needs_data=True)
 def fisher(task: Task) -> Found:
-    """The Hessian-free second order: E[(dL/dm)^2] stands for the curvature, from parts of few examples."""
-    batches = parts(task.calibration(BATCHES), _EXAMPLES)
-    scores = mean_of(mask_gradients(task.space, batches, task.criterion), Tensor.square)
+    scores = fisher_scores(task)
     return Found(by_threshold(task, scores, values_of(task.space, scores)))
