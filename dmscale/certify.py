@@ -27,10 +27,14 @@ if TYPE_CHECKING:
 
 def certify(space: SearchSpace) -> None:
     """Freeze, with the reason, every dimension of `space` whose export fails or differs from its gated model."""
-    model, inputs = trial_model(space)
-    if keeps_cache(space.model) and not _runs_with_cache(space, inputs):
+    _certify(space)
+    if space.dimensions and keeps_cache(space.model) and not _runs_with_cache(space):
         space.trace_with_cache()
-        model, inputs = trial_model(space)
+        _certify(space)
+
+
+def _certify(space: SearchSpace) -> None:
+    model, inputs = trial_model(space)
     names = list(space.dimensions)
     while names and _trial(space, model, inputs, names) is not None:
         _check_runs(model, inputs)
@@ -44,12 +48,12 @@ def certify(space: SearchSpace) -> None:
         names = list(space.dimensions)
 
 
-def _runs_with_cache(space: SearchSpace, inputs: Any) -> bool:
+def _runs_with_cache(space: SearchSpace) -> bool:
     """Whether what is exported makes its own cache: a network may lay one out by numbers that nothing else reads."""
     small = space.build(_halved(space, list(space.dimensions)))
     try:
         with running.uncompiled(), running.evaluating(small), repeatable(small):
-            running.outputs(small, inputs)
+            running.outputs(small, space.example_inputs)
     except Exception:
         return False
     return True

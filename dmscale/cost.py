@@ -45,7 +45,8 @@ class Cost:
     kv_cache: bytes of the keys and the values of every attention, for all tokens and sequences of the example: what a
         decoder keeps of them while it generates.  Attention is two products of activations with a softmax between; keys
         and values are counted as they were before a repetition for grouped queries.  0 for a model without attention.
-    uncounted: operators whose MACs are not known, as 'operator in module'.
+    uncounted: operators whose MACs are not known, as 'operator in module', and modules that get as many rows as values say:
+        what the example sends there is counted.
 
     `cost["macs"]` is `cost.macs`; `cost["macs in backbone.*"]` and `cost["latency"]` (ms) are computed when asked for.
     """

@@ -7,7 +7,6 @@ structure says: its MACs are those of as many as the example has sent there.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,17 +46,32 @@ def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(p.shape) for name, p in module.named_parameters()}
 
 
-def call_others(tracer: Tracer, model: nn.Module, examples: Mapping[str, Example]) -> None:
+class Examples:
+    """Of each list of alternatives in `model` the first call."""
+
+    def __init__(self, model: nn.Module):
+        # found before a trace runs, which would see every shape that is compared
+        found = {path: alternatives(model, path) for path, _ in model.named_modules()}
+        self.alternatives = {path: others for path, others in found.items() if len(others) > 1}
+        self.of: dict[str, Example] = {}
+
+    def note(self, path: str, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
+        """The module at `path` was called with `args` and `kwargs` and gave `out`."""
+        if path in self.alternatives:
+            self.of.setdefault(self.alternatives[path][0], Example(path, args, kwargs, out))
+
+
+def call_others(tracer: Tracer, model: nn.Module, examples: Examples) -> None:
     """Call every module that values kept from being called with what one of its alternatives was called with.
 
     Args:
         tracer: it is running.
         model: the model that it runs.
-        examples: of each container with alternatives one that was called, by the container's path.
+        examples: from the run of the model.
     """
     called = {call.path for call in tracer.record.calls}
-    for example in examples.values():
-        for path in alternatives(model, example.path):
+    for example in examples.of.values():
+        for path in examples.alternatives[example.path]:
             if path not in called:
                 out = model.get_submodule(path)(*example.args, **example.kwargs)
                 for own, other in zip(running.tensors_in(out), running.tensors_in(example.out)):

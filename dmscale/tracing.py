@@ -151,11 +151,11 @@ def _read(model: nn.Module, args: tuple, kwargs: dict, kind: str, cached: bool) 
     slots, aliases = _watch_parameters(tracer, twin)
     _tag_sizes(twin)
     parameters = {n for n, _ in twin.named_parameters()}
-    examples: dict[str, routing.Example] = {}
-    _run(tracer, twin, args, kwargs, meta, None if meta else examples)  # without values none is chosen by them
+    examples = None if meta else routing.Examples(twin)  # without values none is chosen by them
+    _run(tracer, twin, args, kwargs, meta, examples)
     trace = Trace(slots, aliases, tracer.record, kind, cached)
     touched = _touched(tracer.record)
-    if examples and parameters - tracer.record.read.keys():
+    if examples is not None and parameters - tracer.record.read.keys():
         touched |= _read_others(tracer, twin, examples, trace)
     if parameters - tracer.record.read.keys():
         touched |= _read_training(tracer, twin, args, kwargs, meta, trace)
@@ -210,7 +210,7 @@ def _free_of_cost(record: Record) -> Iterator[set[Dim]]:
         del noted[length:]  # type: ignore[attr-defined]
 
 
-def _read_others(tracer: Tracer, twin: nn.Module, examples: dict[str, routing.Example], trace: Trace) -> set[Dim]:
+def _read_others(tracer: Tracer, twin: nn.Module, examples: routing.Examples, trace: Trace) -> set[Dim]:
     """Experts that the example does not reach follow those that it does.  Returns the dimensions of what was computed."""
     with _free_of_cost(tracer.record) as touched, _following(tracer, twin):
         try:
@@ -238,7 +238,7 @@ def _new(noted: list[_Noted], old: int, dims_of: Callable[[_Noted], list[Dim]]) 
 
 
 @contextlib.contextmanager
-def _following(tracer: Tracer, twin: nn.Module, examples: dict[str, routing.Example] | None = None) -> Iterator[None]:
+def _following(tracer: Tracer, twin: nn.Module, examples: routing.Examples | None = None) -> Iterator[None]:
     """Everything that must be on while modules of `twin` run."""
     generators = [] if tracer.meta else [d for d in range(torch.cuda.device_count())]
     with (
@@ -250,7 +250,7 @@ def _following(tracer: Tracer, twin: nn.Module, examples: dict[str, routing.Exam
 
 def _run(
     tracer: Tracer, twin: nn.Module, args: tuple, kwargs: dict, meta: bool,
-    examples: dict[str, routing.Example] | None = None,
+    examples: routing.Examples | None = None,
 ) -> None:  # fmt: skip
     def own(t: Tensor) -> Tensor:
         mine = on_meta(t) if meta else t.detach().clone()
@@ -354,10 +354,10 @@ def _form(out: Any, first: Tensor, taken: Mapping[int, int | str]) -> Any:
 
 
 @contextlib.contextmanager
-def _following_calls(tracer: Tracer, twin: nn.Module, examples: dict[str, routing.Example] | None) -> Iterator[None]:
+def _following_calls(tracer: Tracer, twin: nn.Module, examples: routing.Examples | None) -> Iterator[None]:
     """Know at every operator which module runs, and note what each module call takes and gives.
 
-    `examples` gets one call of each container of alternatives.
+    `examples` notes one call of each list of alternatives.
     """
     paths = [""]
     open_calls: list[Call] = []
@@ -393,9 +393,8 @@ def _following_calls(tracer: Tracer, twin: nn.Module, examples: dict[str, routin
         given = {id(t) for t in running.tensors_in((args, kwargs))}
         call.passes_the_rest = all(id(t) in given for t in tensors[1:])
         tracer.record.calls.append(call)
-        container = call.path.rpartition(".")[0]
-        if examples is not None and container not in examples and len(routing.alternatives(twin, call.path)) > 1:
-            examples[container] = routing.Example(call.path, args, kwargs, out)
+        if examples is not None:
+            examples.note(call.path, args, kwargs, out)
 
     try:
         for path, module in twin.named_modules():

@@ -205,6 +205,7 @@ def test_an_expert_that_the_example_does_not_reach_follows():
     x[:, 0] = torch.tensor([0.5, 1.5]).repeat(6)
     space = dmscale.trace(model, x)
     assert kinds(space) == {("width", 14): 1, ("width", 9): 3}, space.frozen
+    assert all(len(d.axes) == 1 for d in space.dimensions.values())  # that their sizes were compared links nothing
     assert space.routed == ("experts.0", "experts.1", "experts.2")
     assert sum("experts.2" in u for u in space.cost().uncounted) == 1
     assert space.cost().macs == counted_macs(model, x)
