@@ -21,7 +21,7 @@ import torch
 from scipy.stats import spearmanr
 
 import dmscale
-from benchmarks.models import timm_model
+from benchmarks.models import clock, timm_model
 from dmscale.latency import Meter
 
 MODELS = {"mobilenetv3_small_050": 64, "resnet18": 64, "deit_tiny_patch16_224": 224}
@@ -47,10 +47,7 @@ def main(networks: int = 30) -> None:
         model, inputs = timm_model(name, size)
         space = dmscale.trace(model.eval(), inputs, verify=False)
         start = time.perf_counter()
-        single = torch.get_num_threads() == 1
-        meter = Meter(
-            torch.device("cpu"), repeats=11, clock=time.process_time if single else time.perf_counter, steady=True
-        )
+        meter = Meter(torch.device("cpu"), repeats=11, clock=clock(), steady=True)
         learnt = space.measure_latency(cache=False, meter=meter)
         seconds = time.perf_counter() - start
         tried = structures(space, networks)
