@@ -4,9 +4,10 @@
 
 For each model: latency is learnt (operators alone, a few exported networks whole; nothing from a cache), then `networks` other
 random structures (30 by default) are exported, predicted and measured.  All exported networks take turns, call by call, so that
-a busy machine slows them alike; medians.  With one thread the time is that of the process (what other processes take is not in
-it), else the wall's.  Since the machine may have slowed down between learning and checking, the error is also given after one
-common factor, the median of measured / predicted, is taken out.
+a busy machine slows them alike.  With one thread the time is that of the process (what other processes take is not in it), else
+the wall's; a fixed piece of work is timed beside every measurement, its slowdown is divided out, and the lower quartile taken.
+Since the machine may have slowed down between learning and checking all the same, the error is also given after one common
+factor, the median of measured / predicted, is taken out.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 from scipy.stats import spearmanr
 
 import dmscale
-from benchmarks.models import timm_model
+from benchmarks.models import clock, timm_model
 from dmscale.latency import Meter
 
 MODELS = {"mobilenetv3_small_050": 64, "resnet18": 64, "deit_tiny_patch16_224": 224}
@@ -46,9 +47,7 @@ def main(networks: int = 30) -> None:
         model, inputs = timm_model(name, size)
         space = dmscale.trace(model.eval(), inputs, verify=False)
         start = time.perf_counter()
-        meter = Meter(
-            torch.device("cpu"), clock=time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-        )
+        meter = Meter(torch.device("cpu"), repeats=11, clock=clock(), steady=True)
         learnt = space.measure_latency(cache=False, meter=meter)
         seconds = time.perf_counter() - start
         tried = structures(space, networks)

@@ -1,7 +1,8 @@
-"""The four networks that the core's figures are taken on: random weights, real shapes."""
+"""What the core's figures are taken on: four networks of random weights and real shapes, and the clock."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,11 @@ import torch
 from torch import nn
 
 from dmscale.sources import allow_missing_torchvision_operators
+
+
+def clock() -> Callable[[], float]:
+    """Seconds: of this process alone where it runs a single thread, else of the wall."""
+    return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
 
 
 def timm_model(name: str, size: int = 224, batch: int = 1) -> tuple[nn.Module, Any]:

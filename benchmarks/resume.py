@@ -3,8 +3,9 @@
     python -m benchmarks.resume
 
 A search runs in a process of its own and saves a checkpoint after every step.  The process is killed (SIGKILL) at a random
-moment, started again, killed again ...; at the end structure, scalars, importance and weights must equal, to the bit, those
-of a search that was left alone.  Batches and dropout are drawn from the global generators, so that these must resume too.
+moment, started again (as a fork of the benchmark, which has searched nothing itself), killed again ...; at the end structure,
+scalars, importance and weights must equal, to the bit, those of a search that was left alone.  Batches and dropout are drawn from
+the global generators, so that these must resume too.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import multiprocessing
 import os
 import random
 import subprocess
@@ -72,8 +74,29 @@ def _digest(tensors: Any) -> str:
     return hashlib.sha256(b"".join(t.detach().cpu().contiguous().numpy().tobytes() for t in tensors)).hexdigest()
 
 
+def _child(folder: Path, steps: int, forked: bool) -> tuple[Any, Any]:
+    """(a process that searches from the checkpoint in `folder`, where it prints to)."""
+    if forked:
+        read, write = os.pipe()
+        process = multiprocessing.get_context("fork").Process(target=_printing, args=(folder, steps, read, write))
+        process.start()
+        os.close(write)
+        return process, os.fdopen(read)
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.resume", "--run", str(folder), "--steps", str(steps)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": str(_ROOT)}
+    popen = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=_ROOT, env=environment)
+    return popen, popen.stdout
+
+
+def _printing(folder: Path, steps: int, read: int, write: int) -> None:
+    os.close(read)
+    os.dup2(write, 1)
+    sys.stdout = os.fdopen(1, "w")
+    print(json.dumps(run(folder, steps)), flush=True)
+
+
 def survive(
-    folder: Path, kills: int, seed: int, longest: float, steps: int = STEPS
+    folder: Path, kills: int, seed: int, longest: float, steps: int = STEPS, forked: bool = False
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Run the search in processes that are killed; what it has found at last, and a note about each kill.
 
@@ -83,25 +106,24 @@ def survive(
         seed: of the moments.
         longest: the longest time, in seconds, from the first step of a process to its end.
         steps: of the search.
+        forked: whether processes are forks of this one, which has imported what they need and searched nothing itself.
     """
     rng, notes = random.Random(seed), []
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.resume", "--run", str(folder), "--steps", str(steps)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": str(_ROOT)}
     while True:
-        child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=_ROOT, env=environment)
-        assert child.stdout is not None
-        first = child.stdout.readline()
+        child, printed = _child(folder, steps, forked)
+        first = printed.readline()
         if len(notes) < kills:
-            try:
-                child.wait(rng.uniform(0, longest))
-            except subprocess.TimeoutExpired:
-                child.kill()
-        rest = child.stdout.read()
-        child.wait()
-        if child.returncode == 0:
+            time.sleep(rng.uniform(0, longest))
+            child.kill()  # nothing if it has ended
+        rest = printed.read()
+        printed.close()
+        if forked:
+            child.join()
+        code = child.exitcode if forked else child.wait()
+        if code == 0:
             return json.loads(rest), notes
-        if child.returncode != -9:
-            raise RuntimeError(f"the search failed with exit code {child.returncode} after {first!r}")
+        if code != -9:
+            raise RuntimeError(f"the search failed with exit code {code} after {first!r}")
         notes.append({"from": int(first.split()[1]), "while writing": any(folder.glob("*.part"))})
 
 
@@ -109,14 +131,14 @@ def main(kills: int = 20, each: int = 4) -> None:
     """Print one row a search."""
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        expected = json.loads(json.dumps(run(Path(folder))))
+        expected, _ = survive(Path(folder), 0, 0, 0, forked=True)
         longest = time.perf_counter() - start
     print("| search | killed | resumed from step | killed while writing | same structure | same to the bit |")
     print("| ---: | ---: | --- | ---: | --- | --- |")
     done, trial = 0, 0
     while done < kills:
         with tempfile.TemporaryDirectory() as folder:
-            found, notes = survive(Path(folder), min(each, kills - done), trial, longest / each)
+            found, notes = survive(Path(folder), min(each, kills - done), trial, longest / each, forked=True)
         done, trial = done + len(notes), trial + 1
         steps = ", ".join(str(n["from"]) for n in notes[1:]) or "-"
         print(

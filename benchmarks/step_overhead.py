@@ -30,7 +30,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dmscale
-from benchmarks.models import llama, timm_model
+from benchmarks.models import clock, llama, timm_model
 from dmscale import budget
 
 SETTINGS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
@@ -145,7 +145,7 @@ def solve_ms(search: dmscale.Search) -> float:
 
 def main(names: list[str], repeats: int) -> None:
     """Print two rows a setting."""
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    now = clock()
     print(
         "| model | phase | plain s | search s | time ratio | operators | saved MB | peak MB | peak ratio | knapsack ms |"
     )
@@ -158,10 +158,10 @@ def main(names: list[str], repeats: int) -> None:
         for i in range(repeats + 1):
             for kind, (step, *_) in steps.items():
                 gc.collect()
-                start = clock()
+                start = now()
                 step()
                 if i:  # the first one warms up
-                    times[kind].append(clock() - start)
+                    times[kind].append(now() - start)
         counted = {kind: operators(step) for kind, (step, *_) in steps.items()}
         own = {p.untyped_storage().data_ptr() for p in steps["whole"][2].space.model.parameters()}
         saved = {kind: saved_mb(loss, own) for kind, (_, loss, _) in steps.items()}

@@ -10,7 +10,6 @@ For each model: the median of interleaved runs of (a) the forward on meta tensor
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dmscale
-from benchmarks.models import MODELS
+from benchmarks.models import MODELS, clock
 from dmscale import certify, running
 from dmscale.clone import clone, on_meta
 from dmscale.known import quiet
@@ -34,10 +33,11 @@ class Empty(TorchDispatchMode):
 
 
 def seconds(function: Callable[[], Any]) -> float:
-    """Wall-clock seconds of one call."""
-    start = time.perf_counter()
+    """Seconds of one call, by `models.clock`."""
+    now = clock()
+    start = now()
     function()
-    return time.perf_counter() - start
+    return now() - start
 
 
 class KeepsIntegers(Tracer):

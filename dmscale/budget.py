@@ -31,6 +31,9 @@ _MOST_STEPS = 256
 _MOST_ROUNDS = 4
 """So many times exchanges start again from what came closest."""
 
+_MOST_RESTARTS = 12
+"""So many dimensions are given a step, and room for it, where exchanges did not suffice."""
+
 _FEW_DIMENSIONS = 32
 """With more, a round of exchanges that comes no nearer is the last one: there are other ways enough."""
 
@@ -257,7 +260,7 @@ def fit(
             )
         blocks = {n: _indicator(least.kept[n], len(s.paths)) for n, s in space.stacks.items()}
         problem = _Problem(space, wanted, {**scores, **blocks}, None)
-    sizes = problem.add(problem.exchange(problem.add(sizes)))
+    sizes = problem.make_room(problem.settle(sizes))
     chosen = {n: int(k) for n, k in zip(space.dimensions, sizes)}
     return space.structure(chosen, problem.scores)
 
@@ -413,17 +416,18 @@ class _Problem:
         out[np.arange(len(moves)), [i for i, _ in moves]] = [k for _, k in moves]
         return out
 
-    def remove(self, sizes: np.ndarray) -> np.ndarray:
+    def remove(self, sizes: np.ndarray, but: int | None = None) -> np.ndarray:
         """Steps off, least importance per saved cost first, until the budget holds; blocks only when widths are spent.
 
-        As many at once as save half of what is too much; with all at their minimum the budget may still not hold.
+        As many at once as save half of what is too much; with all at their minimum, dimension `but` left as it is, the budget
+        may still not hold.
         """
         while True:
             base = self.loads(sizes[None])[0]
             over = base > 1
             if not over.any():
                 return sizes
-            paths = {i: self._steps(sizes, i, up=False) for i in range(len(sizes))}
+            paths = {i: self._steps(sizes, i, up=False) for i in range(len(sizes)) if i != but}
             paths = {i: p for i, p in paths.items() if len(p) > 1}
             paths = {i: p for i, p in paths.items() if not self.is_depth[i]} or paths
             if not paths:
@@ -477,6 +481,34 @@ class _Problem:
         order = np.argsort(np.concatenate(price) * (1 if ascending else -1), kind="stable")
         rows = np.concatenate(row)[order]
         return _Steps(rows, np.array(list(paths))[rows], np.concatenate(size)[order], np.concatenate(share)[order])
+
+    def settle(self, sizes: np.ndarray) -> np.ndarray:
+        """From a structure that meets the budget to one that wastes none of it."""
+        return self.add(self.exchange(self.add(sizes)))
+
+    def make_room(self, sizes: np.ndarray) -> np.ndarray:
+        """Where more than `SLACK` is left unused still: one dimension a step up, room made among the others, and settled again.
+
+        The dearest step comes first.  It is what remains where nearly all is kept and a single step costs more than is left, as
+        with multiples of 16: an exchange gives room in one other dimension only.
+        """
+        best, most = sizes, float(self.load(sizes[None])[0])
+        if most >= 1 - SLACK:
+            return best
+        up = [(int(i), self._steps(sizes, int(i), up=True)) for i in self._that_matter(sizes, widths_only=False)]
+        moves = [(i, int(path[1])) for i, path in up if len(path) > 1]
+        rows = self._moved(sizes, moves)
+        for at in np.argsort(-self.load(rows), kind="stable")[:_MOST_RESTARTS] if moves else ():
+            start = self.remove(rows[at], but=moves[at][0])
+            if not self.fits(start):
+                continue
+            found = self.settle(start)
+            load = float(self.load(found[None])[0])
+            if load > most:
+                best, most = found, load
+            if most >= 1 - SLACK:
+                break
+        return best
 
     def exchange(self, sizes: np.ndarray) -> np.ndarray:
         """Where more than `SLACK` is left unused: move one dimension, and give another all that then fits.

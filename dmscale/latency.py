@@ -76,11 +76,12 @@ def compare_latency(
     repeats: int = 50,
     warmup: int = 5,
     clock: Callable[[], float] | None = None,
+    beside: Reference | None = None,
 ) -> list[float]:
     """The median times in ms of several models on the same inputs, measured in turns.
 
     As `measure_latency`, which see; each of the `repeats` rounds calls every model once.  `clock` gives seconds, by default
-    those of the wall.
+    those of the wall; `beside` corrects for a busy machine.
     """
     clock = clock or time.perf_counter
     if repeats < 1 or warmup < 0:
@@ -96,8 +97,41 @@ def compare_latency(
                 start = clock()
                 models[k](*args, **kwargs)
                 wait()
-                times[k].append(1000 * (clock() - start))
-    return [statistics.median(of_model[warmup:]) for of_model in times]
+                took = 1000 * (clock() - start)
+                times[k].append(took / (beside.slowdown() if beside else 1))
+    return [_settled(of_model[warmup:], beside) for of_model in times]
+
+
+def _settled(times: Sequence[float], beside: Reference | None) -> float:
+    """The time of several measurements that counts: the median; of corrected ones the lower quartile."""
+    return float(np.quantile(times, 0.25)) if beside else statistics.median(times)
+
+
+class Reference:
+    """A fixed piece of work that is timed beside every measurement, so that what slows both can be divided out.
+
+    Other processes slow a thread down even in its own processor time: they share caches, memory and the core's other half.
+
+    Args:
+        clock: gives seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter):
+        self.clock = clock
+        self._a, self._x = torch.randn(160, 160), torch.randn(2**17)
+        self._least = min(self._seconds() for _ in range(200))
+
+    def slowdown(self) -> float:
+        """How much longer it takes now than it took at best."""
+        took = self._seconds()
+        self._least = min(self._least, took)
+        return took / self._least
+
+    def _seconds(self) -> float:
+        start = self.clock()
+        torch.mm(self._a, self._a)
+        torch.relu(self._x)
+        return self.clock() - start
 
 
 def _finish_queued_work(inputs: Any) -> Callable[[], None]:
@@ -137,6 +171,7 @@ class Meter:
         repeats: measurements of which the median is taken.
         clock: gives seconds; the wall's by default.  On a crowded machine `time.process_time` counts only what this process
             gets, which is its latency on an idle one if it runs a single thread on the CPU.
+        steady: whether a fixed piece of work is timed beside each measurement, and its slowdown divided out; for a busy CPU.
     """
 
     def __init__(
@@ -145,12 +180,14 @@ class Meter:
         runtime: str = "torch",
         repeats: int = 7,
         clock: Callable[[], float] = time.perf_counter,
+        steady: bool = False,
     ):
         if runtime not in RUNTIMES:
             raise DmscaleError(f"runtime={runtime!r} is none of {', '.join(RUNTIMES)}")
         if runtime == "onnx" and device.type != "cpu":
             raise DmscaleError(f"runtime='onnx' measures on the CPU, and the model is on {device}")
         self.device, self.runtime, self.repeats, self.clock = device, runtime, repeats, clock
+        self.beside = Reference(clock) if steady else None
 
     @property
     def name(self) -> str:
@@ -158,7 +195,7 @@ class Meter:
         where = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else _processor(self.device)
         threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
         clock = "" if self.clock is time.perf_counter else f", {getattr(self.clock, '__name__', 'own clock')}"
-        return f"{where}{threads}, torch {torch.__version__}{clock}"
+        return f"{where}{threads}, torch {torch.__version__}{clock}{', steady' if self.beside else ''}"
 
     @torch.no_grad()
     def operators(self, instance: Instance, points: Sequence[Sizes]) -> list[float] | None:
@@ -181,8 +218,9 @@ class Meter:
                 for _ in range(bursts[k]):
                     calls[k]()
                 wait()
-                times[k].append(1000 * (self.clock() - start) / bursts[k])
-        return [statistics.median(t) for t in times]
+                took = 1000 * (self.clock() - start) / bursts[k]
+                times[k].append(took / (self.beside.slowdown() if self.beside else 1))
+        return [_settled(t, self.beside) for t in times]
 
     @torch.no_grad()
     def pointwise(self, sizes: Sequence[int]) -> list[float]:
@@ -195,8 +233,8 @@ class Meter:
         if self.runtime == "onnx":
             with tempfile.TemporaryDirectory() as folder:
                 sessions = [_OnnxSession(m, example_inputs, Path(folder) / f"{i}.onnx") for i, m in enumerate(models)]
-                return compare_latency(sessions, example_inputs, 2 * self.repeats, 3, self.clock)
-        return compare_latency(models, example_inputs, 2 * self.repeats, 3, self.clock)
+                return compare_latency(sessions, example_inputs, 2 * self.repeats, 3, self.clock, self.beside)
+        return compare_latency(models, example_inputs, 2 * self.repeats, 3, self.clock, self.beside)
 
 
 class _OnnxSession(nn.Module):

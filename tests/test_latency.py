@@ -300,3 +300,39 @@ def test_what_cannot_be_measured_is_refused():
         space("conv_chain").measure_latency(runtime="tensorrt")
     with pytest.raises(DmscaleError, match="calibration=0"):
         space("conv_chain").measure_latency(calibration=0)
+
+
+def test_what_slows_a_reference_too_is_divided_out():
+    """On a machine that others make up to three times slower, for a while."""
+    clock, rounds = [0.0], [0]
+
+    def work(cost):
+        clock[0] += cost * (3.0 if 40 < rounds[0] < 400 else 1.0)
+
+    class Beside(latencies.Reference):
+        def _seconds(self):
+            start = self.clock()
+            work(1e-4)
+            return self.clock() - start
+
+    class Model(torch.nn.Module):
+        def __init__(self, cost):
+            super().__init__()
+            self.cost = cost
+
+        def forward(self, x):
+            rounds[0] += 1
+            work(self.cost)
+
+    models = [Model(2e-3), Model(5e-3)]
+    found = latencies.compare_latency(
+        models, torch.zeros(1), repeats=100, clock=lambda: clock[0], beside=Beside(lambda: clock[0])
+    )
+    assert found == pytest.approx([2.0, 5.0])
+    rounds[0] = 0
+    assert latencies.compare_latency(models, torch.zeros(1), 100, clock=lambda: clock[0]) == pytest.approx([6.0, 15.0])
+
+
+def test_a_steady_meter_measures_and_is_another_machine_to_the_cache():
+    meter = Meter(CPU, repeats=2, steady=True)
+    assert meter.name != Meter(CPU).name and all(t > 0 for t in meter.pointwise([1024, 4096]))
