@@ -74,6 +74,7 @@ def by_hand():
     calls = [
         # composite: seen only where nothing takes them apart (inference mode, some backends)
         (aten.argsort.default, x, 1), (aten.argsort.stable, x, {"stable": True, "dim": 0}),
+        (aten.topk.default, volume, 2, 0), (aten.topk.default, volume, 6, 1), (aten.topk.default, torch.tensor(1.0), 1),
         (aten.avg_pool1d.default, volume, [2]), (aten.adaptive_avg_pool1d.default, volume, [4]),
         (aten.contiguous.default, x), (aten.positive.default, x), (aten.lift.default, x),
         (aten.reshape.default, volume, [2, 2, 3, 8]), (aten.reshape.default, volume, [12, -1]),

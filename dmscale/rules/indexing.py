@@ -115,16 +115,28 @@ def _is_constant_along_last(mask: Tensor, rank: int, position: int) -> bool:
     return at < 0 or mask.shape[at] == 1 or mask.stride(at) == 0
 
 
-@rule(aten.topk, aten.sort, aten.argsort)
+@rule(aten.topk)
+def topk(trace: Tracer, out: Sequence[Tensor], x: Tensor, k: int, dim: int = -1, *args: Any) -> Sequence[Any]:
+    """Of a sorted axis the first `k`."""
+    return [_ordered(trace, out[0], x, dim)] * 2
+
+
+@rule(aten.sort, aten.argsort)
 def ordered(trace: Tracer, out: Any, x: Tensor, *args: Any, **kwargs: Any) -> Sequence[Any]:
     """Sorted axes are fixed."""
-    # topk(x, k, dim), sort(x, dim), sort.stable(x, *, stable, dim)
-    outs = out if isinstance(out, (tuple, list)) else [out]
-    position = kwargs.get("dim", next((a for a in args[1 if outs[0].shape != x.shape else 0 :] if type(a) is int), -1))
+    # sort(x, dim), sort.stable(x, *, stable, dim)
+    position = kwargs.get("dim", next((a for a in args if type(a) is int), -1))
+    if isinstance(out, Tensor):
+        return _ordered(trace, out, x, position)
+    return [_ordered(trace, out[0], x, position)] * 2
+
+
+def _ordered(trace: Tracer, out: Tensor, x: Tensor, position: int) -> Sequence[Dim]:
     dims = list(trace.dims(x))
-    trace.freeze(dims[position], "sorted")
-    dims[position] = axes.axis(outs[0].shape[position], "sorted")
-    return [dims for _ in outs] if isinstance(out, (tuple, list)) else dims
+    if dims:  # a single number is in order
+        trace.freeze(dims[position], "sorted")
+        dims[position] = axes.axis(out.shape[position], "sorted")
+    return dims
 
 
 @rule(aten.index_put, aten.index_put_)
