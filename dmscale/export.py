@@ -21,7 +21,7 @@ from .clone import clone
 from .errors import ExportError
 from .known import describe
 from .polynomial import Quotient
-from .sizes import Attribute
+from .sizes import Attribute, with_entries
 
 PLAN = "dmscale_plan"
 EXPANSION = "dmscale_expansion"
@@ -146,12 +146,12 @@ def get_attribute(model: nn.Module, attribute: Attribute) -> Any:
     """The value of an int or a list that a module holds."""
     value: Any = model.get_submodule(attribute.module)
     for key in attribute.key:
-        value = value[key] if isinstance(key, int) else getattr(value, key)
+        value = value[key] if isinstance(key, int) or type(value) is dict else getattr(value, key)
     return value
 
 
 def set_attribute(model: nn.Module, attribute: Attribute, value: int | list) -> None:
-    """Set an int or a list that a module holds: directly, in a tuple, or in a config, of which it gets its own copy."""
+    """Set an int or a list that a module holds: directly, in a tuple, a dict or a config, of which it gets its own copy."""
     module = model.get_submodule(attribute.module)
     name, *rest = attribute.key
     assert isinstance(name, str)
@@ -163,6 +163,8 @@ def set_attribute(model: nn.Module, attribute: Attribute, value: int | list) -> 
         changed = list(holder)
         changed[rest[0]] = value
         setattr(module, name, type(holder)(changed))
+    elif isinstance(holder, (dict, tuple)):
+        setattr(module, name, with_entries(holder, {rest[0]: value}))
     else:
         own = copy.copy(holder)  # modules that share one config object must be able to differ
         own.__dict__[rest[0]] = value

@@ -24,7 +24,8 @@ from .polynomial import Inexact, Poly, Quotient
 
 @dataclass(frozen=True)
 class Attribute:
-    """An int that a module holds: `key` is (name,), (name, index) in a tuple, or (config, name) in a settings object."""
+    """An int that a module holds: `key` is (name,), (name, index) in a tuple, or (config, name) in a settings object, a dict
+    or a named tuple."""
 
     module: str
     key: tuple[str | int, ...]
@@ -113,6 +114,11 @@ def listed(values: list, attribute: Attribute) -> Listed:
     out = Listed(values)
     out.attribute = attribute
     return out
+
+
+def with_entries(holder: Any, entries: Mapping[str, Any]) -> Any:
+    """A copy of a dict or a named tuple with other values under some of its names."""
+    return {**holder, **entries} if isinstance(holder, dict) else holder._replace(**entries)
 
 
 class SizedInt(int):
