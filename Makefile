@@ -13,7 +13,7 @@ help:
 	@echo "make demo    set up, then search a small network on embedded data (a minute or two)"
 	@echo "make bench-small  the small table of strategies on real data (hours; resumes); ARGS='--task cifar10' chooses"
 	@echo "make test    set up, then run the test suite; ARGS='tests/test_cli.py -x' chooses"
-	@echo "make zoo     set up, then try every model of benchmarks/zoo and write docs/zoo.md; ARGS='--filter timm:*vit*' chooses"
+	@echo "make zoo     set up, then try every model of benchmarks/zoo, beside torch-pruning, and write docs/zoo.md; ARGS='--filter timm:*vit*' chooses"
 	@echo "make lint    ruff check and ruff format --check"
 	@echo "make types   mypy on dmscale"
 	@echo "make format  let ruff rewrite the files"
@@ -49,7 +49,7 @@ test: $(VENV)/.dev-installed
 	$(PYTEST) -q $(ARGS)
 
 zoo: $(VENV)/.zoo-installed
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m benchmarks.zoo --jobs $(WORKERS) $(ARGS)
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m benchmarks.zoo --peers --jobs $(WORKERS) $(ARGS)
 
 lint: $(VENV)/.dev-installed
 	$(BIN)/ruff check .

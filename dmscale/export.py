@@ -21,7 +21,7 @@ from .clone import clone
 from .errors import ExportError
 from .known import describe
 from .polynomial import Quotient
-from .sizes import Attribute
+from .sizes import Attribute, with_entries
 
 PLAN = "dmscale_plan"
 EXPANSION = "dmscale_expansion"
@@ -146,12 +146,12 @@ def get_attribute(model: nn.Module, attribute: Attribute) -> Any:
     """The value of an int or a list that a module holds."""
     value: Any = model.get_submodule(attribute.module)
     for key in attribute.key:
-        value = value[key] if isinstance(key, int) else getattr(value, key)
+        value = value[key] if isinstance(key, int) or type(value) is dict else getattr(value, key)
     return value
 
 
 def set_attribute(model: nn.Module, attribute: Attribute, value: int | list) -> None:
-    """Set an int or a list that a module holds: directly, in a tuple, or in a config, of which it gets its own copy."""
+    """Set an int or a list that a module holds: directly, in a tuple, a dict or a config, of which it gets its own copy."""
     module = model.get_submodule(attribute.module)
     name, *rest = attribute.key
     assert isinstance(name, str)
@@ -168,9 +168,16 @@ def _with(holder: Any, key: Sequence[str | int], value: Any) -> Any:
         changed = list(holder)
         changed[first] = value
         return type(holder)(changed)
+    value = _with(_entry(holder, first), rest, value) if rest else value
+    if isinstance(holder, (dict, tuple)):
+        return with_entries(holder, {first: value})
     own = copy.copy(holder)
-    own.__dict__[first] = _with(getattr(holder, first), rest, value) if rest else value
+    own.__dict__[first] = value
     return own
+
+
+def _entry(holder: Any, name: str) -> Any:
+    return holder[name] if isinstance(holder, dict) else getattr(holder, name)
 
 
 def _refresh_flat_weights(model: nn.Module) -> None:

@@ -26,7 +26,8 @@ from .polynomial import Inexact, Poly, Quotient
 class Attribute:
     """An int that a module holds.
 
-    `key` is (name,), (name, index) in a tuple, (config, name) in a settings object, or (config, name, index) in its list.
+    `key` is (name,), (name, index) in a tuple, (holder, name) in a settings object, a dict or a named tuple, or
+    (config, name, index) in a list of a settings object.
     """
 
     module: str
@@ -117,6 +118,11 @@ def listed(values: list, attribute: Attribute) -> Listed:
     out = Listed(values)
     out.attribute = attribute
     return out
+
+
+def with_entries(holder: Any, entries: Mapping[str, Any]) -> Any:
+    """A copy of a dict or a named tuple with other values under some of its names."""
+    return {**holder, **entries} if isinstance(holder, dict) else holder._replace(**entries)
 
 
 class SizedInt(int):

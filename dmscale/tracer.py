@@ -455,7 +455,9 @@ class Tracer(TorchDispatchMode):
         self.record.equations.append(Equation(zero, _constant(0), f"a comparison in {self.path or 'the model'}"))
 
     def _escaped(self, value: SizedInt, how: str) -> None:
-        self.record.equations.append(Equation(value.expression, _constant(int(value)), f"{self.path} ({how})"))
+        self.record.equations.append(
+            Equation(value.expression, _constant(int(value)), f"{self.path or 'the model'} ({how})")
+        )
 
     def _taken(self, attribute: Attribute, index: int) -> None:
         self.record.taken.append((self.op, attribute, index))

@@ -21,7 +21,7 @@ from .axes import Dim
 from .clone import alias, clone, on_meta
 from .errors import TraceError
 from .known import is_by_product, is_result, quiet
-from .sizes import Attribute, SizedInt, listed
+from .sizes import Attribute, SizedInt, listed, with_entries
 from .tracer import Call, Contraction, Normalisation, Record, Tracer
 
 _GEOMETRY = {
@@ -311,10 +311,20 @@ def _tag_sizes(twin: nn.Module) -> None:
             elif type(value) in (tuple, list) and value and all(type(v) is int for v in value):
                 tagged = (SizedInt(v, Attribute(path, (key, i), v)) if v > 1 else v for i, v in enumerate(value))
                 module.__dict__[key] = type(value)(tagged)
+            elif isinstance(value, (dict, tuple)) and (numbers := _numbers(value)):
+                sized = {k: SizedInt(v, Attribute(path, (key, k), v)) for k, v in numbers.items()}
+                module.__dict__[key] = with_entries(value, sized)
             elif type(value) is list and value and all(isinstance(v, (str, bool)) for v in value):
                 module.__dict__[key] = listed(value, Attribute(path, (key,)))
             elif is_settings(value):
                 module.__dict__[key] = _tagged_settings(value, path, key)
+
+
+def _numbers(value: dict | tuple) -> dict[str, int]:
+    """Name -> number, of those that a dict or a named tuple of plain values holds by name."""
+    named = value if type(value) is dict else dict(zip(getattr(value, "_fields", ()), value))
+    plain = all(v is None or isinstance(v, (int, float, str)) for v in named.values())  # others may be handed on in it
+    return {k: v for k, v in named.items() if plain and type(k) is str and type(v) is int and v > 1}
 
 
 def is_settings(value: Any) -> bool:

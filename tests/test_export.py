@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 import pickle
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -290,3 +292,84 @@ def test_the_exported_model_goes_through_torch_export(name):
     small = over.export(over.uniform(0.5))
     exported = torch.export.export(small, (over.example_inputs,))
     assert difference(outputs(exported.module(), over.example_inputs), outputs(small, over.example_inputs)) <= 1e-5
+
+
+# -- sizes kept in one object for all modules ------------------------------------------------------------------
+
+
+class Sizes(NamedTuple):
+    heads: int
+    dim: int
+
+
+@dataclass(frozen=True)
+class FrozenSizes:
+    heads: int
+    dim: int
+
+
+class SizedAttention(nn.Module):
+    """Attention that reads the number and size of its heads from whatever it was given."""
+
+    def __init__(self, sizes, width=16):
+        super().__init__()
+        self.sizes = sizes
+        self.q, self.k, self.v = (nn.Linear(width, self.of("heads") * self.of("dim")) for _ in range(3))
+        self.out = nn.Linear(self.of("heads") * self.of("dim"), width)
+
+    def of(self, name):
+        return self.sizes[name] if isinstance(self.sizes, dict) else getattr(self.sizes, name)
+
+    def forward(self, x):
+        b, n, _ = x.shape
+        q, k, v = (m(x).view(b, n, self.of("heads"), self.of("dim")).transpose(1, 2) for m in (self.q, self.k, self.v))
+        y = nn.functional.scaled_dot_product_attention(q, k, v).transpose(
+            1, 2
+        )  # (B, heads, N, dim) -> (B, N, heads, dim)
+        return x + self.out(y.reshape(b, n, self.of("heads") * self.of("dim")))
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"heads": 4, "dim": 6, "drop": 0.1}, Sizes(4, 6), FrozenSizes(4, 6)], ids=["dict", "tuple", "dataclass"]
+)
+def test_sizes_may_be_kept_in_a_dict_a_named_tuple_or_an_object(sizes):
+    def make():
+        torch.manual_seed(0)
+        blocks = (SizedAttention(sizes) for _ in range(2))  # both hold one object
+        return non_trivial(nn.Sequential(nn.Linear(5, 16), *blocks, nn.Linear(16, 3)))
+
+    model, before = make(), copy.deepcopy(sizes)
+    own = dmscale.trace(model, torch.randn(2, 7, 5))
+    assert {n: d.size for n, d in own.dimensions.items()} == {
+        "residual width": 16, "1 heads": 4, "1 head_dim": 6, "2 heads": 4, "2 head_dim": 6, "depth": 2,
+    }  # fmt: skip
+    structure = own.structure({"1 heads": 3, "2 heads": 1, "2 head_dim": 5, "residual width": 9})
+    small = agrees(own, structure)
+    assert [(m.of("heads"), m.of("dim")) for m in small[1:3]] == [(3, 6), (1, 5)]
+    assert type(small[1].sizes) is type(sizes) and type(small[1].of("heads")) is int
+    assert sizes == before and model[1].sizes is sizes and model[2].sizes is sizes
+    again = export.replay(make(), getattr(small, export.PLAN))
+    assert [m.sizes for m in again[1:3]] == [m.sizes for m in small[1:3]]
+
+
+def test_a_dict_through_which_modules_hand_tensors_stays_one():
+    """What one module puts there another one takes; a copy for each would lose it."""
+
+    class Writer(nn.Module):
+        def __init__(self, shared):
+            super().__init__()
+            self.shared, self.layer = shared, nn.Linear(5, 8)
+
+        def forward(self, x):
+            self.shared["seen"] = self.layer(x)
+            return x
+
+    class Reader(Writer):
+        def forward(self, x):
+            return self.shared["seen"]
+
+    shared = {"width": 8, "seen": torch.zeros(1)}
+    model = nn.Sequential(Writer(shared), Reader(shared), nn.Linear(8, 2))
+    own = dmscale.trace(model, torch.randn(3, 5))
+    assert {n: d.size for n, d in own.dimensions.items()} == {"0.layer": 8}
+    agrees(own, own.uniform(0.5))

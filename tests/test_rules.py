@@ -74,6 +74,7 @@ def by_hand():
     calls = [
         # composite: seen only where nothing takes them apart (inference mode, some backends)
         (aten.argsort.default, x, 1), (aten.argsort.stable, x, {"stable": True, "dim": 0}),
+        (aten.topk.default, volume, 2, 0), (aten.topk.default, volume, 6, 1), (aten.topk.default, torch.tensor(1.0), 1),
         (aten.avg_pool1d.default, volume, [2]), (aten.adaptive_avg_pool1d.default, volume, [4]),
         (aten.contiguous.default, x), (aten.positive.default, x), (aten.lift.default, x),
         (aten.reshape.default, volume, [2, 2, 3, 8]), (aten.reshape.default, volume, [12, -1]),
@@ -98,6 +99,7 @@ def by_hand():
         (aten.pixel_unshuffle.default, image, 2), (aten.pixel_shuffle.default, torch.randn(2, 12, 3, 3), 2),
         (aten.native_channel_shuffle.default, image, 2), (aten.channel_shuffle.default, torch.randn(1, 12, 2, 2), 3),
         (aten.constant_pad_nd.default, volume, [0, 0, 2, 1]), (aten.constant_pad_nd.default, volume, [-2, -1], 0.0),
+        (aten.unfold.default, volume, -1, 3, 2), (aten.unfold.default, volume, 1, 3, 2),
         # contractions
         (aten._grouped_mm.default, torch.randn(8, 16).bfloat16(), torch.randn(2, 16, 16).bfloat16(),
          torch.tensor([3, 8], dtype=torch.int32)),

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import benchmarks.zoo.__main__ as zoo
-from benchmarks.zoo import Entry, entries, pages, runner, vision
+from benchmarks.zoo import Entry, entries, pages, peers, runner, vision
 from benchmarks.zoo.measure import Row, causes, measure
 from dmscale import certify, trace
 
@@ -204,6 +204,21 @@ def test_each_entry_runs_in_a_process_of_its_own_under_a_limit():
     assert "exit code -9" in got["killed"]["problem"] and "no_such_package_here" in got["absent"]["problem"]
 
 
+def in_steps(e):
+    yield row(e.name, "compared")
+    yield {**row(e.name, "compared"), "first": 1}
+    quick(e)
+    yield {**row(e.name, "compared"), "first": 1, "second": 2}
+
+
+def test_what_is_known_of_a_row_stays_where_its_process_ends():
+    given = [entry(n) for n in ("a", "slow", "killed")]
+    got = {r["name"]: r for r in runner.run(given, in_steps, limit=3, jobs=2)}
+    assert {n: (r["status"], r["first"], r.get("second")) for n, r in got.items()} == {
+        "a": ("compared", 1, 2), "slow": ("timeout", 1, None), "killed": ("crashed", 1, None),
+    }  # fmt: skip
+
+
 def test_rows_of_the_same_code_are_kept_and_others_are_not(tmp_path):
     path = tmp_path / "runs" / "zoo.jsonl"
     first = runner.Results(path, "code 1")
@@ -256,6 +271,95 @@ def test_a_model_that_worked_before_and_does_not_now_fails_the_run(
     assert zoo.main([*arguments, "--accept"]) == int(status == "crashed")  # a crash is never accepted
     kept = "exact" if status == "skipped" else status
     assert zoo.read_baseline() == {"a": kept, "b": "refused", "gone": "exact"}
+
+
+# -- beside torch-pruning --------------------------------------------------------------------------------------
+
+
+class Permuted(nn.Module):
+    """torch-pruning takes the permuted pixels of a flattened picture for its channels."""
+
+    def __init__(self, permute):
+        super().__init__()
+        self.conv, self.norm, self.last = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8 * 4, 2)
+        self.permute = permute
+
+    def forward(self, x):
+        x = self.norm(self.conv(x)).relu()
+        return self.last((x.permute(0, 2, 3, 1) if self.permute else x).flatten(1))
+
+
+def last_pair(build):
+    *_, pair = peers.compare(entry("pair", build))
+    return pair
+
+
+@pytest.mark.parametrize("permute", [False, True])
+def test_either_library_is_held_to_what_its_network_should_compute(permute):
+    pytest.importorskip("torch_pruning")
+    pair = last_pair(lambda: (Permuted(permute), torch.randn(2, 3, 4, 4)))
+    ours, theirs = pair["ours"], pair["theirs"]
+    assert (ours["problem"], theirs["problem"]) == ("", "")
+    assert ours["macs"] == theirs["macs"] == 0.5
+    assert ours["error"] < 1e-6 and (theirs["error"] > 1e-2) == permute
+    assert ours["graph_s"] > 0 and 0 < theirs["graph_s"] <= theirs["ready_s"] * 5
+
+
+def test_torch_pruning_is_cut_off_and_our_side_stays(monkeypatch):
+    tp = pytest.importorskip("torch_pruning")
+
+    def hang(*args, **kwargs):
+        while True:
+            time.sleep(0.01)
+
+    monkeypatch.setattr(peers, "TIME_LIMIT", 0.5)
+    monkeypatch.setattr(tp.pruner, "BasePruner", hang)
+    pair = last_pair(entry("plain").build)
+    assert pair["status"] == "compared" and not pair["ours"]["problem"] and pair["ours"]["macs"] == 0.6
+    assert "took more than" in pair["theirs"]["problem"] and pair["theirs"]["stage"] == "groups"
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+    monkeypatch.setattr(tp.pruner, "BasePruner", lambda *args, **kwargs: torch.empty(peers.MEMORY_LIMIT))
+    assert "memory" in last_pair(entry("plain").build)["theirs"]["problem"]
+
+
+def test_the_side_by_side_counts_what_each_can_do(tmp_path, monkeypatch, capsys):
+    side = peers.Side("", "forward", 0.1, 0.2, 0.3, 0.25, 1e-7, 4)
+    slower = dataclasses.replace(side, graph_s=0.2, heads=8)
+    wrong = dataclasses.replace(side, error=0.5)
+    stopped = dataclasses.replace(side, problem="IndexError: oh", stage="groups", error=None)
+    pairs = {
+        n: dataclasses.asdict(peers.Pair(n, "timm", heads=h, ours=side, theirs=theirs))
+        for n, h, theirs in [("timm:a", 8, slower), ("timm:b", 0, wrong), ("timm:c", 8, stopped)]
+    }
+    monkeypatch.setattr(zoo, "entries", lambda: [entry(n) for n in ("hf:x", *pairs)])
+    monkeypatch.setattr(zoo, "read_baseline", dict)
+    monkeypatch.setattr(peers, "is_installed", lambda: True)
+    monkeypatch.setattr(peers, "version", lambda: "1.2.3")
+    monkeypatch.setattr(peers, "warm_up", lambda: None)
+    asked = []
+
+    def given(todo, measuring, *rest):
+        asked.append([e.name for e in todo])
+        return iter([pairs[e.name] if measuring is peers.compare else row(e.name) for e in todo])
+
+    monkeypatch.setattr(runner, "run", given)
+    options = ["--results", str(tmp_path / "zoo.jsonl"), "--out", str(tmp_path), "--peers"]
+    assert zoo.main(options) == 0 and zoo.main(options) == 0
+    assert asked == [["hf:x", *pairs], [*pairs], [], []]  # what was compared is not compared again
+    page = (tmp_path / "zoo.md").read_text()
+    for line in (
+        "## Beside torch-pruning 1.2.3", "| a smaller network that runs | 3 of 3 | 2 of 3 |",
+        "| and computes what it should, to 1e-4 | 3 of 3 | 1 of 3 |",
+        "| fewer heads, of the models with heads | 2 of 2 | 0 of 2 |",
+        "below torch-pruning's graph on 1 of 2 models that both can do. Where torch-pruning stopped: groups 1.",
+        "| timm:c | 25.0% | - | 1e-07 |  | 8 > 4 |  |", "theirs, groups: IndexError: oh |", "| **5e-01** |",
+    ):  # fmt: skip
+        assert line in page
+    monkeypatch.setattr(peers, "is_installed", lambda: False)
+    assert zoo.main([*options, "--fresh"]) == 0
+    assert "torch-pruning is not installed (pip install -e '.[zoo]')" in capsys.readouterr().err
+    assert "Beside" not in (tmp_path / "zoo.md").read_text()
 
 
 def test_pages_show_every_row():

@@ -88,15 +88,15 @@ def measure(entry: Entry) -> Row:
         model, inputs = entry.build()
         _measure(row, non_trivial(model), inputs)
     except dmscale.DmscaleError as error:
-        row.status, row.problem = "refused", _said(error)
+        row.status, row.problem = "refused", said(error)
     except Exception as error:  # a row of the table, whatever it was
-        row.status, row.problem = "crashed", _said(error)
+        row.status, row.problem = "crashed", said(error)
     return row
 
 
 def _measure(row: Row, model: nn.Module, inputs: Any) -> None:
-    row.trace_s, space = _timed(lambda: dmscale.trace(model, inputs))
-    row.read_s, _ = _timed(lambda: dmscale.trace(model, inputs, verify=False))
+    row.trace_s, space = timed(lambda: dmscale.trace(model, inputs))
+    row.read_s, _ = timed(lambda: dmscale.trace(model, inputs, verify=False))
     row.forward_s = _meta_forward(model, inputs)
     _describe(row, space)
     problems = []
@@ -105,7 +105,7 @@ def _measure(row: Row, model: nn.Module, inputs: Any) -> None:
     seconds = []
     for seed in range(STRUCTURES):
         structure = space.sample(seed=seed)
-        took, small = _timed(lambda chosen=structure: space.export(chosen, verify=False))
+        took, small = timed(lambda chosen=structure: space.export(chosen, verify=False))
         seconds.append(took)
         row.error = max(row.error, certify.compare(space.gate(structure), small, inputs))
         cost = space.cost(structure)
@@ -160,7 +160,8 @@ def _placeless(reason: str) -> str:
     return re.sub(r"\d+(\.\d+)?(e[+-]\d+)?", "n", reason)[:120]
 
 
-def _timed(function: Callable[[], Any]) -> tuple[float, Any]:
+def timed(function: Callable[[], Any]) -> tuple[float, Any]:
+    """(seconds, result) of one call."""
     start = time.perf_counter()
     result = function()
     return time.perf_counter() - start, result
@@ -170,12 +171,13 @@ def _meta_forward(model: nn.Module, inputs: Any) -> float:
     from benchmarks.trace_time import meta_forward
 
     try:
-        return _timed(meta_forward(model, inputs))[0]
+        return timed(meta_forward(model, inputs))[0]
     except Exception:  # forwards that look at values do not run without any
         return 0.0
 
 
-def _said(error: Exception) -> str:
+def said(error: Exception) -> str:
+    """An error in one line."""
     return f"{type(error).__name__}: {error}".splitlines()[0][:400]
 
 

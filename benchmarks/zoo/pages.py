@@ -99,10 +99,9 @@ def _table(rows: Sequence[Row]) -> str:
             lines.append(f"| {r['name']} | | | | | | | | **{r['status']}** | | | | | {_cell(r['problem'])} |")
             continue
         kinds = " / ".join(str(r["dimensions"].get(k, 0)) for k in ("width", "heads", "depth"))
-        error = f"{r['error']:.0e}" if r["error"] <= 1e-4 else f"**{r['error']:.0e}**"
         lines.append(
             f"| {r['name']} | {short(r['params'])} | {short(r['macs'])} | {kinds} | {r['free_params']:.1%} | "
-            f"{r['free_macs']:.1%} | {r['half_macs']:.1%} | {error} | {'yes' if r['macs_equal'] else '**no**'} | "
+            f"{r['free_macs']:.1%} | {r['half_macs']:.1%} | {_error(r['error'])} | {'yes' if r['macs_equal'] else '**no**'} | "
             f"{r['read_s']:.2f} | {f'{_ratio(r):.1f}' if r['forward_s'] else '-'} | {r['trace_s']:.2f} | "
             f"{r['export_s']:.2f} | {_frozen(r)} |"
         )
@@ -116,6 +115,101 @@ def _frozen(row: Row) -> str:
         return ""
     cause, held = next(iter(row["causes"].items()))
     return f"{_cell(cause)}: {held:.0%}"
+
+
+_PEERS = """## Beside torch-pruning {version}
+
+The same models of timm and torchvision, with the same weights and inputs, in one process with one thread: half of every width
+by either library, as its own user would ask for it. Ours is `space.export(space.uniform(0.5))`, trial and verification
+included. Theirs is `BasePruner(model, inputs, pruning_ratio=0.5)` with group magnitude, which layers make the output being
+all that it is told (no table of heads); it is stopped after {limit:.0f} s or at 8 GiB.
+
+- **MACs**: of the smaller network, as a share of the full one's, by PyTorch's counter; a dash where there is none that runs.
+- **error**: ours, exported against gated. Theirs, against the full network in which the removed channels are zero and
+  normalisations see the others only; **bold** above 1e-4, empty where that could not be worked out.
+- **heads**: the sum of `num_heads` over the modules, full > smaller.
+- **graph**: seconds of our trace without its trial (every dimension, gate, size equation and cost) and of their dependency
+  graph (which operator neighbours which), the median of up to three in turns. **ready**: seconds until a ratio can be asked for:
+  our trace with its trial; their pruner, which is the graph and the groups. **whole**: from the model to the smaller one.
+"""
+
+
+def peers_section(rows: Rows, version: str, limit: float) -> str:
+    """The side by side with torch-pruning, from the rows that `peers.compare` gives."""
+    rows = sorted(rows, key=lambda r: (r["family"], r["name"]))
+    pairs = [r for r in rows if "ours" in r]
+    lines = [
+        _PEERS.format(version=version, limit=limit), *_peers_summary(pairs), "",
+        "| model | MACs, ours | theirs | error, ours | theirs | heads, ours | theirs | graph, ours | theirs | ready, ours "
+        "| theirs | whole, ours | theirs | what stopped it |",
+        "| --- |" + " ---: |" * 12 + " --- |",
+    ]  # fmt: skip
+    for r in rows:
+        if "ours" not in r:
+            lines.append(f"| {r['name']} |" + " |" * 12 + f" {r['status']}: {_cell(r['problem'])} |")
+            continue
+        both = (r["ours"], r["theirs"])
+        cells = [f"{s['macs']:.1%}" if _works(s) else "-" for s in both]
+        cells += ["" if s["error"] is None else _error(s["error"]) for s in both]
+        cells += [f"{r['heads']} > {s['heads']}" if r["heads"] and _works(s) else "" for s in both]
+        for key in ("graph_s", "ready_s", "whole_s"):
+            cells += [f"{s[key]:.2f}" if s[key] else "-" for s in both]
+        lines.append(f"| {r['name']} | {' | '.join(cells)} | {_stopped(r)} |")
+    return "\n".join([*lines, ""])
+
+
+def _peers_summary(pairs: Sequence[Row]) -> list[str]:
+    both = [r for r in pairs if _works(r["ours"]) and _works(r["theirs"])]
+    attention = [r for r in pairs if r["heads"]]
+
+    def count(among: Sequence[Row], holds: Callable[[Row, Row], bool]) -> list[str]:
+        """Of how many it holds: ours as (ours, theirs), theirs the other way round."""
+        return [
+            f"{sum(holds(r[a], r[b]) for r in among)} of {len(among)}"
+            for a, b in (("ours", "theirs"), ("theirs", "ours"))
+        ]
+
+    def faster(key: str) -> Callable[[Row, Row], bool]:
+        return lambda a, b: a[key] < b[key]
+
+    table = {
+        "a smaller network that runs": count(pairs, lambda a, _: _works(a)),
+        "and computes what it should, to 1e-4": count(pairs, lambda a, _: _works(a) and _is_exact(a)),
+        "fewer heads, of the models with heads": [
+            f"{sum(_works(r[w]) and r[w]['heads'] < r['heads'] for r in attention)} of {len(attention)}"
+            for w in ("ours", "theirs")
+        ],
+        "faster graph, of the models that both can do": count(both, faster("graph_s")),
+        "faster until a ratio can be asked for, of these": count(both, faster("ready_s")),
+        "faster to the smaller network, of these": count(both, faster("whole_s")),
+        "MACs left, median of these": [f"{_median(both, lambda r: r[w]['macs']):.1%}" for w in ("ours", "theirs")],
+    }
+    stages = Counter(r["theirs"]["stage"] for r in pairs if not _works(r["theirs"]))
+    return [
+        "| | ours | torch-pruning |", "| --- | ---: | ---: |",
+        *(f"| {what} | {ours} | {theirs} |" for what, (ours, theirs) in table.items()),
+        "",
+        f"The trace is below torch-pruning's graph on {table['faster graph, of the models that both can do'][0]} models that "
+        "both can do. Where torch-pruning stopped: "
+        + (", ".join(f"{stage} {n}" for stage, n in stages.most_common()) or "nowhere") + ".",
+    ]  # fmt: skip
+
+
+def _works(side: Row) -> bool:
+    return not side["problem"]
+
+
+def _is_exact(side: Row) -> bool:
+    return side["error"] is not None and side["error"] <= 1e-4
+
+
+def _error(error: float) -> str:
+    return f"{error:.0e}" if error <= 1e-4 else f"**{error:.0e}**"
+
+
+def _stopped(row: Row) -> str:
+    told = [f"{who}, {row[who]['stage']}: {row[who]['problem']}" for who in ("ours", "theirs") if not _works(row[who])]
+    return _cell("; ".join(([row["problem"]] if row["problem"] else []) + told))
 
 
 def unsupported_page(rows: Rows) -> str:

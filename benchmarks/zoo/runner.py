@@ -14,7 +14,7 @@ import multiprocessing
 import multiprocessing.connection
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,8 @@ from .entry import Entry
 TIME_LIMIT = 60.0
 """Seconds that one entry may take."""
 
-Measure = Callable[[Entry], Mapping[str, Any]]
+Measure = Callable[[Entry], Mapping[str, Any] | Iterator[Mapping[str, Any]]]
+"""Gives the row of an entry, or the row as it becomes known: the last one counts, or what there is when it is ended."""
 
 
 def chosen(entries: Iterable[Entry], pattern: str = "*", family: str | None = None) -> list[Entry]:
@@ -35,10 +36,15 @@ def chosen(entries: Iterable[Entry], pattern: str = "*", family: str | None = No
     return [e for e in entries if fnmatch.fnmatchcase(e.name, pattern) and family in (None, e.family)]
 
 
-def fingerprint() -> str:
-    """Changes with the code of dmscale, of the zoo's measuring, and with PyTorch: what a row depends on."""
-    digest = hashlib.sha256(torch.__version__.encode())
-    for path in sorted([*Path(dmscale.__file__).parent.rglob("*.py"), Path(__file__).with_name("measure.py")]):
+def fingerprint(measuring: Sequence[str] = ("measure.py",), versions: str = "") -> str:
+    """Changes with the code of dmscale, of the zoo's measuring, and with PyTorch: what a row depends on.
+
+    Args:
+        measuring: files of this package.
+        versions: of what else a row depends on.
+    """
+    digest = hashlib.sha256((torch.__version__ + versions).encode())
+    for path in sorted([*Path(dmscale.__file__).parent.rglob("*.py"), *map(Path(__file__).with_name, measuring)]):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -77,6 +83,7 @@ class _Job:
     process: Any
     receiver: Any
     started: float
+    known: dict[str, Any] = field(default_factory=dict)  # of its row, by now
 
 
 def run(entries: Sequence[Entry], measure: Measure, limit: float = TIME_LIMIT, jobs: int = 1) -> Iterator[dict]:
@@ -84,7 +91,7 @@ def run(entries: Sequence[Entry], measure: Measure, limit: float = TIME_LIMIT, j
 
     A process is a fork of this one, so that what has been imported by now (torch, the model libraries) costs nothing
     again.  One that does not answer within `limit` seconds is ended and gives a row with status 'timeout'; one that dies
-    (out of memory, say) a row with status 'crashed'.
+    (out of memory, say) a row with status 'crashed'; what was known of the row by then stays in it.
     """
     context = multiprocessing.get_context("fork")
     waiting = list(entries)
@@ -114,23 +121,29 @@ def run(entries: Sequence[Entry], measure: Measure, limit: float = TIME_LIMIT, j
 
 def _child(entry: Entry, measure: Measure, sender: Any) -> None:
     torch.set_num_threads(1)
-    sender.send(dict(measure(entry)))
+    given = measure(entry)
+    for row in [given] if isinstance(given, Mapping) else given:
+        sender.send(dict(row))
+    sender.send(None)
     sender.close()
 
 
 def _answer(job: _Job, limit: float) -> dict | None:
-    if job.receiver.poll():
-        try:
-            row = job.receiver.recv()
-        except EOFError:
-            job.process.join()
-            row = _without(job.entry, "crashed", f"its process ended with exit code {job.process.exitcode}")
+    row = None
+    try:
+        while row is None and job.receiver.poll():
+            got = job.receiver.recv()
+            job.known, row = (job.known, job.known) if got is None else (got, None)
+    except EOFError:
+        job.process.join()
+        row = job.known | _without(job.entry, "crashed", f"its process ended with exit code {job.process.exitcode}")
+    if row is not None:
         job.process.join(1)
         job.process.kill()
         return row
     if time.monotonic() - job.started > limit:
         job.process.kill()
-        return _without(job.entry, "timeout", f"took more than {limit:.0f} s")
+        return job.known | _without(job.entry, "timeout", f"took more than {limit:.0f} s")
     return None
 
 

@@ -258,6 +258,7 @@ def roll(trace: Tracer, out: Tensor, x: Tensor, shifts: Any, positions: Sequence
 def unfold(trace: Tracer, out: Tensor, x: Tensor, dim: int, length: int, step: int) -> Sequence[Dim]:
     """Windows along one axis, which is fixed."""
     dims = list(trace.dims(x))
+    dim %= x.dim()  # the result has one more
     trace.freeze(dims[dim], "unfolded into windows")
     dims[dim] = axes.axis(out.shape[dim], "windows")
     return [*dims, axes.axis(length, "window")]
