@@ -43,7 +43,8 @@ def alternatives(model: nn.Module, path: str) -> list[str]:
 
 
 def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(p.shape) for name, p in module.named_parameters()}
+    # plain ints: sizes of a trace that are found equal would tie the layers of a list to one another
+    return {name: tuple(map(int, p.shape)) for name, p in module.named_parameters()}
 
 
 class Examples:
