@@ -156,7 +156,7 @@ def _checked(key: Any) -> str:
         import difflib
 
         close = difflib.get_close_matches(metric, _METRICS, 1, 0.4)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
         raise BudgetError(f"unknown metric {metric!r} in the budget{hint}; metrics are {', '.join(_METRICS)}")
     if scope and metric == "latency":
         raise BudgetError(f"budget {key!r}: latency is of the whole model; bound macs or activations of a part of it")

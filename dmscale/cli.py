@@ -19,10 +19,11 @@ from typer.core import TyperGroup
 import dmscale
 
 from .data import OnDevice, load_data, to_device
-from .errors import DmscaleError
+from .errors import DmscaleError, TraceError
 from .evaluate import accuracy, check_fit, classification_loss
 from .latency import compare_latency
 from .sources import SourceError, load_model, parse_shape
+from .tables import number
 
 
 class _CleanErrors(TyperGroup):
@@ -102,7 +103,11 @@ def trace(
 ) -> None:
     """Show what in MODEL can be made smaller, its share of the cost, and what is frozen and why."""
     source = load_model(model, shape=parse_shape(input) if input else None, classes=classes)
-    space = dmscale.trace(source.model, source.inputs, freeze=freeze or (), only=only or ())
+    try:
+        space = dmscale.trace(source.model, source.inputs, freeze=freeze or (), only=only or ())
+    except TraceError as error:
+        given = f"--input {input}" if input else "the inputs that its source gives"
+        raise SourceError(f"{model} with {given}: {error}") from error
     if as_json:
         print(json.dumps(space.to_dict(), indent=2))
     else:
@@ -278,15 +283,14 @@ def _device(name: str | None) -> torch.device:
 
 def _print_rows(rows: dict[str, dict[str, Any]], out: Path) -> None:
     table = Table("", "dense", "scaled", "share")
-    for label, key, unit, form in (
-        ("accuracy", "accuracy", 100, "{:.2f} %"),
-        ("MACs (M)", "macs", 1e-6, "{:,.2f}"),
-        ("parameters (M)", "params", 1e-6, "{:,.3f}"),
-        ("latency (ms)", "latency_ms", 1, "{:.2f}"),
+    for label, key, shown in (
+        ("accuracy", "accuracy", lambda x: f"{x:.2%}"),
+        ("MACs", "macs", number),
+        ("parameters", "params", number),
+        ("latency (ms)", "latency_ms", lambda x: f"{x:.2f}"),
     ):
         dense, scaled = rows["dense"][key], rows["scaled"][key]
-        share = "" if key == "accuracy" else f"{scaled / dense:.1%}"
-        table.add_row(label, form.format(dense * unit), form.format(scaled * unit), share)
+        table.add_row(label, shown(dense), shown(scaled), "" if key == "accuracy" else f"{scaled / dense:.1%}")
     console = Console()
     console.print(table)
     console.print(f"Written to {escape(str(out))}: small.safetensors, structure.json, report.json", soft_wrap=True)

@@ -7,7 +7,7 @@ import difflib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -86,11 +86,21 @@ def load_model(
     else:
         raise SourceError(
             f"model {spec!r} is none of timm:NAME, torchvision:NAME, hf:PATH_OR_CONFIG, file.py:factory"
-            + (f"; did you mean timm:{spec}?" if ":" not in spec and "/" not in spec else "")
+            + _how_to_write(spec, readers)
         )
     if weights is not None:
         _load_weights(spec, source.model, weights)
     return source
+
+
+def _how_to_write(spec: str, kinds: Iterable[str]) -> str:
+    """What a specification without a colon, or with nothing behind it, may have meant."""
+    name = spec.rstrip(":")
+    if name in kinds:
+        return f"; a model is missing behind {name}:"
+    if spec.endswith(".py"):
+        return f"; name the function in it that makes the model, as {spec}:make"
+    return f"; did you mean timm:{spec}?" if ":" not in spec and "/" not in spec else ""
 
 
 def allow_missing_torchvision_operators() -> None:

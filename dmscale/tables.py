@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from .space import SearchSpace
 
 
+_CHOSEN = ("frozen by freeze=", "not named in only=")
+
+
 def number(n: float, unit: str = "") -> str:
     """`n` with three digits and a decimal prefix: 4.09 G."""
     for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
@@ -43,16 +46,22 @@ def space_table(space: SearchSpace) -> Group:
     parts: list[Any] = [
         Text(
             f"{type(space.model).__name__}: {number(cost.macs)} MACs, {number(cost.params)} parameters, "
-            f"{len(space.dimensions)} dimensions, {len(space.frozen)} frozen"
+            f"{len(space.dimensions)} {'dimension' if len(space.dimensions) == 1 else 'dimensions'}, {len(space.frozen)} frozen"
         ),
-        dimensions,
+        dimensions if space.dimensions else Text("\nNothing can shrink", style="bold"),
     ]
     if space.frozen:
         frozen = Table(box=box.SIMPLE, title_justify="left", title_style="bold", title="What cannot, and why")
         frozen.add_column("axis", no_wrap=True)
         frozen.add_column("reason")
+        chosen: dict[str, list[str]] = {}
         for name, reason in space.frozen.items():
-            frozen.add_row(name, reason)
+            if reason in _CHOSEN:
+                chosen.setdefault(reason, []).append(name)
+            else:
+                frozen.add_row(name, reason)
+        for reason, names in chosen.items():  # the user knows which: no need to list them all
+            frozen.add_row(names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else ""), reason)
         parts.append(frozen)
     if space.costs.uncounted:
         parts.append(Text("MACs not counted: " + ", ".join(space.costs.uncounted)))

@@ -92,6 +92,18 @@ def test_trace_takes_the_input_size(net):
     assert macs("--input", "1x1x16x16") > 3 * macs()
 
 
+def test_trace_says_which_input_the_model_does_not_take(net):
+    result = dmscale_command("trace", net, "--input", "1x5")
+    assert result.exit_code == 2 and f"{net} with --input 1x5: " in result.stderr.replace("\n", " ")
+
+
+def test_what_the_user_left_out_is_one_row_of_the_table():
+    model = torch.nn.Sequential(*(torch.nn.Linear(4 + i, 5 + i) for i in range(5)))
+    table = str(dmscale.trace(model, torch.randn(2, 4), only="3"))
+    assert "1 dimension, 4 frozen" in table and "0 and 2 more" in table and table.count("not named in only=") == 2
+    assert "Nothing can shrink" in str(dmscale.trace(torch.nn.Linear(3, 2), torch.randn(1, 3)))
+
+
 def test_freeze_and_only_choose_dimensions(net):
     def names(*options):
         return set(json.loads(dmscale_command("trace", net, "--json", *options).stdout)["dimensions"])
