@@ -16,12 +16,17 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 
+from . import axes
 from .polynomial import Poly
+from .sizes import extent_in
+
+if TYPE_CHECKING:
+    from .space import SearchSpace
 
 METRICS = ("macs", "params", "bytes", "activations", "kv_cache")
 """What is counted.  A budget may name "latency" too, which is measured."""
@@ -239,3 +244,64 @@ def product(polynomials: Sequence[Any]) -> Poly:
     for p in polynomials:
         out = out * p
     return out
+
+
+# -- from a space ------------------------------------------------------------------------------------------------------
+
+
+def cost_model(space: SearchSpace) -> CostModel:
+    """The costs of a space over its variables: the free axes, then a gate for each removable block."""
+    record = space.trace.record
+    inside, free = block_finder(space), space.free_axes
+    terms: dict[str, list[CostTerm]] = {m: [] for m in METRICS}
+
+    def add(
+        metric: str, dims: Sequence[axes.Dim], gate: tuple[Hashable, ...], weight: int, paths: Sequence[str]
+    ) -> None:
+        poly = product([extent_in(dim, free) for dim in dims] + [Poly.variable(g) for g in gate])
+        terms[metric].append(CostTerm(poly * weight if weight != 1 else poly, tuple(paths)))
+
+    for term in record.terms:
+        add("macs", term.dims, inside(term.op), 1, [term.path])
+    for op, element, dims, path in record.activations:
+        add("activations", dims, inside(op), element, [path])
+    for kept in record.cached:
+        add("kv_cache", _once(kept.dims, kept.repeated), inside(kept.op), kept.element, [kept.path])
+    parameters = dict(space.model.named_parameters(remove_duplicate=False))
+    for name, dims in space.trace.slots.items():
+        if name in parameters:
+            owners = [name, *(n for n, first in space.trace.aliases.items() if first == name)]
+            gate = _block_of_parameters(space, owners)
+            paths = [n.rpartition(".")[0] for n in owners]
+            add("params", dims, gate, 1, paths)
+            add("bytes", dims, gate, parameters[name].element_size(), paths)
+    uncounted = [f"{op} in {path or 'the model'}" for op, paths in record.unknown.items() for path in paths]
+    uncounted += [f"other rows than the example's in {path}" for path in space.routed]
+    return CostModel(space.variables, terms, uncounted, {"latency": space._latency_metric})
+
+
+def _once(dims: Sequence[axes.Dim], repeated: Sequence[axes.Dim]) -> list[axes.Dim]:
+    """`dims` as they were before the repetitions."""
+    left = [a for dim in dims for a in axes.factors(dim)]
+    for a in axes.factors([a for dim in repeated for a in dim]):
+        if a in left:
+            left.remove(a)
+    return [(a,) for a in left]
+
+
+def block_finder(space: SearchSpace) -> Callable[[int], tuple[Hashable, ...]]:
+    """What tells of an operator's number the removable block that it runs in, as a cost variable: one or none."""
+    gates_at: dict[int, tuple[Hashable, ...]] = {}
+    for stack in space.stacks.values():
+        for i, (start, end) in enumerate(stack.ranges):
+            for op in range(start + 1, end + 1):
+                gates_at[op] = ((stack.name, i),)
+    return lambda op: gates_at.get(op, ())
+
+
+def _block_of_parameters(space: SearchSpace, names: Sequence[str]) -> tuple[Hashable, ...]:
+    for stack in space.stacks.values():
+        for i, path in enumerate(stack.paths):
+            if all(n.startswith(path + ".") for n in names):
+                return ((stack.name, i),)
+    return ()

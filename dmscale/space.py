@@ -4,92 +4,25 @@ from __future__ import annotations
 
 import fnmatch
 import functools
-import math
 import os
 import random
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import (
-    axes,
-    blocks,
-    branches,
-    budget,
-    calls,
-    causes,
-    certify,
-    export,
-    gates,
-    latency,
-    naming,
-    routing,
-    settings,
-    tracing,
-)
+from . import axes, budget, causes, certify, export, gates, latency, routing, settings, tracing
 from .axes import Axis
 from .clone import alias, clone
-from .cost import METRICS, Cost, CostModel, CostTerm, product
+from .cost import METRICS, Cost, CostModel, block_finder, cost_model
+from .dimensions import Dimension, Options, dimensions, resolve
 from .errors import DmscaleError, ExportError, TraceError
-from .polynomial import Poly
-from .sizes import Solution, extent_in, solve
 from .structure import Structure
-from .tracer import Record
 
 TOLERANCE = 1e-4
 """Largest relative error of an exported model against the gated one, in float32."""
-
-
-@dataclass(frozen=True, eq=False)
-class Dimension:
-    """One number of the network that can be chosen.
-
-    name: after what a user recognises, `layer3.0.conv1`, `blocks.4.attn heads`, `blocks depth`.
-    kind: 'width', 'heads' or 'depth'.
-    size: number of elements; what a structure keeps of it is between `minimum` and `size`.
-    multiple: a structure keeps a multiple of this many elements (or all).
-    axes: the axes behind a width, the dimension's own first; linked ones keep the same share, each its own elements.
-    members: a name for each axis.
-    """
-
-    name: str
-    kind: str
-    size: int
-    minimum: int = 1
-    multiple: int = 1
-    axes: tuple[Axis, ...] = ()
-    members: tuple[str, ...] = ()
-
-    def allowed(self, size: float) -> int:
-        """The size nearest to `size` that the dimension may have."""
-        if size >= self.size:
-            return self.size
-        step = self.multiple
-        rounded = int(size / step + 0.5) * step
-        return min(max(rounded, self.lowest), self.size)
-
-    @property
-    def lowest(self) -> int:
-        """The smallest size that it may have."""
-        step = self.multiple
-        return min(-(-self.minimum // step) * step, self.size)
-
-    def count(self, axis_size: int, size: int) -> int:
-        """How many elements of an axis of `axis_size` are kept when the dimension keeps `size`."""
-        return axis_size * size // self.size
-
-
-@dataclass
-class _Resolved:
-    """What remains free once gates are planned and size equations solved."""
-
-    solution: Solution
-    sites: gates.Sites
-    stacks: list[blocks.Blocks]
 
 
 class SearchSpace:
@@ -113,10 +46,10 @@ class SearchSpace:
 
     def _rebuild(self) -> None:
         """Derive everything from the trace and from what is frozen by now."""
-        resolved = _resolve(self.trace, self.model, self.options)
+        resolved = resolve(self.trace, self.model, self.options)
         self.stacks = {s.name: s for s in resolved.stacks}
         self.sites, self.attributes = resolved.sites, resolved.solution.attributes
-        self.dimensions, self.frozen = _dimensions(self.trace, resolved, self.options)
+        self.dimensions, self.frozen = dimensions(self.trace, resolved, self.options)
         self.__dict__.pop("costs", None)
         self.__dict__.pop("shares", None)
         self.__dict__.pop("routed", None)
@@ -142,7 +75,7 @@ class SearchSpace:
     @functools.cached_property
     def costs(self) -> CostModel:
         """The cost polynomials over `variables`."""
-        return _cost_model(self)
+        return cost_model(self)
 
     @functools.cached_property
     def routed(self) -> tuple[str, ...]:
@@ -151,7 +84,7 @@ class SearchSpace:
 
     def block_of_operator(self) -> Callable[[int], tuple[Hashable, ...]]:
         """What tells of an operator's number the removable block that it runs in, as a cost variable: one or none."""
-        return _block_finder(self)
+        return block_finder(self)
 
     @property
     def free_axes(self) -> set[Axis]:
@@ -467,26 +400,6 @@ class SearchSpace:
         return f"<SearchSpace of {type(self.model).__name__}: {len(self.dimensions)} dimensions, {len(self.frozen)} frozen>"
 
 
-@dataclass
-class Options:
-    """What a user asked of a trace: globs, and bounds by glob."""
-
-    freeze: tuple[str, ...] = ()
-    only: tuple[str, ...] = ()
-    minimum: dict[str, int] = field(default_factory=dict)
-    multiple: dict[str, int] = field(default_factory=dict)
-    no_depth: dict[str, str] = field(default_factory=dict)  # stacks taken out -> reason
-    branches: bool = False
-
-    def refuses(self, name: str) -> str | None:
-        """Why the user does not want dimension `name`, if so."""
-        if any(fnmatch.fnmatchcase(name, g) for g in self.freeze):
-            return "frozen by freeze="
-        if self.only and not any(fnmatch.fnmatchcase(name, g) for g in self.only):
-            return "not named in only="
-        return None
-
-
 @torch.inference_mode(False)
 def trace(
     model: nn.Module,
@@ -557,200 +470,6 @@ def _did_you_mean(name: str, names: Iterable[str]) -> str:
 
     close = difflib.get_close_matches(name, list(names), 3, 0.4)
     return f"; did you mean {', '.join(map(repr, close))}?" if close else ""
-
-
-# -- resolving: trace -> dimensions -----------------------------------------------------------------------------------
-
-
-def _resolve(trace: tracing.Trace, model: nn.Module, options: Options) -> _Resolved:
-    """Plan gates and solve size equations until neither freezes anything more."""
-    parameters = [dim for dims in trace.slots.values() for dim in dims]
-    while True:
-        before = _count_free(parameters)
-        stacks = blocks.find(model, trace.record)
-        if options.branches:
-            stacks = branches.find(model, trace.record, stacks, options.no_depth)
-        options.no_depth |= {s.name: reason for s in stacks if (reason := options.refuses(s.name))}
-        stacks = [s for s in stacks if s.name not in options.no_depth]
-        sites = gates.plan(trace, stacks)
-        solution = solve(trace.record.equations)
-        if options.freeze or options.only:
-            for a, name in naming.name_axes(trace).items():
-                reason = options.refuses(name)
-                if reason and not a.reasons:
-                    axes.freeze((a,), reason)
-        if _count_free(parameters) == before:
-            return _Resolved(solution, sites, stacks)
-
-
-def _count_free(dims: Iterable[axes.Dim]) -> int:
-    return len({a for dim in dims for a in axes.atoms(dim) if not a.reasons})
-
-
-def _dimensions(
-    trace: tracing.Trace, resolved: _Resolved, options: Options
-) -> tuple[dict[str, Dimension], dict[str, str]]:
-    names = naming.name_axes(trace)
-    heads = {a for dim in trace.record.batched for a in axes.atoms(dim)}
-    groups = _groups([a for a in names if not a.reasons], resolved.solution.links)
-    steps = _steps(trace.record.multiples)
-    least = _least(trace.record.least)
-    least |= {a: max(least.get(a, 1), 2) for a in _pairs(trace.record)}
-    dimensions: dict[str, Dimension] = {}
-    for group in groups:
-        group = sorted(group, key=lambda a: (names[a].count("."), a.size))  # the widest scope names the dimension
-        name, size = names[group[0]], group[0].size
-        kind = "heads" if group[0] in heads else "width"
-        step = size // math.gcd(*(a.size for a in group))  # so that every linked axis keeps whole elements
-        for a in group:  # keeps n * a.size / size elements of n: that must be a multiple of its own step
-            step = math.lcm(step, steps.get(a, 1) * size // math.gcd(steps.get(a, 1) * size, a.size))
-        wanted = _bound(options.multiple, name, 1) if kind == "width" else 1
-        needed = max(-(-least.get(a, 1) * size // a.size) for a in group)
-        dimensions[name] = Dimension(
-            name, kind, size, max(_bound(options.minimum, name, 1), needed), math.lcm(step, wanted),
-            tuple(group), tuple(names[a] for a in group),
-        )  # fmt: skip
-    for stack in resolved.stacks:
-        dimensions[stack.name] = Dimension(stack.name, "depth", len(stack.paths), stack.minimum)
-    frozen = {names[a]: "; ".join(list(a.reasons)[:2]) for a in names if a.reasons} | options.no_depth
-    return dimensions, frozen
-
-
-def _pairs(record: Record) -> set[Axis]:
-    """The axes that keep two elements at least, for what becomes of one is no longer the same operation.
-
-    An unbiased variance divides by k - 1.  A centred normalisation of one element is its bias whatever comes in: what such a
-    network computes is rounding, amplified.  And einsum multiplies element by element where there is one to contract.
-    """
-    single = [d for n in record.normalisations if n.kind in ("variance", "standardised") for d in n.dims]
-    single += [n.dims[0] for n in record.normalisations if n.kind == "centred" and not n.group and len(n.dims) == 1]
-    for c in record.contractions:
-        call = calls.at(record, c.op) if axes.is_free(c.dim) else None
-        if call is not None and call.name == "einsum":
-            single.append(c.dim)
-    found = set()
-    for dim in single:
-        free = [a for a in axes.factors(dim) if axes.is_free((a,)) and a.is_atom]
-        others = [a for a in axes.factors(dim) if a not in free]  # of a sum each part keeps one
-        if free and not others:
-            found.add(max(free, key=lambda a: a.size))
-    return found
-
-
-def _steps(multiples: Iterable[tuple[axes.Dim, int]]) -> dict[Axis, int]:
-    """Axis -> what its size must be a multiple of, so that every dimension is a multiple of what its kernel takes."""
-    steps: dict[Axis, int] = {}
-
-    def require(dim: axes.Dim, step: int) -> None:
-        found = axes.factors(dim)
-        fixed = math.prod(a.size for a in found if not axes.is_free((a,)))
-        step //= math.gcd(step, fixed)
-        free = [a for a in found if axes.is_free((a,))]
-        if step == 1 or not free:
-            return
-        last = free[-1]
-        if last.sum is None:
-            steps[last] = math.lcm(steps.get(last, 1), step)
-        else:
-            for part in last.sum:
-                require(part, step)
-
-    for dim, step in multiples:
-        require(dim, step)
-    return steps
-
-
-def _least(bounds: Iterable[tuple[axes.Dim, int]]) -> dict[Axis, int]:
-    """Axis -> the smallest size that it may have, so that every dimension has what is chosen from it.
-
-    Of a product, groups of experts, each factor must do with the least of the others.
-    """
-    least: dict[Axis, int] = {}
-
-    def require(dim: axes.Dim, size: int) -> None:
-        found = axes.factors(dim)
-        for a in reversed(found):
-            if axes.is_free((a,)):
-                others = math.prod(least.get(b, 1) if axes.is_free((b,)) else b.size for b in found if b is not a)
-                if a.sum is None:
-                    least[a] = max(least.get(a, 1), -(-size // others))
-                else:
-                    fixed = sum(axes.size(part) for part in a.sum if not axes.is_free(part))
-                    require(next(part for part in a.sum if axes.is_free(part)), -(-size // others) - fixed)
-
-    for dim, size in sorted(bounds, key=lambda b: len(axes.factors(b[0]))):
-        require(dim, size)
-    return least
-
-
-def _bound(bounds: Mapping[str, int], name: str, default: int) -> int:
-    found = [n for glob, n in bounds.items() if fnmatch.fnmatchcase(name, glob)]
-    return found[-1] if found else default
-
-
-def _groups(free: list[Axis], links: list[set[Axis]]) -> list[list[Axis]]:
-    """Free axes, those linked together, in the order in which they were made."""
-    group_of = {id(a): i for i, link in enumerate(links) for a in link}
-    out: dict[Any, list[Axis]] = {}
-    for a in free:
-        out.setdefault(group_of.get(id(a), a), []).append(a)
-    return list(out.values())
-
-
-def _cost_model(space: SearchSpace) -> CostModel:
-    record = space.trace.record
-    inside, free = _block_finder(space), space.free_axes
-    terms: dict[str, list[CostTerm]] = {m: [] for m in METRICS}
-
-    def add(
-        metric: str, dims: Sequence[axes.Dim], gate: tuple[Hashable, ...], weight: int, paths: Sequence[str]
-    ) -> None:
-        poly = product([extent_in(dim, free) for dim in dims] + [Poly.variable(g) for g in gate])
-        terms[metric].append(CostTerm(poly * weight if weight != 1 else poly, tuple(paths)))
-
-    for term in record.terms:
-        add("macs", term.dims, inside(term.op), 1, [term.path])
-    for op, element, dims, path in record.activations:
-        add("activations", dims, inside(op), element, [path])
-    for kept in record.cached:
-        add("kv_cache", _once(kept.dims, kept.repeated), inside(kept.op), kept.element, [kept.path])
-    parameters = dict(space.model.named_parameters(remove_duplicate=False))
-    for name, dims in space.trace.slots.items():
-        if name in parameters:
-            owners = [name, *(n for n, first in space.trace.aliases.items() if first == name)]
-            gate = _block_of_parameters(space, owners)
-            paths = [n.rpartition(".")[0] for n in owners]
-            add("params", dims, gate, 1, paths)
-            add("bytes", dims, gate, parameters[name].element_size(), paths)
-    uncounted = [f"{op} in {path or 'the model'}" for op, paths in record.unknown.items() for path in paths]
-    uncounted += [f"other rows than the example's in {path}" for path in space.routed]
-    return CostModel(space.variables, terms, uncounted, {"latency": space._latency_metric})
-
-
-def _once(dims: Sequence[axes.Dim], repeated: Sequence[axes.Dim]) -> list[axes.Dim]:
-    """`dims` as they were before the repetitions."""
-    left = [a for dim in dims for a in axes.factors(dim)]
-    for a in axes.factors([a for dim in repeated for a in dim]):
-        if a in left:
-            left.remove(a)
-    return [(a,) for a in left]
-
-
-def _block_finder(space: SearchSpace) -> Callable[[int], tuple[Hashable, ...]]:
-    gates_at: dict[int, tuple[Hashable, ...]] = {}
-    for stack in space.stacks.values():
-        for i, (start, end) in enumerate(stack.ranges):
-            for op in range(start + 1, end + 1):
-                gates_at[op] = ((stack.name, i),)
-    return lambda op: gates_at.get(op, ())
-
-
-def _block_of_parameters(space: SearchSpace, names: Sequence[str]) -> tuple[Hashable, ...]:
-    for stack in space.stacks.values():
-        for i, path in enumerate(stack.paths):
-            if all(n.startswith(path + ".") for n in names):
-                return ((stack.name, i),)
-    return ()
 
 
 def _best(total: int, wanted: int, score: Any) -> tuple[int, ...]:

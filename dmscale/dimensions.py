@@ -1,0 +1,225 @@
+"""From a trace to the dimensions of a search space: what is free, under which name, in which steps.
+
+An axis is a dimension of the space when it indexes parameters, nothing freezes it, and a gate exists wherever it is consumed.
+Axes that size equations link are one dimension.  Each has a kind, a least size, and a multiple, of which some come from the
+user and some from operators: as many experts as are chosen, what a kernel loads at once.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from . import axes, blocks, branches, calls, gates, naming, tracing
+from .axes import Axis
+from .sizes import Solution, solve
+from .tracer import Record
+
+
+@dataclass(frozen=True, eq=False)
+class Dimension:
+    """One number of the network that can be chosen.
+
+    name: after what a user recognises, `layer3.0.conv1`, `blocks.4.attn heads`, `blocks depth`.
+    kind: 'width', 'heads' or 'depth'.
+    size: number of elements; what a structure keeps of it is between `minimum` and `size`.
+    multiple: a structure keeps a multiple of this many elements (or all).
+    axes: the axes behind a width, the dimension's own first; linked ones keep the same share, each its own elements.
+    members: a name for each axis.
+    """
+
+    name: str
+    kind: str
+    size: int
+    minimum: int = 1
+    multiple: int = 1
+    axes: tuple[Axis, ...] = ()
+    members: tuple[str, ...] = ()
+
+    def allowed(self, size: float) -> int:
+        """The size nearest to `size` that the dimension may have."""
+        if size >= self.size:
+            return self.size
+        step = self.multiple
+        rounded = int(size / step + 0.5) * step
+        return min(max(rounded, self.lowest), self.size)
+
+    @property
+    def lowest(self) -> int:
+        """The smallest size that it may have."""
+        step = self.multiple
+        return min(-(-self.minimum // step) * step, self.size)
+
+    def count(self, axis_size: int, size: int) -> int:
+        """How many elements of an axis of `axis_size` are kept when the dimension keeps `size`."""
+        return axis_size * size // self.size
+
+
+@dataclass
+class Options:
+    """What a user asked of a trace: globs, and bounds by glob."""
+
+    freeze: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
+    minimum: dict[str, int] = field(default_factory=dict)
+    multiple: dict[str, int] = field(default_factory=dict)
+    no_depth: dict[str, str] = field(default_factory=dict)  # stacks taken out -> reason
+    branches: bool = False
+
+    def refuses(self, name: str) -> str | None:
+        """Why the user does not want dimension `name`, if so."""
+        if any(fnmatch.fnmatchcase(name, g) for g in self.freeze):
+            return "frozen by freeze="
+        if self.only and not any(fnmatch.fnmatchcase(name, g) for g in self.only):
+            return "not named in only="
+        return None
+
+
+@dataclass
+class Resolved:
+    """What remains free once gates are planned and size equations solved."""
+
+    solution: Solution
+    sites: gates.Sites
+    stacks: list[blocks.Blocks]
+
+
+def resolve(trace: tracing.Trace, model: nn.Module, options: Options) -> Resolved:
+    """Plan gates and solve size equations until neither freezes anything more."""
+    parameters = [dim for dims in trace.slots.values() for dim in dims]
+    while True:
+        before = _count_free(parameters)
+        stacks = blocks.find(model, trace.record)
+        if options.branches:
+            stacks = branches.find(model, trace.record, stacks, options.no_depth)
+        options.no_depth |= {s.name: reason for s in stacks if (reason := options.refuses(s.name))}
+        stacks = [s for s in stacks if s.name not in options.no_depth]
+        sites = gates.plan(trace, stacks)
+        solution = solve(trace.record.equations)
+        if options.freeze or options.only:
+            for a, name in naming.name_axes(trace).items():
+                reason = options.refuses(name)
+                if reason and not a.reasons:
+                    axes.freeze((a,), reason)
+        if _count_free(parameters) == before:
+            return Resolved(solution, sites, stacks)
+
+
+def _count_free(dims: Iterable[axes.Dim]) -> int:
+    return len({a for dim in dims for a in axes.atoms(dim) if not a.reasons})
+
+
+def dimensions(
+    trace: tracing.Trace, resolved: Resolved, options: Options
+) -> tuple[dict[str, Dimension], dict[str, str]]:
+    """The dimensions by name, in the order of the forward, and the frozen axes of parameters, each with its reasons."""
+    names = naming.name_axes(trace)
+    heads = {a for dim in trace.record.batched for a in axes.atoms(dim)}
+    groups = _groups([a for a in names if not a.reasons], resolved.solution.links)
+    steps = _steps(trace.record.multiples)
+    least = _least(trace.record.least)
+    least |= {a: max(least.get(a, 1), 2) for a in _pairs(trace.record)}
+    found: dict[str, Dimension] = {}
+    for group in groups:
+        group = sorted(group, key=lambda a: (names[a].count("."), a.size))  # the widest scope names the dimension
+        name, size = names[group[0]], group[0].size
+        kind = "heads" if group[0] in heads else "width"
+        step = size // math.gcd(*(a.size for a in group))  # so that every linked axis keeps whole elements
+        for a in group:  # keeps n * a.size / size elements of n: that must be a multiple of its own step
+            step = math.lcm(step, steps.get(a, 1) * size // math.gcd(steps.get(a, 1) * size, a.size))
+        wanted = _bound(options.multiple, name, 1) if kind == "width" else 1
+        needed = max(-(-least.get(a, 1) * size // a.size) for a in group)
+        found[name] = Dimension(
+            name, kind, size, max(_bound(options.minimum, name, 1), needed), math.lcm(step, wanted),
+            tuple(group), tuple(names[a] for a in group),
+        )  # fmt: skip
+    for stack in resolved.stacks:
+        found[stack.name] = Dimension(stack.name, "depth", len(stack.paths), stack.minimum)
+    frozen = {names[a]: "; ".join(list(a.reasons)[:2]) for a in names if a.reasons} | options.no_depth
+    return found, frozen
+
+
+def _pairs(record: Record) -> set[Axis]:
+    """The axes that keep two elements at least, for what becomes of one is no longer the same operation.
+
+    An unbiased variance divides by k - 1.  A centred normalisation of one element is its bias whatever comes in: what such a
+    network computes is rounding, amplified.  And einsum multiplies element by element where there is one to contract.
+    """
+    single = [d for n in record.normalisations if n.kind in ("variance", "standardised") for d in n.dims]
+    single += [n.dims[0] for n in record.normalisations if n.kind == "centred" and not n.group and len(n.dims) == 1]
+    for c in record.contractions:
+        call = calls.at(record, c.op) if axes.is_free(c.dim) else None
+        if call is not None and call.name == "einsum":
+            single.append(c.dim)
+    found = set()
+    for dim in single:
+        free = [a for a in axes.factors(dim) if axes.is_free((a,)) and a.is_atom]
+        others = [a for a in axes.factors(dim) if a not in free]  # of a sum each part keeps one
+        if free and not others:
+            found.add(max(free, key=lambda a: a.size))
+    return found
+
+
+def _steps(multiples: Iterable[tuple[axes.Dim, int]]) -> dict[Axis, int]:
+    """Axis -> what its size must be a multiple of, so that every dimension is a multiple of what its kernel takes."""
+    steps: dict[Axis, int] = {}
+
+    def require(dim: axes.Dim, step: int) -> None:
+        found = axes.factors(dim)
+        fixed = math.prod(a.size for a in found if not axes.is_free((a,)))
+        step //= math.gcd(step, fixed)
+        free = [a for a in found if axes.is_free((a,))]
+        if step == 1 or not free:
+            return
+        last = free[-1]
+        if last.sum is None:
+            steps[last] = math.lcm(steps.get(last, 1), step)
+        else:
+            for part in last.sum:
+                require(part, step)
+
+    for dim, step in multiples:
+        require(dim, step)
+    return steps
+
+
+def _least(bounds: Iterable[tuple[axes.Dim, int]]) -> dict[Axis, int]:
+    """Axis -> the smallest size that it may have, so that every dimension has what is chosen from it.
+
+    Of a product, groups of experts, each factor must do with the least of the others.
+    """
+    least: dict[Axis, int] = {}
+
+    def require(dim: axes.Dim, size: int) -> None:
+        found = axes.factors(dim)
+        for a in reversed(found):
+            if axes.is_free((a,)):
+                others = math.prod(least.get(b, 1) if axes.is_free((b,)) else b.size for b in found if b is not a)
+                if a.sum is None:
+                    least[a] = max(least.get(a, 1), -(-size // others))
+                else:
+                    fixed = sum(axes.size(part) for part in a.sum if not axes.is_free(part))
+                    require(next(part for part in a.sum if axes.is_free(part)), -(-size // others) - fixed)
+
+    for dim, size in sorted(bounds, key=lambda b: len(axes.factors(b[0]))):
+        require(dim, size)
+    return least
+
+
+def _bound(bounds: Mapping[str, int], name: str, default: int) -> int:
+    found = [n for glob, n in bounds.items() if fnmatch.fnmatchcase(name, glob)]
+    return found[-1] if found else default
+
+
+def _groups(free: list[Axis], links: list[set[Axis]]) -> list[list[Axis]]:
+    """Free axes, those linked together, in the order in which they were made."""
+    group_of = {id(a): i for i, link in enumerate(links) for a in link}
+    out: dict[Any, list[Axis]] = {}
+    for a in free:
+        out.setdefault(group_of.get(id(a), a), []).append(a)
+    return list(out.values())
