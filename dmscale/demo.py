@@ -65,7 +65,7 @@ class ResidualBlock(nn.Module):
 class ResidualCNN(nn.Module):
     """Residual blocks at 8x8, more of them at 4x4, mean over the image, ten classes."""
 
-    def __init__(self, channels: tuple[int, int] = (12, 24), blocks: int = 3) -> None:
+    def __init__(self, channels: tuple[int, int] = (8, 16), blocks: int = 3) -> None:
         super().__init__()
         first, second = channels
         self.stem = nn.Sequential(nn.Conv2d(1, first, 3, padding=1, bias=False), nn.BatchNorm2d(first), nn.ReLU())
@@ -163,7 +163,7 @@ class Recipe:
 
 
 RECIPES: Mapping[str, Recipe] = {
-    "cnn": Recipe(ResidualCNN, train_steps=500, search_steps=60, finetune_steps=240, search_rate=1e-2),
+    "cnn": Recipe(ResidualCNN, train_steps=500, search_steps=120, finetune_steps=240, search_rate=1e-2),
     "vit": Recipe(VisionTransformer, train_steps=600, search_steps=120, finetune_steps=240),
 }
 

@@ -17,12 +17,14 @@ import torch_pruning as tp
 from torch import nn
 
 import dmscale
+from benchmarks.limits import within
 from dmscale import axes, budget, running
 from dmscale.evaluate import call
 from dmscale.strategies.base import Found, Strategy, Task
 from dmscale.strategies.taylor import BATCHES
 
 _HALVINGS = 14
+_SECONDS = 300.0  # of the wall for one network: on a small Llama it has not ended in a quarter of an hour
 _MOST = 0.95  # of a layer: asked for more, torch-pruning leaves the whole layer as it is
 
 
@@ -46,8 +48,18 @@ def _bisected(task: Task, model: nn.Module, pruner: Any, importance: Any) -> nn.
     """The least pruned network within the budget.
 
     Raises:
-        DmscaleError: even at the highest ratio the network is over the budget, or what is pruned does not run.
+        DmscaleError: even at the highest ratio the network is over the budget, what is pruned does not run, or it takes
+            longer than `_SECONDS`.
     """
+    try:
+        with within(_SECONDS):
+            return _searched(task, model, pruner, importance)
+    except TimeoutError as error:
+        raise dmscale.DmscaleError(f"torch-pruning {error}") from error
+
+
+def _searched(task: Task, model: nn.Module, pruner: Any, importance: Any) -> nn.Module:
+    """The same without an end."""
     ignored = _workable(task, model, pruner, importance)
     kept, low, high, problem = None, 0.0, 0.99, ""
     for _ in range(_HALVINGS):
@@ -75,6 +87,8 @@ def _workable(task: Task, model: nn.Module, pruner: Any, importance: Any) -> set
         ignored = set(_ignored(task, composed))
         try:
             _pruned(task, model, pruner, importance, 0.5, ignored)
+        except TimeoutError:
+            raise
         except Exception as error:  # whatever another library raises on a network that it cannot handle
             problem = error
         else:

@@ -18,7 +18,6 @@ import importlib.metadata
 import importlib.util
 import math
 import resource
-import signal
 import statistics
 import time
 import warnings
@@ -32,6 +31,7 @@ from torch import Tensor, nn
 import dmscale
 from dmscale import axes, certify, running
 
+from ..limits import within
 from .entry import Entry
 from .measure import counted_macs, non_trivial, said, timed
 
@@ -222,17 +222,12 @@ def heads_of(model: nn.Module) -> int:
 def _limited() -> Iterator[None]:
     """An error inside after `TIME_LIMIT` seconds, or at an allocation that takes the process beyond `MEMORY_LIMIT`."""
 
-    def over(*_: Any) -> None:
-        raise TimeoutError(f"took more than {TIME_LIMIT:.0f} s")
-
-    before, (soft, hard) = signal.signal(signal.SIGALRM, over), resource.getrlimit(resource.RLIMIT_DATA)
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_LIMIT, hard))
-    signal.setitimer(signal.ITIMER_REAL, TIME_LIMIT, 1.0)  # once more where somebody has caught it
     try:
-        yield
+        with within(TIME_LIMIT):
+            yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
