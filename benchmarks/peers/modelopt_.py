@@ -69,7 +69,6 @@ def _searched(model: nn.Module, task: Task) -> nn.Module:
         DmscaleError: not even the smallest structure is within the budget.
     """
     import modelopt.torch.nas as mtn
-    from modelopt.torch.opt.conversion import ModeloptStateManager
     from modelopt.torch.prune.fastnas import FastNASConfig
     from modelopt.torch.prune.pruning import PruneModeRegistry
 
@@ -96,7 +95,9 @@ def _searched(model: nn.Module, task: Task) -> nn.Module:
 
     settings = {"score_func": score, "forward_loop": lambda m: _run(m, few), "verbose": False}
     small, _ = mtn.search(model, limits, inputs, settings)
-    ModeloptStateManager.remove_state(small)
+    for path, module in small.named_modules():  # what they leave behind
+        for name in vars(module).keys() - vars(task.space.model.get_submodule(path)).keys():
+            delattr(module, name)
     return small
 
 
