@@ -71,25 +71,52 @@ def test_dice_counts_pixels():
     assert float(dice_loss(right, target)) == pytest.approx(0, abs=1e-6) and float(dice_loss(scores, target)) > 1
 
 
+def peers_task(model, budget):
+    """A task on random pictures and labels."""
+    x = torch.randn(8, 1, 8, 8)
+    batch = (x, torch.randint(0, 10, (8,)))
+    space = dmscale.trace(model, x[:1])
+    return Task(
+        space, budgets.parse(budget, space), itertools.repeat(batch), lambda n: [batch] * n, F.cross_entropy,
+        lambda p: torch.optim.SGD(p, 0.1), 2,
+    )  # fmt: skip
+
+
+def meets_the_budget_and_leaves_the_model_alone(strategy, at_least):
+    """The smaller model of an external strategy at half the MACs; `at_least` this share of these is used."""
+    model = ResidualCNN((8, 12), 2).eval()
+    task, before = peers_task(model, "50% macs"), fingerprint(model)
+    small = strategy.find(task).model
+    assert_same(before, fingerprint(model))
+    assert all(p.grad is None for p in model.parameters())
+    x = torch.randn(8, 1, 8, 8)
+    macs, target = dmscale.trace(small, x[:1], verify=False).cost().macs, task.space.cost().macs / 2
+    assert at_least * target <= macs <= target
+    assert small(x).shape == (8, 10)
+    return small
+
+
 @pytest.mark.parametrize("which", [0, 1])
 def test_torch_pruning_is_brought_to_the_budget_and_leaves_the_model_alone(which):
     pytest.importorskip("torch_pruning")
     from benchmarks.peers.torch_pruning_ import STRATEGIES
 
-    model, x = ResidualCNN((8, 12), 2).eval(), torch.randn(8, 1, 8, 8)
-    batch = (x, torch.randint(0, 10, (8,)))
-    space = dmscale.trace(model, x[:1])
-    before = fingerprint(model)
-    task = Task(
-        space, budgets.parse("50% macs", space), itertools.repeat(batch), lambda n: [batch] * n, F.cross_entropy,
-        lambda p: torch.optim.SGD(p, 0.1), 2,
-    )  # fmt: skip
-    small = STRATEGIES[which].find(task).model
-    assert_same(before, fingerprint(model))
-    assert all(p.grad is None for p in model.parameters())
-    macs = dmscale.trace(small, x[:1], verify=False).cost().macs
-    assert 0.85 * space.cost().macs / 2 <= macs <= space.cost().macs / 2
-    assert small(x).shape == (8, 10)
+    meets_the_budget_and_leaves_the_model_alone(STRATEGIES[which], at_least=0.85)
+
+
+@pytest.mark.slow
+def test_fastnas_is_brought_to_the_budget_leaves_the_model_alone_and_gives_a_plain_one():
+    pytest.importorskip("modelopt")
+    from benchmarks.peers.modelopt_ import STRATEGIES
+
+    # untrained, no layer matters much, and FastNAS goes far below
+    small = meets_the_budget_and_leaves_the_model_alone(STRATEGIES[0], at_least=0.1)
+    plain = {name for m in ResidualCNN((8, 12), 2).modules() for name in vars(m)}
+    assert {name for m in small.modules() for name in vars(m)} <= plain
+    assert not any(type(m).__module__.startswith("modelopt") for m in small.modules())
+    for budget, told in (("1% macs", "does not reach"), ("50% params", "searches for MACs")):
+        with pytest.raises(dmscale.DmscaleError, match=told):
+            STRATEGIES[0].find(peers_task(ResidualCNN((8, 12), 2).eval(), budget))
 
 
 @needs_data

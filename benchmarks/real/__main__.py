@@ -7,6 +7,7 @@ One folder for each problem, size and budget below `--out`; what is there is not
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
 import time
@@ -109,11 +110,12 @@ def run(problem: Problem, setup: Setup, budget: str, args: argparse.Namespace) -
 def beyond_the_package(names: str) -> list[Strategy]:
     """Strategies of other libraries that are installed, and, where one is named, the variants of the ablations."""
     found = list(variants.STRATEGIES) if ":" in names or names in variants.GROUPS else []
-    try:
-        from benchmarks.peers import torch_pruning_
-    except ImportError:
-        return found
-    return found + torch_pruning_.STRATEGIES
+    for peer in ("torch_pruning_", "modelopt_"):
+        try:
+            found += importlib.import_module(f"benchmarks.peers.{peer}").STRATEGIES
+        except ImportError:
+            continue
+    return found
 
 
 def print_tables(out: Path) -> None:
