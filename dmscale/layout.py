@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import axes
 from .axes import Axis
 from .space import Dimension, SearchSpace
 from .structure import Structure
@@ -27,6 +28,7 @@ class Layout:
     element_size: (E,) number of elements of each element's segment.
     sharpness: (E,) lambda of the soft masks: N for widths, 4 N for heads and depth, of which there are few.
     in_depth: (E,) whether the element is a block.
+    inside: (B, S) for each block, in the order of its elements, the segments that it alone holds: its hidden widths, its heads.
     ceiling: (D,) largest share that may be pruned.
     """
 
@@ -59,12 +61,25 @@ class Layout:
         coarse = torch.tensor([self.dimensions[i].kind != "width" for i in owner], dtype=torch.bool)[self.segment]
         self.element_size = sizes[self.segment].float()
         self.sharpness = self.element_size * torch.where(coarse, 4.0, 1.0)
+        self.inside = self._inside()
         self.ceiling = torch.tensor([1 - d.lowest / d.size for d in self.dimensions])
         self.ceiling_array = self.ceiling.double().numpy()
         self.is_width = np.array([d.kind != "depth" for d in self.dimensions])
         self._width_columns = np.array([i for i, d in enumerate(self.dimensions) for _ in d.axes], dtype=np.int64)
         self._width_sizes = np.array([a.size for a in self.axes], dtype=np.float64)
         self._stacks = [(index[n], len(s.paths)) for n, s in space.stacks.items()]
+
+    def _inside(self) -> Tensor:
+        held: dict[Axis, list[str]] = {a: [] for a in self.axes}
+        for name, dims in self.space.trace.slots.items():
+            for a in {a for dim in dims for a in axes.atoms(dim)} & held.keys():
+                held[a].append(name)
+        blocks = [path for s in self.space.stacks.values() for path in s.paths]
+        inside = torch.zeros(len(blocks), len(self.sizes), dtype=torch.bool)
+        for i, path in enumerate(blocks):
+            for j, a in enumerate(self.axes):
+                inside[i, j] = bool(held[a]) and all(name.startswith(path + ".") for name in held[a])
+        return inside
 
     def to(self, device: torch.device) -> None:
         """Move every tensor to `device`."""
@@ -76,6 +91,11 @@ class Layout:
         """Sum over the elements of each dimension, (D,)."""
         out = torch.zeros(len(self.dimensions), dtype=flat.dtype, device=flat.device)
         return out.index_add_(0, self.dimension_of, flat)
+
+    def sum_by_segment(self, flat: Tensor) -> Tensor:
+        """Sum over the elements of each segment, (S,)."""
+        out = torch.zeros(len(self.sizes), dtype=flat.dtype, device=flat.device)
+        return out.index_add_(0, self.segment, flat)
 
     def kept_shares(self, mask: Tensor) -> np.ndarray:
         """The share of each dimension's elements that a mask (E,) keeps, (D,): the mean over its members' shares."""

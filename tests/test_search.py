@@ -608,6 +608,22 @@ def test_a_family_that_makes_no_sense_is_refused(budgets, says):
         dmscale.Search(dmscale.trace(model, inputs), steps=10, budgets=budgets)
 
 
+def test_a_block_is_worth_no_less_than_any_width_inside_it():
+    model, inputs, _ = problem()
+    search = dmscale.Search(dmscale.trace(model, inputs), "50% macs", 10)
+    layout, method = search.layout, search.method
+    assert layout.inside.any(1).all()  # every block of this network holds a width of its own
+    search.importance.copy_(torch.rand(layout.elements))
+    first = int(layout.inside[0].nonzero()[0])
+    method.kept[layout.segment == first] = 0  # a width that is empty gives its block nothing
+    scores, alone = method.scores(), search.importance * method.kept
+    widths = [float(alone[layout.segment == j].sum()) for j in range(len(layout.sizes))]
+    for block, inside, own in zip(scores[layout.in_depth], layout.inside, alone[layout.in_depth]):
+        most = max(w for w, within in zip(widths, inside) if within)
+        assert float(block) == pytest.approx(max(most, float(own)))
+    torch.testing.assert_close(scores[~layout.in_depth], alone[~layout.in_depth])
+
+
 # -- everything in one call -------------------------------------------------------------------------------------------
 
 
