@@ -341,9 +341,14 @@ PRECISE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
 """What is summed in another dtype than its own."""
 
 
-def inner(a: Tensor, b: Tensor) -> Tensor:
-    """Sum of a * b over all elements, (), in float32 at least."""
-    return (a * b).sum(dtype=PRECISE.get(b.dtype))
+def slope(grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient of a real factor of `x` at each of its elements: grad * x, of complex numbers Re(grad conj(x))."""
+    return (grad * x.conj()).real if x.is_complex() else grad * x
+
+
+def inner(grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient of a scalar factor of `x`, (), in float32 at least."""
+    return slope(grad, x).sum(dtype=PRECISE.get(x.dtype))
 
 
 def _standardised(func: Any, args: Any, kwargs: Any, found: CallSite, masks: Any) -> Tensor:

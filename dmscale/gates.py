@@ -503,7 +503,7 @@ class _Product(torch.autograd.Function):
         if any(wanted[3:]):
             masked = sorted(p for p in places if p is not None)
             others = [i for i in range(x.dim()) if i not in masked]
-            product = grad * x
+            product = calls.slope(grad, x)
             product = product.sum(others, dtype=calls.PRECISE.get(x.dtype)) if others else product
             for i, factor in enumerate(factors):
                 if wanted[3 + i]:
@@ -711,7 +711,7 @@ def _weighted(x: Tensor, weights: Tensor, at: int, over: Sequence[int]) -> Tenso
 def _summed(a: Tensor, b: Tensor, at: int) -> Tensor:
     """Sum of a * b over all dimensions of `b` but `at`, (N,), in float32 at least."""
     others = [i for i in range(b.dim()) if i != at]
-    return (a * b).sum(others, dtype=calls.PRECISE.get(b.dtype))
+    return calls.slope(a, b).sum(others, dtype=calls.PRECISE.get(b.dtype))
 
 
 @dataclass

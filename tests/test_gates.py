@@ -266,3 +266,17 @@ def test_a_wrong_gate_is_caught(monkeypatch):
     with pytest.raises(dmscale.ExportError, match="differs from the gated one"):
         over.export(over.uniform(0.5))
     assert "failed its trial" in dmscale.trace(model, inputs).frozen["0"]
+
+
+def test_a_mask_of_complex_weights_gets_the_real_part_of_its_gradient():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*(torch.nn.Linear(n, m, dtype=torch.complex64) for n, m in ((4, 6), (6, 3))))
+    x = torch.randn(5, 4, dtype=torch.complex64)
+    space = dmscale.trace(model, x)
+    search = dmscale.Search(space, "60% params", 10)
+    search.model(x).abs().square().sum().backward()
+    mask = torch.ones(6, requires_grad=True)
+    (expected,) = torch.autograd.grad(
+        torch.nn.functional.linear(model[0](x) * mask, model[1].weight, model[1].bias).abs().square().sum(), mask
+    )
+    torch.testing.assert_close(search.masks[0].grad, expected, rtol=1e-4, atol=1e-5)
