@@ -15,7 +15,8 @@ _INTRODUCTION = """# The zoo
 Written by `make zoo` (`python -m benchmarks.zoo`); do not edit. Each model has random weights, made non-trivial so that a wrong
 slice shows, and the smallest inputs that its code allows. It is traced with its trial, then {structures} random structures are
 exported. *Exact* means that each exported model equals the gated one to a relative 1e-4 and that the predicted MACs equal those
-that PyTorch counts, to the last one.
+that PyTorch counts, to the last one. Modules that get as many rows as values say (experts of a mixture that is looped over,
+`space.routed`) are left out of that comparison on both sides. Times are of the wall: compare them within a row.
 
 - **W / H / D**: dimensions offered, by kind: widths, heads, depths.
 - **free**: the share of parameters and of MACs that goes when every width and the heads are at their minimum, with all blocks
