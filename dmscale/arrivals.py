@@ -8,6 +8,7 @@ arrives anywhere else is a plain number, and what it was computed from must stay
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -37,26 +38,27 @@ class Arrivals(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if getattr(func, "__self__", None) is _SHAPE:
+        kind, name, counted, handler = _route(func)
+        if kind == "shape":
             return shape_of(self.tracer, args[0])
-        if func is torch.Tensor.size:
+        if kind == "property":
+            return func(*args, **kwargs)
+        if kind == "size":
             shape = shape_of(self.tracer, args[0])
             position = args[1] if len(args) > 1 else kwargs.get("dim")
             return shape if position is None else shape[position]
-        if func is torch.Tensor.numel or func is torch.Tensor.nelement:
+        if kind == "numel":
             return _numel(self.tracer, args[0])
-        name = getattr(func, "__name__", "")
-        counted = NAMES.get(name)
         if counted is not None:
-            return self._counted(counted, func, args, kwargs)
-        return self._call(func, args, kwargs)
+            return self._counted(counted, func, name, handler, args, kwargs)
+        return self._call(func, name, handler, args, kwargs)
 
-    def _counted(self, counted: str, func: Any, args: Any, kwargs: Any) -> Any:
+    def _counted(self, counted: str, func: Any, name: str, handler: _Handler | None, args: Any, kwargs: Any) -> Any:
         """A call that a gate may have to find again."""
         tracer = self.tracer
         number, start = tracer.counting.count(counted), tracer.op
         operands = tuple(tracer.value(t) for t in _tensors((*args, *kwargs.values()), []))
-        out = self._call(func, args, kwargs)
+        out = self._call(func, name, handler, args, kwargs)
         if number is not None and tracer.op > start:
             first = next(iter(_tensors([out], [])), None)
             result = None if first is None else tracer.value(first)
@@ -64,17 +66,15 @@ class Arrivals(TorchFunctionMode):
             tracer.record.functions.append(call)
         return out
 
-    def _call(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def _call(self, func: Any, name: str, handler: _Handler | None, args: Any, kwargs: Any) -> Any:
         if func is F.scaled_dot_product_attention:
             return _attention(self.tracer, *args, **kwargs)
         if func is F.one_hot:
             return _one_hot(self.tracer, *args, **kwargs)
-        name = getattr(func, "__name__", "")
         if name in _TO_PYTHON:
             self.tracer._operator = name
             self.tracer.freeze_dims(self.tracer.dims(args[0]), "its elements are read by Python")
             freeze_numbers(self.tracer, [self.tracer.value(args[0])])
-        handler = _HANDLERS.get(name)
         if handler is None:
             out = func(*args, **kwargs)
             for value in _sized(args, kwargs):
@@ -89,17 +89,36 @@ class Arrivals(TorchFunctionMode):
         return out
 
 
+_Handler = Callable[..., None]
+_HANDLERS: dict[str, _Handler] = {}
+
+
+@functools.lru_cache(maxsize=4096)
+def _route(func: Any) -> tuple[str, str, str | None, _Handler | None]:
+    """What to do with a torch function: (how, its name, what its calls are counted as, the handler of its sizes)."""
+    name = getattr(func, "__name__", "")
+    if getattr(func, "__self__", None) is _SHAPE:
+        return "shape", name, None, None
+    if func is torch.Tensor.size:
+        return "size", name, None, None
+    if func is torch.Tensor.numel or func is torch.Tensor.nelement:
+        return "numel", name, None, None
+    return "property" if name == "__get__" else "call", name, NAMES.get(name), _HANDLERS.get(name)
+
+
 def _numel(tracer: Tracer, x: Tensor) -> int:
     dims = tuple(a for dim in tracer.dims(x) for a in dim)
     return SizedInt(x.numel(), Extent(dims)) if axes.is_free(dims) else x.numel()
 
 
-def _sized(args: Any, kwargs: Any) -> Iterator[SizedInt]:
+def _sized(args: Any, kwargs: Any) -> list[SizedInt]:
+    out = []
     for x in (*args, *kwargs.values()):
         if isinstance(x, SizedInt):
-            yield x
+            out.append(x)
         elif isinstance(x, (tuple, list)):
-            yield from (y for y in x if isinstance(y, SizedInt))
+            out += [y for y in x if isinstance(y, SizedInt)]
+    return out
 
 
 @contextlib.contextmanager
@@ -177,9 +196,6 @@ def _counts_to(args: Any, kwargs: Any) -> bool:
 
 
 # -- handlers: tracer, out, then the function's own arguments ---------------------------------------------------------
-
-_Handler = Callable[..., None]
-_HANDLERS: dict[str, _Handler] = {}
 
 
 def _on(*names: str) -> Callable[[_Handler], _Handler]:

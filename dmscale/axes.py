@@ -193,6 +193,8 @@ def unify(p: Dim, q: Dim) -> None:
     Raises:
         Conflict: the sizes differ, or no common refinement exists (6 x 2 against 4 x 3).
     """
+    if p == q:
+        return
     if size(p) != size(q):
         raise Conflict(f"{size(p)} against {size(q)}")
     left, right = factors(p), factors(q)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import copy
+import functools
 import types
 from collections.abc import Callable
 from typing import Any
@@ -50,9 +51,9 @@ def _copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """`copy.deepcopy` of a module, several times faster: most of what a module holds needs no copying."""
     if id(module) in memo:
         return memo[id(module)]
-    cls = type(module)
-    if any(getattr(cls, name, None) is not getattr(nn.Module, name, None) for name in _COPY_PROTOCOL):
-        return copy.deepcopy(module, memo)  # it has its own way of being copied
+    cls: Any = type(module)
+    if _copies_itself(cls):
+        return copy.deepcopy(module, memo)
     twin = cls.__new__(cls)
     memo[id(module)] = twin
     for key, value in module.__dict__.items():
@@ -60,7 +61,7 @@ def _copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
             continue
         if key in CACHES:
             twin.__dict__[key] = type(value)()
-        elif type(value) in _ATOMIC:
+        elif type(value) in _ATOMIC or (type(value) is tuple and all(type(v) in _ATOMIC for v in value)):
             twin.__dict__[key] = value
         elif key == "_modules":
             twin.__dict__[key] = {n: None if m is None else _copy(m, memo) for n, m in value.items()}
@@ -71,6 +72,17 @@ def _copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
         else:
             twin.__dict__[key] = type(value)() if type(value) in _EMPTY and not value else copy.deepcopy(value, memo)
     return twin
+
+
+@functools.cache
+def _copies_itself(cls: Any) -> bool:
+    """Whether a class has a way of its own of being copied; PyTorch's layers only bring old pickles up to date there."""
+    own = [
+        getattr(cls, name, None)
+        for name in _COPY_PROTOCOL
+        if getattr(cls, name, None) is not getattr(nn.Module, name, None)
+    ]
+    return any(not str(getattr(method, "__module__", "")).startswith("torch.nn.modules.") for method in own)
 
 
 _COPY_PROTOCOL = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__")

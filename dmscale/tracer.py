@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import axes
+from . import axes, kernels
 from .axes import Axis, Conflict, Dim
 from .calls import Counting, FunctionCall
 from .numbering import NOTHING, PICKS, Said, freeze_numbers, heard
@@ -274,6 +275,39 @@ _LEAVES_ZERO = {
 _NAME = "_dmscale_value"
 
 
+class _Kind(NamedTuple):
+    """What is known of an operator before it runs, looked up once."""
+
+    name: str
+    pointwise: bool
+    same_elements: bool
+    view: bool
+    repeats: bool
+    picks: bool
+    adds: bool
+    times: bool
+    leaves_zero: bool
+    by_values: bool  # how long its result is
+    mutable: bool
+
+
+@functools.cache
+def _kind(func: Any) -> _Kind:
+    return _Kind(
+        func._overloadpacket.__name__,
+        func in POINTWISE or torch.Tag.pointwise in func.tags,
+        func in _SAME_ELEMENTS,
+        func in _VIEWS,
+        func in _REPEATING,
+        func in PICKS,
+        func in (aten.add.Tensor, aten.add_.Tensor),
+        func in _TIMES,
+        func in _LEAVES_ZERO,
+        torch.Tag.dynamic_output_shape in func.tags,
+        func._schema.is_mutable,
+    )
+
+
 class Tracer(TorchDispatchMode):
     """Runs operators and infers the axes of their results.
 
@@ -473,7 +507,7 @@ class Tracer(TorchDispatchMode):
         if self.meta and any(t.is_meta for t in tensors) and not all(t.is_meta for t in tensors):
             args, kwargs = self._to_meta(args, real), self._to_meta(kwargs, real)
             tensors = _tensors((args, tuple(kwargs.values())), [])
-        out = func(*args, **kwargs)
+        out = kernels.run(func, args, kwargs) if self.meta and tensors else func(*args, **kwargs)
         outs = (
             [out]
             if isinstance(out, Tensor)
@@ -509,11 +543,11 @@ class Tracer(TorchDispatchMode):
         return tree
 
     def _infer(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor], out: Any, outs: list[Tensor]) -> None:
-        record = self.record
-        self._operator = func._overloadpacket.__name__
-        record.operators[self._operator] = record.operators.get(self._operator, 0) + 1
+        record, kind = self.record, _kind(func)
+        self._operator = kind.name
+        record.operators[kind.name] = record.operators.get(kind.name, 0) + 1
         if not tensors:
-            reason = [] if self.making_sized else [f"made by {self._operator}"]
+            reason = [] if self.making_sized else [f"made by {kind.name}"]
             for o in outs:
                 self._store(o, Value(tuple(axes.axis(n, *reason) for n in o.shape), origin=self._new_origin()))
             return
@@ -524,54 +558,59 @@ class Tracer(TorchDispatchMode):
         self._contracting = False
         self._said.clear()
         found = self._apply_rule(func, args, kwargs, tensors, out, outs)
-        if torch.Tag.dynamic_output_shape in func.tags:
+        contracting = self._contracting
+        if kind.by_values:
             before = {a for v in values for dim in v.dims for a in axes.atoms(dim)}
             new = {a for dims in found for dim in dims for a in axes.atoms(dim)} - before
             record.by_values.update(dict.fromkeys(new, self.path))
-        data = any(v.data for v in values)
+        first, data, zeroed = values[0], False, True
         params: frozenset[str] = frozenset()
-        made_of = values[:1] if func in PICKS else values  # numbers say where elements come from, not what they are
-        for v in made_of:
-            if v.params and v.params is not params and not (self._contracting and v.data):
-                params = params | v.params
-        origin = values[0].origin if func in _SAME_ELEMENTS else None
+        for v in values[:1] if kind.picks else values:  # numbers say where elements come from, not what they are
+            if not (contracting and v.data):
+                zeroed = zeroed and v.zeroed
+                if v.params and v.params is not params:
+                    params = params | v.params if params else v.params
+        for v in values:
+            data = data or v.data
+        origin = first.origin if kind.same_elements else None
         square = None
         if (func is aten.pow.Tensor_Scalar and args[1] == 2) or (
-            func is aten.mul.Tensor and len(tensors) == 2 and values[0].origin == values[1].origin
+            func is aten.mul.Tensor and len(tensors) == 2 and first.origin == values[1].origin
         ):
-            square = values[0].origin
+            square = first.origin
         elif origin is not None:
-            square = values[0].square
-        adds = func in (aten.add.Tensor, aten.add_.Tensor) and len(values) == 2
+            square = first.square
+        adds = kind.adds and len(values) == 2
         if adds:
             record.biases += [(self.op, n) for v in values if not v.data for n in v.params if len(v.params) == 1]
-        zeroed = func not in _LEAVES_ZERO and all(v.zeroed for v in made_of if not (self._contracting and v.data))
-        if self._contracting and all(v.data for v in values):
+        zeroed = zeroed and not kind.leaves_zero
+        if contracting and all([v.data for v in values]):
             zeroed = False  # of two activations: nothing that is added to their product makes it zero
-        if func in _TIMES:
+        if kind.times:
             zeroed = any(v.zeroed for v in values if v.params)
-        is_view = func in _VIEWS
-        repeated = _repetitions(func, tensors[0], outs[0], found[0]) if func in _REPEATING else ()
-        if is_view or len(tensors) == 1:
-            repeated = (*values[0].repeated, *repeated)
-        product = self._attend(func, args, tensors, values)
+        repeated = _repetitions(func, tensors[0], outs[0], found[0]) if kind.repeats else ()
+        if kind.view or len(tensors) == 1:
+            repeated = (*first.repeated, *repeated)
+        product = self._attend(func, kind, args, tensors, values)
         said = heard(self, func, kwargs, values, [self._said.get(id(o)) for o in outs])
+        given = []
         for o, dims, numbers in zip(outs, found, said):
-            origin_of = origin or self._new_origin()
-            self._store(o, Value(tuple(dims), params, data, origin_of, square, repeated, product, zeroed, numbers))
+            dims = tuple(dims)
+            made = Value(dims, params, data, origin or self._new_origin(), square, repeated, product, zeroed, numbers)
+            self._store(o, made)
+            given.append(made.origin)
             if adds:
-                record.additions.append(Addition(self.op, (values[0], values[1]), self.value(o)))
-            if data and not is_view:
-                record.activations.append(Activation(self.op, o.element_size(), tuple(dims), self.path))
-        if self._contracting:
+                record.additions.append(Addition(self.op, (first, values[1]), made))
+            if data and not kind.view:
+                record.activations.append(Activation(self.op, o.element_size(), dims, self.path))
+        if contracting:
             own, named = operands_of(self, args), operands_of(self, kwargs)
             record.instances.append(
-                Instance(self.op - 1, self.op, self.path, self._operator, func, own, named, tuple(found[0]))
+                Instance(self.op - 1, self.op, self.path, kind.name, func, own, named, tuple(found[0]))
             )
-        given = tuple(self.value(o).origin for o in outs)
-        record.steps[self.op] = Step(self._operator, tuple(v.origin for v in values), given, func._schema.is_mutable)
+        record.steps[self.op] = Step(kind.name, tuple([v.origin for v in values]), tuple(given), kind.mutable)
 
-    def _attend(self, func: Any, args: Any, tensors: list[Tensor], values: list[Value]) -> Product | None:
+    def _attend(self, func: Any, kind: _Kind, args: Any, tensors: list[Tensor], values: list[Value]) -> Product | None:
         """Follow products of activations: with a softmax and a second product behind it, one was attention.
 
         Returns what the result is to be known as: a product of its own, or computed from the one that came in.
@@ -580,7 +619,7 @@ class Tracer(TorchDispatchMode):
             if func in _SOFTMAX and values[0].product is not None:
                 dim = args[1]
                 return Product(values[0].product.operands, values[0].dims[dim])
-            if func in _VIEWS or func in POINTWISE or torch.Tag.pointwise in func.tags:
+            if kind.view or kind.pointwise:
                 return next((v.product for v in values if v.product is not None), None)
             return None
         last = self.record.contractions[-1] if self.record.contractions else None
@@ -604,7 +643,7 @@ class Tracer(TorchDispatchMode):
             if rule is not None:
                 result = rule(self, out, *args, **kwargs)
                 found = [result] if isinstance(out, Tensor) else list(result)
-            elif func in POINTWISE or torch.Tag.pointwise in func.tags:
+            elif _kind(func).pointwise:
                 found = [self.broadcast(tensors, o.shape) for o in outs]
             else:
                 self._no_rule(tensors)

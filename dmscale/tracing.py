@@ -109,7 +109,9 @@ def _check_model(model: nn.Module) -> None:
             raise TraceError(
                 f"{where} is a TorchScript module, which cannot be resized; use the Python module it was made of"
             )
-        for name, p in module.named_parameters(recurse=False):
+        for name, p in module._parameters.items():
+            if p is None:
+                continue
             if torch.nn.parameter.is_lazy(p):
                 raise TraceError(
                     f"{where} ({kind}) is lazy and its {name} has no shape yet; call model(*example_inputs) once before"
@@ -119,8 +121,9 @@ def _check_model(model: nn.Module) -> None:
                     f"{name} of {where} was made under torch.inference_mode and can neither be trained nor masked; build or "
                     "load the model outside of it"
                 )
-    packed = [path for path, module in model.named_modules() if hasattr(module, "_packed_params")]
-    if packed and next(model.parameters(), None) is None:
+    bare = next(model.parameters(), None) is None
+    packed = [path for path, module in model.named_modules() if hasattr(module, "_packed_params")] if bare else []
+    if packed:
         raise TraceError(
             f"the weights of {type(model).__name__} are packed by quantisation (module '{packed[0]}'); trace the float model "
             "and quantise the smaller one"
@@ -376,12 +379,18 @@ def _following_calls(tracer: Tracer, twin: nn.Module, examples: routing.Examples
 
     def enter(path: str) -> Any:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            first = next(iter(running.tensors_in((args, kwargs))), None)
+            first: Tensor | None
+            taken: dict[int, int | str]
+            if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):  # most of them: spared the general way
+                first, taken = args[0], {id(args[0]): 0}
+            else:
+                first = next(iter(running.tensors_in((args, kwargs))), None)
+                named = {**dict(enumerate(args)), **kwargs}
+                taken = {id(v): k for k, v in reversed(named.items()) if isinstance(v, Tensor)}
             source = tracer.value(first) if first is not None else None
             call = Call(path, tracer.op, source, first.dtype if first is not None else None)
-            named = {**dict(enumerate(args)), **kwargs}
-            arguments.append({id(v): k for k, v in reversed(named.items()) if isinstance(v, Tensor)})
-            call.argument = arguments[-1].get(id(first))
+            call.argument = taken.get(id(first))
+            arguments.append(taken)
             open_calls.append(call)
             paths.append(path)
             tracer.path = path
@@ -395,13 +404,14 @@ def _following_calls(tracer: Tracer, twin: nn.Module, examples: routing.Examples
         tracer.counting.leave()
         call, taken = open_calls.pop(), arguments.pop()
         call.end = tracer.op
-        tensors = running.tensors_in(out)
-        if tensors:
+        if isinstance(out, Tensor):
+            call.result, call.result_dtype, call.form = tracer.value(out), out.dtype, "x"
+        elif tensors := running.tensors_in(out):
             call.result, call.result_dtype = tracer.value(tensors[0]), tensors[0].dtype
             call.form = _form(out, tensors[0], taken)
             call.others = tuple(tracer.value(t).origin for t in tensors[1:] if id(t) not in taken)
-        given = {id(t) for t in running.tensors_in((args, kwargs))}
-        call.passes_the_rest = all(id(t) in given for t in tensors[1:])
+            given = {id(t) for t in running.tensors_in((args, kwargs))}
+            call.passes_the_rest = all(id(t) in given for t in tensors[1:])
         tracer.record.calls.append(call)
         if examples is not None:
             examples.note(call.path, args, kwargs, out)

@@ -1,0 +1,114 @@
+"""Results of meta kernels from memory are those of the kernels themselves."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import nets
+import patterns
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dmscale import kernels, running
+from dmscale.clone import clone
+
+NOT_ON_META = {
+    "branch_on_value", "rotary_half", "experts_grouped", "experts_by_logits", "experts_in_groups", "experts_one_by_one",
+    "experts_compared",
+}  # fmt: skip
+"""Forwards that look at elements, or make tensors on the CPU."""
+
+
+def form(x: Any) -> Any:
+    if isinstance(x, torch.Tensor):
+        return tuple(x.shape), x.stride(), x.dtype, x.device.type
+    return [form(y) for y in x] if isinstance(x, (tuple, list)) else x
+
+
+class Beside(TorchDispatchMode):
+    """Runs every operator by its kernel and from memory, and notes where the results differ in form."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.differ: list[str] = []
+        self.remembered = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        before = len(kernels._results)
+        if torch.Tag.inplace_view in func.tags:  # each run of it would change its argument again
+            return kernels.run(func, args, kwargs)
+        mine = [form(kernels.run(func, args, kwargs)) for _ in range(2)]  # when it is new, and again
+        self.remembered += len(kernels._results) > before
+        out = func(*args, **kwargs)
+        if any(m != form(out) for m in mine):
+            self.differ.append(f"{func.name()}: {mine} against {form(out)}")
+        return out
+
+
+def beside(model: nn.Module, inputs: Any, training: bool = False) -> Beside:
+    def bare(t: torch.Tensor) -> torch.Tensor:
+        return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+
+    twin = clone(model, lambda t: nn.Parameter(bare(t), False) if isinstance(t, nn.Parameter) else bare(t))
+    args, kwargs = running.map_tensors(bare, running.arguments(inputs))
+    with torch.no_grad(), Beside() as mode:
+        twin.train(training)(*args, **kwargs)
+    return mode
+
+
+NETS = {name: make for name, make in {**nets.NETS, **patterns.PATTERNS}.items() if name not in NOT_ON_META}
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", NETS)
+def test_operators_of_a_network_give_what_their_kernels_give(name: str, training: bool) -> None:
+    kernels.forget()
+    mode = beside(*NETS[name](), training=training)
+    assert mode.differ == []
+    assert mode.remembered
+
+
+ACTIVATIONS = (
+    nn.ReLU, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Tanh, nn.Hardsigmoid, nn.Hardswish, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.Mish,
+    nn.Softplus, nn.PReLU, nn.Softmax2d,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels last", "transposed", "double", "half"])
+@pytest.mark.parametrize("layer", ACTIVATIONS)
+def test_activations_give_what_their_kernels_give(layer: type[nn.Module], layout: str) -> None:
+    kernels.forget()
+    x = torch.randn(2, 3, 4, 5)
+    x = {"channels last": x.contiguous(memory_format=torch.channels_last), "transposed": x.transpose(0, 3),
+         "double": x.double(), "half": x.half()}.get(layout, x)  # fmt: skip
+    convolution = nn.Conv2d(x.shape[1], 6, 3, padding=1, dtype=x.dtype)
+    inplace = {"inplace": True} if "inplace" in inspect.signature(layer.__init__).parameters else {}
+    norms = nn.BatchNorm2d(6, dtype=x.dtype), nn.BatchNorm2d(6, track_running_stats=False, dtype=x.dtype)
+    own = [m.to(x.dtype) for m in (layer(), layer(**inplace))]
+    assert beside(nn.Sequential(convolution, norms[0], own[0], norms[1], own[1]), x).differ == []
+    assert beside(own[0], x).differ == []
+
+
+def test_equal_numbers_of_another_type_are_other_arguments() -> None:
+    x = torch.empty(3, dtype=torch.int64, device="meta")
+    add = torch.ops.aten.add.Tensor
+    assert [kernels.run(add, (x, n), {}).dtype for n in (1, 1.0, 1, 1.0)] == [torch.int64, torch.float32] * 2
+
+
+def test_an_operator_that_changes_the_form_of_its_argument_is_run() -> None:
+    for _ in range(2):
+        x = torch.empty(6, device="meta")
+        kernels.run(torch.ops.aten.resize_.default, (x, [2, 5]), {})
+        assert x.shape == (2, 5)
+        kernels.run(torch.ops.aten.unsqueeze_.default, (x, 0), {})
+        assert x.shape == (1, 2, 5)
+
+
+def test_views_share_their_storage() -> None:
+    for _ in range(2):
+        x = torch.empty(6, device="meta")
+        assert kernels.run(torch.ops.aten.view.default, (x, [2, 3]), {})._base is x
