@@ -100,6 +100,12 @@ def _is_sharded(t: Tensor) -> bool:
     return isinstance(t, DTensor)
 
 
+def several_processes() -> bool:
+    """Whether this is one process of several that train together."""
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
 def shards(model: nn.Module) -> list[Any]:
     """The process groups over which FSDP2 has sharded `model`, one for each dimension of its mesh; none if it has not."""
     found = next((p for p in model.parameters() if _is_sharded(p)), None)

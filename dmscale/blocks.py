@@ -24,6 +24,7 @@ class Blocks:
     """The removable blocks of one container: `paths` in order, `ranges` the operators that each one runs.
 
     forms: for branches, the argument and the form of the output of each (see `branches.zero`); empty for whole blocks.
+    outputs: for whole blocks, the form of the output of each; None where it has none of these.
     lists: those that hold an entry for each child of the container, which the forward takes by its position.
     """
 
@@ -34,6 +35,7 @@ class Blocks:
     minimum: int  # a container whose every child is removable keeps one
     forms: tuple[tuple[Any, Any], ...] = ()
     lists: tuple[Attribute, ...] = ()
+    outputs: tuple[Any, ...] = ()
 
 
 def find(model: nn.Module, record: Record) -> list[Blocks]:
@@ -64,7 +66,7 @@ def find(model: nn.Module, record: Record) -> list[Blocks]:
             Blocks(
                 f"{container}{span} depth".strip(), container, tuple(paths),
                 tuple((call.start, call.end) for call in run), int(len(run) == len(children)),
-                lists=_lists(container, children, record),
+                lists=_lists(container, children, record), outputs=tuple(call.form for call in run),
             )
         )  # fmt: skip
     return sorted(found, key=lambda b: b.ranges[0])

@@ -157,6 +157,11 @@ def unseen() -> contextlib.AbstractContextManager[None]:
     return torch._C.DisableTorchFunction() if _OPEN else contextlib.nullcontext()  # type: ignore[return-value]
 
 
+def counting() -> bool:
+    """Whether a gated forward that is running counts the calls of the moment."""
+    return bool(_OPEN)
+
+
 class GatedForward:
     """Stands for the forward of a module that has call sites."""
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from . import axes, calls, running
+from . import attachment, axes, calls, running
 from .axes import Axis, Dim
 from .blocks import Blocks
 from .calls import CallSite, GatedForward
@@ -423,6 +423,7 @@ class Masks(nn.Module):
         self.widths = dict(zip(widths, (nn.Parameter(m, requires_grad=trainable) for m in widths.values())))
         self.depths = dict(zip(depths, (nn.Parameter(m, requires_grad=trainable) for m in depths.values())))
         self.decided: dict[str, list[bool]] = {}  # stacks whose gates are known to be zero or one
+        self.gone: dict[str, list[bool]] = {}  # stack -> which of its blocks are out for good
         self.hard: dict[Axis, int] = {}  # axes whose masks are known to be zeros and ones -> how many ones
         self._found: dict[Dim, dict[Axis, Tensor]] = {}
         self._list = nn.ParameterList([*self.widths.values(), *self.depths.values()])
@@ -577,16 +578,23 @@ def attach(
         norm.register_forward_pre_hook(KeptCount(masks, site), with_kwargs=True)
         if site.weight is None:
             norm.register_forward_hook(Rescale(scales[site.module], site.bias))
+    block_gates: dict[str, BlockGate] = {}
     for stack in sites.blocks:
         for i, path in enumerate(stack.paths):
-            gate = BlockGate(masks, stack.name, i, bool(stack.forms))
+            form = stack.forms[i][1] if stack.forms else stack.outputs[i]
+            gate = BlockGate(masks, stack.name, i, bool(stack.forms), form if trainable else None)
             gated.get_submodule(path).register_forward_hook(gate, with_kwargs=True)
+            block_gates[path] = gate
     in_module: dict[str, list[CallSite]] = {}
     for call in sites.calls:
         in_module.setdefault(call.module, []).append(call)
     for path, found in in_module.items():
         owner = gated.get_submodule(path)
         owner.__dict__["forward"] = GatedForward(owner, masks, found)
+    for path, gate in block_gates.items():
+        if gate.form is not None:
+            block = gated.get_submodule(path)
+            block.__dict__["forward"] = SkippableForward(block, gate)
     if sites.by_products and not trainable:
         gated.register_forward_hook(KeptByProducts(masks, sites.by_products))
     return gated
@@ -731,24 +739,83 @@ class Rescale:
 
 @dataclass
 class BlockGate:
-    """After a block: lerp(input, output, gate).  After a branch: lerp(0, output, gate)."""
+    """After a block: lerp(input, output, gate).  After a branch: lerp(0, output, gate).
+
+    form: of the output, as in `branches.zero`; None where the block must be run.
+    """
 
     masks: Masks
     stack: str
     index: int
     branch: bool = False
+    form: Any = None
+    skipped: bool = False  # in the call of the moment
+
+    def can_skip(self) -> bool:
+        """Whether the block need not be run: it is out and stays out, so not even the gradient of its gate is asked for.
+
+        It is run where somebody counts on it: several processes, which wait for the gradients of all parameters; a forward
+        around it that counts the calls inside; a compiled model, which would be compiled anew for every block.
+        """
+        if self.form is None or self.stack not in self.masks.gone or not self.masks.gone[self.stack][self.index]:
+            return False
+        return not (calls.counting() or attachment.several_processes())
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, out: Any) -> Any:
         x = running.tensors_in((args, kwargs))[0]
         gate = self.masks.depths[self.stack][self.index]
         # a compiled model would be compiled anew at every change of what is decided, and fuses the lerp anyway
         decided = None if torch.compiler.is_compiling() else self.masks.decided.get(self.stack)
+        if self.skipped:
+            return out  # as `SkippableForward` made it
         if decided is None:
             x = torch.zeros_like(x) if self.branch else x
             return replace_first(out, lambda y: torch.lerp(x, y, gate.to(y.dtype)))
         if self.branch:
             return replace_first(out, lambda y: _Kept.apply(y, gate, decided[self.index]))
         return replace_first(out, lambda y: _Chosen.apply(x, y, gate, decided[self.index]))
+
+
+class SkippableForward:
+    """Stands for the forward of a block or branch, and does not run it once it is out for good.
+
+    One that is given something to write into, a list of hidden states or a cache, is run all the same.
+    """
+
+    def __init__(self, module: nn.Module, gate: BlockGate):
+        self.module, self.gate = [module], gate  # in a list: not a child of itself
+        self.own = module.__dict__.get("forward")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        module = self.module[0]
+        if not torch.compiler.is_compiling():
+            self.gate.skipped = self.gate.can_skip() and _is_constant((*args, *kwargs.values()))
+        if self.gate.skipped:
+            x = running.tensors_in((args, kwargs))[0]
+            given: dict[int | str, Any] = dict(enumerate(args))
+            given.update(kwargs)
+            return _formed(self.gate.form, torch.zeros_like(x) if self.gate.branch else x, given)
+        if self.own is not None:
+            return self.own(*args, **kwargs)
+        return type(module).forward(module, *args, **kwargs)
+
+
+def _is_constant(x: Any) -> bool:
+    """Whether a callee can leave nothing behind in `x`, tensors aside."""
+    if isinstance(x, tuple):
+        return all(map(_is_constant, x))
+    return x is None or isinstance(x, (Tensor, int, float, str, torch.dtype, torch.device))
+
+
+def _formed(form: Any, x: Tensor, given: Mapping[int | str, Any]) -> Any:
+    """An output of `form` around the tensor `x`, with others of the arguments handed on."""
+    if form is None or form == "x":
+        return form and x
+    ((kind, parts),) = form.items()
+    if kind == "argument":
+        return given.get(parts)
+    inside = [_formed(part, x, given) for part in parts]
+    return tuple(inside) if kind == "tuple" else inside
 
 
 class _Kept(torch.autograd.Function):

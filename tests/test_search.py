@@ -13,8 +13,9 @@ from nets import NETS, assert_same, difference, fingerprint, outputs
 from torch import nn
 
 import dmscale
-from dmscale import SearchError
+from dmscale import SearchError, gates
 from dmscale.methods import METHODS
+from dmscale.methods.knapsack import Knapsack
 
 STEPS = 40
 
@@ -654,3 +655,81 @@ def test_scale_names_a_wrong_loader(loader, says):
     model, inputs, _ = problem("mlp")
     with pytest.raises(dmscale.DmscaleError, match=says):
         dmscale.scale(model, inputs, loader, F.mse_loss, budget="50% macs", steps=5, progress=False)
+
+
+# -- blocks that are out ----------------------------------------------------------------------------------------------
+
+
+def count_skipped(monkeypatch):
+    """How often a block or branch was not run, filled in as searches train."""
+    skipped, formed = [], gates._formed
+    monkeypatch.setattr(gates, "_formed", lambda *args: skipped.append(args) or formed(*args))
+    return skipped
+
+
+@pytest.mark.parametrize("branches", [False, True])
+@pytest.mark.parametrize("net", ["residual_conv", "transformer_encoder"])
+def test_a_block_that_is_out_is_not_run_and_makes_no_difference(net, branches, monkeypatch):
+    def run(skipping):
+        monkeypatch.setattr(Knapsack, "final", skipping)
+        model, inputs, batches = problem(net)
+        space = dmscale.trace(model, inputs, only="*depth", branches=branches)
+        search = dmscale.Search(space, "60% params", STEPS)
+        optimizer = sgd(model.parameters())
+        search.attach(optimizer)
+        skipped = count_skipped(monkeypatch)
+        return train(search, optimizer, batches), len(skipped), copy.deepcopy(model.state_dict())
+
+    (fast, skipped, weights), (slow, none, same_weights) = run(True), run(False)
+    assert skipped > 0 and none == 0
+    assert fast.structure == slow.structure
+    inside = [p for n, s in fast.space.stacks.items() for i, p in enumerate(s.paths) if i not in fast.structure.kept[n]]
+    for name, value in weights.items():  # those of what is gone decay no longer, and its statistics stand still
+        if not any(name.startswith(p + ".") for p in inside):
+            assert torch.equal(value, same_weights[name]), name
+
+
+def test_a_block_that_is_given_something_to_write_into_is_run(monkeypatch):
+    model, inputs, batches = problem("residual_stack")  # its forward asks whether every block has been there
+    search = dmscale.Search(dmscale.trace(model, inputs, only="*depth"), "60% params", STEPS)
+    optimizer = sgd(model.parameters())
+    search.attach(optimizer)
+    skipped = count_skipped(monkeypatch)
+    train(search, optimizer, batches)
+    assert len(search.structure.kept["blocks depth"]) < 5
+    assert not skipped
+
+
+class Counted(nn.Module):
+    """A softmax of the forward itself, which a gate finds by its number, behind blocks with softmaxes of their own."""
+
+    def __init__(self):
+        super().__init__()
+
+        class Mixing(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.up, self.down = nn.Linear(8, 12), nn.Linear(12, 8)
+
+            def forward(self, x):
+                return x + self.down(torch.softmax(self.up(x), -1))
+
+        self.blocks = nn.Sequential(*(Mixing() for _ in range(4)))
+        self.wide, self.head = nn.Linear(8, 22), nn.Linear(22, 5)
+
+    def forward(self, x):
+        return self.head(torch.softmax(self.wide(self.blocks(x)), -1))
+
+
+def test_blocks_are_run_where_the_forward_around_counts_their_calls(monkeypatch):
+    torch.manual_seed(0)
+    model, inputs = Counted(), torch.randn(6, 8)
+    space = dmscale.trace(model, inputs, minimum={"blocks depth": 1})
+    search = dmscale.Search(space, "30% params", STEPS)
+    optimizer = sgd(model.parameters())
+    search.attach(optimizer)
+    skipped = count_skipped(monkeypatch)
+    train(search, optimizer, [(torch.randn(6, 8), torch.randn(6, 5)) for _ in range(STEPS)])
+    assert search.structure.sizes["blocks depth"] < 4 and search.structure.sizes["wide"] < 22
+    assert not skipped
+    assert difference(outputs(search.model.eval(), inputs), outputs(search.export().eval(), inputs)) < 1e-5

@@ -30,10 +30,12 @@ class Method:
     """The base of all search methods.
 
     lr: learning rate of the parameters, constant; zero where there are none.
+    final: whether what has gone stays gone.
     modes: how the budget may act, the default first; empty if the method meets it by construction.
     """
 
     lr = 0.0
+    final = False
     modes: tuple[str, ...] = ()
 
     def __init__(self, search: Search, mode: str | None):

@@ -32,6 +32,8 @@ UPDATES = 400
 class Knapsack(Method):
     """Keep what has most importance for its cost; see the module's docstring."""
 
+    final = True
+
     def __init__(self, search: Search, mode: str | None):
         super().__init__(search, mode)
         self.kept = torch.ones(self.layout.elements, device=search.device)
