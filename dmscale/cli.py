@@ -223,6 +223,9 @@ def compare(
     recovery_steps: Annotated[int, typer.Option(min=0, help="Optimizer steps after it, for all.")] = 200,
     lr: Annotated[float, typer.Option(min=0, help="Learning rate of search and recovery.")] = 1e-3,
     batch_size: Annotated[int, typer.Option(min=2)] = 64,
+    distill: Annotated[
+        str | None, typer.Option(help="Every recovery learns from MODEL too: logits, relations, features, with commas.")
+    ] = None,
     redo: Annotated[str, typer.Option(help="Strategies whose finished runs are thrown away first.")] = "",
     input: InputShape = None,
     classes: Classes = None,
@@ -260,6 +263,7 @@ def compare(
         search_steps=search_steps,
         recovery_steps=recovery_steps,
         lr=lr,
+        distill=distill,
         metric="accuracy %",
         redo=[name for name in redo.split(",") if name],
         settings={"source": model, "data": data, "weights": weights and str(weights), "batch_size": batch_size},

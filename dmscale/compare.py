@@ -10,6 +10,8 @@ written whole or not at all, `result.json` last; a run that has one is not repea
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import itertools
 import json
 import math
@@ -32,13 +34,14 @@ from . import budget as budgets
 from . import recovery, running, storage
 from .comparison import Comparison, Row, judge
 from .cost import METRICS
+from .distill import Distill, Distiller, frozen_copy
 from .errors import DmscaleError
-from .evaluate import call
 from .latency import compare_latency
 from .optional import MissingPackageError
 from .progress import progress_bar
 from .space import SearchSpace, trace
 from .strategies import Found, Strategy, Task, select
+from .structure import Structure
 
 ALWAYS = ("uniform", "random")
 """In every comparison, asked for or not: what any method must beat."""
@@ -60,6 +63,7 @@ class Recipe:
     search_lr: float
     search_steps: int
     recovery_steps: int
+    distill: Distill | None = None
 
     @property
     def total_steps(self) -> int:
@@ -85,6 +89,7 @@ def compare(
     optimizer: Optimizers | None = None,
     metric: str = "accuracy",
     higher_is_better: bool = True,
+    distill: Any = None,
     extra: Sequence[Strategy] = (),
     redo: Iterable[str] = (),
     settings: Mapping[str, Any] | None = None,
@@ -111,6 +116,9 @@ def compare(
         recovery_steps: optimizer steps that all take after the cut.
         lr: of the recovery, a cosine; `search_lr` of the weights in a search, constant, the same by default.
         optimizer: (parameters, lr) -> optimizer; by default AdamW with `weight_decay`.
+        distill: what every recovery learns from the dense network beside the targets, as in `recover`: "logits", "features"
+            (through the kept indices), ...  Nothing by default.  A model of an external tool, whose channels are not known
+            to be the dense network's, is taught without the features.
         metric, higher_is_better: its name and sense.
         extra: strategies beside the registered ones, external tools for example.
         redo: names of strategies whose finished runs are thrown away first.
@@ -135,13 +143,14 @@ def compare(
     wanted = budgets.parse(budget, space)
     recipe = Recipe(
         criterion, optimizer or (lambda p, rate: torch.optim.AdamW(p, rate, weight_decay=weight_decay)), lr,
-        lr if search_lr is None else search_lr, search_steps, recovery_steps,
+        lr if search_lr is None else search_lr, search_steps, recovery_steps, Distill.parse(distill),
     )  # fmt: skip
     fixed = {
         "model": type(dense).__name__, "budget": str(budget), "targets": {m: float(t) for m, t in wanted.targets.items()},
         "metric": metric, "search_steps": search_steps, "recovery_steps": recovery_steps, "total_steps": recipe.total_steps,
         "lr": lr, "search_lr": recipe.search_lr, "weight_decay": weight_decay if optimizer is None else None,
         "dense_cost": {m: int(space.cost()[m]) for m in METRICS}, **(settings or {}),
+        **({"distill": str(recipe.distill)} if recipe.distill else {}),
     }  # fmt: skip
     folder = Path(out)
     for name in redo:
@@ -279,7 +288,8 @@ class _Runner:
         before = float(self.evaluate(small))
         curves.phase = "recovery"
         start = time.perf_counter()
-        recover(small, stream, recipe, recipe.total_steps - found.steps, curves.tick)
+        with self._taught(small, found.structure) as distiller:
+            recover(small, stream, recipe, recipe.total_steps - found.steps, curves.tick, distiller)
         recovery_seconds = time.perf_counter() - start
         value = float(self.evaluate(small))
         if not math.isfinite(value):
@@ -297,6 +307,22 @@ class _Runner:
             "search_s": search_seconds, "recovery_s": recovery_seconds, "search_steps": found.steps,
             "recovery_steps": recipe.total_steps - found.steps,
         }  # fmt: skip
+
+    def _taught(self, small: nn.Module, structure: Structure | None) -> contextlib.AbstractContextManager[Any]:
+        """The distillation of one recovery, from the dense network with the weights that it was given with.
+
+        Raises:
+            DmscaleError: the features are all there is to learn, and which they are is not known.
+        """
+        how = self.recipe.distill
+        if how is None:
+            return contextlib.nullcontext()
+        if structure is None:
+            how = dataclasses.replace(how, features=0.0)
+            if not (how.logits or how.relations or how.function):
+                raise DmscaleError("features alone cannot be learnt by the model of an external tool; add logits")
+        self._restore()
+        return Distiller(how, frozen_copy(self.space.model), small, self.space, structure)
 
     def _model_of(self, found: Found) -> tuple[nn.Module, dict[str, int]]:
         """The smaller model with its cost; an external tool's is traced anew and must be on budget too."""
@@ -338,8 +364,9 @@ class _Runner:
 
 
 def recover(
-    model: nn.Module, stream: Iterator[Any], recipe: Recipe, steps: int, tick: Callable[[Tensor], None]
-) -> None:
+    model: nn.Module, stream: Iterator[Any], recipe: Recipe, steps: int, tick: Callable[[Tensor], None],
+    distiller: Distiller | None = None,
+) -> None:  # fmt: skip
     """Train `model` in place: the rate rises to `recipe.lr` in the first steps and falls as a cosine.
 
     Raises:
@@ -351,8 +378,7 @@ def recover(
         rate = min(1.0, (step + 1) / max(_WARM * steps, 1)) * 0.5 * (1 + math.cos(math.pi * step / steps))
         for group in optimizer.param_groups:
             group["lr"] = recipe.lr * rate
-        inputs, targets = next(stream)
-        loss = recipe.criterion(call(model, inputs), targets)
+        loss = recovery.loss_of(model, next(stream), recipe.criterion, distiller)
         if step % 20 == 0 and not math.isfinite(loss.item()):
             raise DmscaleError(f"the loss is {loss.item()} at recovery step {step}; lower lr={recipe.lr}")
         loss.backward()

@@ -127,6 +127,34 @@ def test_other_settings_need_another_folder(tmp_path):
         run(tmp_path, strategies="uniform", seeds=1, recovery_steps=2)
 
 
+def losses(out, strategy):
+    """The first losses of the recovery of one run, before any step has told two runs apart."""
+    rows = [r.split(",") for r in (out / strategy / "seed-0" / "curves.csv").read_text().splitlines()[1:]]
+    return [float(loss) for _, phase, loss in rows if phase == "recovery"][:1]
+
+
+def test_every_recovery_is_taught_by_the_dense_network(tmp_path):
+    options = dict(seeds=1, strategies="knapsack,uniform")
+    run(tmp_path / "plain", **options)
+    first = run(tmp_path / "taught", distill="logits, features", **options)
+    second = run(tmp_path / "again", distill="logits, features", **options)
+    assert first.markdown(timing=False) == second.markdown(timing=False)
+    for strategy in ("knapsack", "uniform", "random"):  # the same batch and weights: the rest is what the teacher says
+        assert losses(tmp_path / "taught", strategy) > losses(tmp_path / "plain", strategy)
+    with pytest.raises(DmscaleError, match="distill: None there"):
+        run(tmp_path / "plain", distill="logits", **options)
+
+
+def test_an_external_model_is_taught_without_features(tmp_path):
+    def halved(task):
+        return Found(model=task.space.export(task.space.uniform_at("50% macs")))
+
+    other = Strategy("other", "stands for another library", halved, external=True)
+    options = dict(seeds=1, strategies="other", extra=[other])
+    assert run(tmp_path / "a", distill="logits, features", **options).row("other").values
+    assert "add logits" in run(tmp_path / "b", distill="features", **options).row("other").problem
+
+
 def test_a_strategy_that_fails_does_not_stop_the_others(tmp_path):
     def fail(task):
         for p in task.space.model.parameters():
