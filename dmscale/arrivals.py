@@ -20,7 +20,7 @@ from . import axes
 from .axes import Dim
 from .calls import NAMES, FunctionCall
 from .numbering import Said, freeze_numbers
-from .sizes import Extent, SizedInt
+from .sizes import Extent, Operation, SizedInt
 from .tracer import Tracer, _constant, _tensors, operands_of, shape_of
 
 Tensor = torch.Tensor
@@ -257,11 +257,11 @@ def _split(tracer: Tracer, out: Sequence[Tensor], x: Tensor, sizes: Any, dim: in
 @_on("chunk", "unsafe_chunk")
 def _chunk(tracer: Tracer, out: Sequence[Tensor], x: Tensor, chunks: int, dim: int = 0) -> None:
     first, *others = [tracer.dims(o)[dim] for o in out]
-    for piece in others:  # equal pieces stay equal pieces
-        if axes.size(piece) == axes.size(first):
-            tracer.equate(SizedInt(axes.size(first), Extent(first)), piece)
-        else:
-            tracer.freeze_dims([first, piece], "cut into unequal chunks")
+    whole = axes.size(first)
+    for piece in others:  # equal pieces stay equal; with a last one that is smaller, all keep the same share
+        n = axes.size(piece)
+        share = Extent(first) if n == whole else Operation("//", Operation("*", Extent(first), n), whole)
+        tracer.equate(SizedInt(n, share), piece)
 
 
 @_on("narrow")
