@@ -658,7 +658,7 @@ class GroupsAndHeads(nn.Module):
 
     def forward(self, x):
         b, n, _ = x.shape
-        x.new_zeros(b, 1, n).expand(-1, self.heads, -1)  # a mask that nobody reads: no weight says how many heads it has
+        x.new_zeros(b, 1, n).expand(-1, self.heads, -1)  # nobody reads it: no weight says how many heads it has
         y = self.mix(x.transpose(1, 2)).transpose(1, 2).reshape(b, n, self.heads, -1)
         y = y * (self.gate(y) + self.bias).sigmoid()
         return y.view(b, n, self.width)
