@@ -240,8 +240,8 @@ def _fix_across(left: list[Axis], right: list[Axis]) -> tuple[list[Axis], list[A
     return left, right
 
 
-def _two_views(m: int, n: int) -> str:
-    return f"two views of it do not fit ({m} against {n})"
+def _two_views(m: int, n: int, where: str = "") -> str:
+    return f"two views of it do not fit ({m} against {n})" + (f" in {where}" if where else "")
 
 
 def _merge(a: Axis, b: Axis) -> None:
@@ -329,10 +329,11 @@ def _cut_sum(parts: list[Dim], sizes: list[int]) -> list[Dim]:
     return pieces
 
 
-def regroup(dims: Sequence[Dim], sizes: Sequence[int]) -> list[Dim]:
+def regroup(dims: Sequence[Dim], sizes: Sequence[int], where: str = "") -> list[Dim]:
     """The dimensions of a `reshape` of `dims` to `sizes`: the same factors in the same order, grouped anew.
 
-    What lies across a boundary that no refinement has (4 x 12 as 6 x 8, of which 2 x 6 x 4 is left) is fixed.
+    What lies across a boundary that no refinement has (4 x 12 as 6 x 8, of which 2 x 6 x 4 is left) is fixed;
+    its reason says `where`.
 
     Raises:
         Conflict: a boundary falls inside an axis that cannot be split there.
@@ -362,7 +363,7 @@ def regroup(dims: Sequence[Dim], sizes: Sequence[int]) -> list[Dim]:
                 across = gcd(todo[0].size, wanted)
                 if 1 < across < todo[0].size:
                     todo[:1] = _split(todo[0], across)
-                freeze((a, todo[0]), _two_views(a.size, wanted))
+                freeze((a, todo[0]), _two_views(a.size, wanted, where))
                 todo = [a, *todo]
         out.append(tuple(got))
     return out
