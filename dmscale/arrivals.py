@@ -19,10 +19,10 @@ from torch.overrides import TorchFunctionMode
 
 from . import axes
 from .axes import Dim
-from .calls import NAMES, FunctionCall
+from .calls import SCALINGS, FunctionCall, counted_as
 from .numbering import Said, freeze_numbers
-from .sizes import Extent, SizedInt
-from .tracer import Tracer, _constant, _tensors, operands_of, shape_of
+from .sizes import Expression, Extent, Operation, SizedFloat, SizedInt, square_root
+from .tracer import Scale, Tracer, _constant, _tensors, operands_of, shape_of
 
 Tensor = torch.Tensor
 _TO_PYTHON = {"tolist", "numpy", "__array__"}  # what becomes of the elements no operator shows
@@ -38,7 +38,7 @@ class Arrivals(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        kind, name, counted, handler = _route(func)
+        kind, name, handler = _route(func)
         if kind == "shape":
             return shape_of(self.tracer, args[0])
         if kind == "property":
@@ -49,6 +49,7 @@ class Arrivals(TorchFunctionMode):
             return shape if position is None else shape[position]
         if kind == "numel":
             return _numel(self.tracer, args[0])
+        counted = counted_as(name, args)
         if counted is not None:
             return self._counted(counted, func, name, handler, args, kwargs)
         return self._call(func, name, handler, args, kwargs)
@@ -64,6 +65,10 @@ class Arrivals(TorchFunctionMode):
             result = None if first is None else tracer.value(first)
             call = FunctionCall(tracer.path, counted, number, start, tracer.op, operands, result)
             tracer.record.functions.append(call)
+        if counted in SCALINGS and isinstance(args[1], SizedFloat):
+            known = number is not None and not kwargs and _scaled(tracer, args[1], SCALINGS[counted])
+            if not known:
+                args[1].escape(counted)
         return out
 
     def _call(self, func: Any, name: str, handler: _Handler | None, args: Any, kwargs: Any) -> Any:
@@ -77,8 +82,8 @@ class Arrivals(TorchFunctionMode):
             freeze_numbers(self.tracer, [self.tracer.value(args[0])])
         if handler is None:
             out = func(*args, **kwargs)
-            for value in _sized(args, kwargs):
-                self.tracer.equate(value, _constant(int(value)))
+            if counted_as(name, args) not in SCALINGS:
+                _fix(self.tracer, args, kwargs)
             return out
         self.tracer.making_sized = handler is _created or (handler is _numbered and _counts_to(args, kwargs))
         try:
@@ -94,16 +99,51 @@ _HANDLERS: dict[str, _Handler] = {}
 
 
 @functools.lru_cache(maxsize=4096)
-def _route(func: Any) -> tuple[str, str, str | None, _Handler | None]:
-    """What to do with a torch function: (how, its name, what its calls are counted as, the handler of its sizes)."""
+def _route(func: Any) -> tuple[str, str, _Handler | None]:
+    """What to do with a torch function: (how, its name, the handler of its sizes)."""
     name = getattr(func, "__name__", "")
     if getattr(func, "__self__", None) is _SHAPE:
-        return "shape", name, None, None
+        return "shape", name, None
     if func is torch.Tensor.size:
-        return "size", name, None, None
+        return "size", name, None
     if func is torch.Tensor.numel or func is torch.Tensor.nelement:
-        return "numel", name, None, None
-    return "property" if name == "__get__" else "call", name, NAMES.get(name), _HANDLERS.get(name)
+        return "numel", name, None
+    return "property" if name == "__get__" else "call", name, _HANDLERS.get(name)
+
+
+def _scaled(tracer: Tracer, factor: SizedFloat, sign: int) -> bool:
+    """A tensor was multiplied with (`sign` 1) or divided by (-1) a power of a size: for a gate to follow, not to be fixed.
+
+    False where the size is not known by now as that of axes.
+    """
+    dim = _measured(tracer, factor.size.expression)
+    if dim is None or not axes.is_free(dim):
+        return False
+    tracer.record.scales.append(Scale(tracer.op, tracer.path, dim, sign * factor.power))
+    tracer.record.equations[:] = [e for e in tracer.record.equations if e is not factor.fixed]
+    return True
+
+
+def _measured(tracer: Tracer, expression: Expression) -> Dim | None:
+    """The dimension whose size `expression` is, but for a constant factor; None if that is not known."""
+    if isinstance(expression, int):
+        return ()
+    if isinstance(expression, Extent):
+        return expression.dim
+    found = [e.dim for e in tracer.record.equations if e.expression == expression and axes.is_free(e.dim)]
+    if found or not isinstance(expression, Operation):
+        return found[-1] if found else None
+    left, right = _measured(tracer, expression.left), _measured(tracer, expression.right)
+    return (*left, *right) if left is not None and right is not None and expression.symbol == "*" else None
+
+
+def _fix(tracer: Tracer, args: Any, kwargs: Any) -> None:
+    """Sizes arrived where nothing says what they are sizes of."""
+    for value in _sized(args, kwargs):
+        if isinstance(value, SizedFloat):
+            value.escape(tracer._operator)
+        else:
+            tracer.equate(value, _constant(int(value)))
 
 
 def _numel(tracer: Tracer, x: Tensor) -> int:
@@ -111,19 +151,19 @@ def _numel(tracer: Tracer, x: Tensor) -> int:
     return SizedInt(x.numel(), Extent(dims)) if axes.is_free(dims) else x.numel()
 
 
-def _sized(args: Any, kwargs: Any) -> list[SizedInt]:
-    out = []
+def _sized(args: Any, kwargs: Any) -> list[SizedInt | SizedFloat]:
+    out: list[SizedInt | SizedFloat] = []
     for x in (*args, *kwargs.values()):
-        if isinstance(x, SizedInt):
+        if isinstance(x, (SizedInt, SizedFloat)):
             out.append(x)
         elif isinstance(x, (tuple, list)):
-            out += [y for y in x if isinstance(y, SizedInt)]
+            out += [y for y in x if isinstance(y, (SizedInt, SizedFloat))]
     return out
 
 
 @contextlib.contextmanager
 def transparent_functional() -> Iterator[None]:
-    """Let the Python bodies of `torch.nn.functional` run under a function mode.
+    """Let the Python bodies of `torch.nn.functional` run under a function mode, and `math.sqrt` remember sizes.
 
     A mode receives such a function as one call and cannot see the `view`s inside (attention, layer_norm, einsum).  While
     tracing, these modules are told that nothing overrides them, so the calls inside reach the mode one by one.
@@ -135,9 +175,12 @@ def transparent_functional() -> Iterator[None]:
     for m, n, _ in saved:
         setattr(m, n, lambda *args: False)
     torch.backends.mha.set_fastpath_enabled(False)
+    root = math.sqrt
+    math.sqrt = square_root  # it would take the float of a size and forget the size
     try:
         yield
     finally:
+        math.sqrt = root
         torch.backends.mha.set_fastpath_enabled(fast)
         for m, n, function in saved:
             setattr(m, n, function)
@@ -155,6 +198,8 @@ def _attention(
     given = (query, key, value, attn_mask, dropout_p, is_causal)
     as_called = operands_of(tracer, given), {"scale": scale, "enable_gqa": enable_gqa}
     by_size = scale is None
+    if isinstance(scale, SizedFloat):
+        scale.escape("scale")
     if scale is None:
         scale = 1 / math.sqrt(query.size(-1))
     if enable_gqa:
@@ -273,11 +318,11 @@ def _split(tracer: Tracer, out: Sequence[Tensor], x: Tensor, sizes: Any, dim: in
 @_on("chunk", "unsafe_chunk")
 def _chunk(tracer: Tracer, out: Sequence[Tensor], x: Tensor, chunks: int, dim: int = 0) -> None:
     first, *others = [tracer.dims(o)[dim] for o in out]
-    for piece in others:  # equal pieces stay equal pieces
-        if axes.size(piece) == axes.size(first):
-            tracer.equate(SizedInt(axes.size(first), Extent(first)), piece)
-        else:
-            tracer.freeze_dims([first, piece], "cut into unequal chunks")
+    whole = axes.size(first)
+    for piece in others:  # equal pieces stay equal; with a last one that is smaller, all keep the same share
+        n = axes.size(piece)
+        share = Extent(first) if n == whole else Operation("//", Operation("*", Extent(first), n), whole)
+        tracer.equate(SizedInt(n, share), piece)
 
 
 @_on("narrow")
@@ -380,8 +425,7 @@ def _numbered(tracer: Tracer, out: Tensor, *args: Any, **kwargs: Any) -> None:
         tracer.equate(args[0], dim)
         tracer.value(out).said = Said(dim)
     else:
-        for value in _sized(args, kwargs):
-            tracer.equate(value, _constant(int(value)))
+        _fix(tracer, args, kwargs)
 
 
 @_on("histc")

@@ -22,7 +22,7 @@ freezes the axes involved: a frozen axis keeps its size for ever and carries the
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from math import prod
+from math import gcd, prod
 
 import torch
 
@@ -190,8 +190,10 @@ def _become_product(a: Axis, parts: Dim) -> Dim:
 def unify(p: Dim, q: Dim) -> None:
     """Make two dimensions of one size the same axes, refining either as far as needed.
 
+    Where no common refinement exists (6 x 2 against 4 x 3), what lies across the boundaries is fixed, and nothing else.
+
     Raises:
-        Conflict: the sizes differ, or no common refinement exists (6 x 2 against 4 x 3).
+        Conflict: the sizes differ, or a sum would have to be split where its pieces differ.
     """
     if p == q:
         return
@@ -205,8 +207,12 @@ def unify(p: Dim, q: Dim) -> None:
         elif a.size == b.size:
             _merge(a, b)
             left, right = left[1:], right[1:]
-        elif not is_free((a, b)) and a.size % b.size and b.size % a.size:
-            left, right = _skip_fixed(left, right)
+        elif a.size % b.size and b.size % a.size:
+            shared = gcd(a.size, b.size)
+            if shared > 1 and is_free((a, b)):
+                left = [*_split(a, shared), *left[1:]]
+            else:
+                left, right = _fix_across(left, right)
         elif a.size > b.size:
             left = [*_split(a, b.size), *left[1:]]
         else:
@@ -214,17 +220,30 @@ def unify(p: Dim, q: Dim) -> None:
         left, right = factors(left), factors(right)  # merging may have refined what is left
 
 
-def _skip_fixed(left: list[Axis], right: list[Axis]) -> tuple[list[Axis], list[Axis]]:
-    """Pass over leading factors of equal product that are all fixed (56 rows as 8 x 7 and as 28 x 2): nothing to learn."""
+def _fix_across(left: list[Axis], right: list[Axis]) -> tuple[list[Axis], list[Axis]]:
+    """Pass over leading factors of equal product, of which none is a boundary of both sides (2 x 3 and 3 x 2): all fixed.
+
+    As few are fixed as will do; of those that are already (56 rows as 8 x 7 and as 28 x 2) there is nothing to learn.
+    """
+    why = _two_views(left[0].size, right[0].size)
     m = n = 1
-    left, right = list(left), list(right)
     while m != n or m == 1:
-        side = left if m <= n else right
-        if not side or is_free((side[0],)):
+        side, own, other = (left, m, n) if m <= n else (right, n, m)
+        if not side:
             raise Conflict(f"{[a.size for a in left]} against {[a.size for a in right]}")
-        a = side.pop(0)
-        m, n = (m * a.size, n) if side is left else (m, n * a.size)
+        a = side[0]
+        wanted = gcd(a.size, other // gcd(own, other))
+        if 1 < wanted < a.size:
+            side[:1] = _split(a, wanted)
+        passed = side.pop(0)
+        freeze((passed,), why)
+        m, n = (m * passed.size, n) if side is left else (m, n * passed.size)
+        left, right = factors(left), factors(right)
     return left, right
+
+
+def _two_views(m: int, n: int, where: str = "") -> str:
+    return f"two views of it do not fit ({m} against {n})" + (f" in {where}" if where else "")
 
 
 def _merge(a: Axis, b: Axis) -> None:
@@ -312,8 +331,11 @@ def _cut_sum(parts: list[Dim], sizes: list[int]) -> list[Dim]:
     return pieces
 
 
-def regroup(dims: Sequence[Dim], sizes: Sequence[int]) -> list[Dim]:
+def regroup(dims: Sequence[Dim], sizes: Sequence[int], where: str = "") -> list[Dim]:
     """The dimensions of a `reshape` of `dims` to `sizes`: the same factors in the same order, grouped anew.
+
+    What lies across a boundary that no refinement has (4 x 12 as 6 x 8, of which 2 x 6 x 4 is left) is fixed;
+    its reason says `where`.
 
     Raises:
         Conflict: a boundary falls inside an axis that cannot be split there.
@@ -335,8 +357,16 @@ def regroup(dims: Sequence[Dim], sizes: Sequence[int]) -> list[Dim]:
             elif todo and not is_free((a, todo[0])):
                 # fixed axes may be grouped in any way: nothing will ever be cut from them
                 todo = [Axis(a.size * todo[0].size, reasons((a, todo[0]))), *todo[1:]]
-            else:
+            elif not todo:
                 raise Conflict(f"an axis of {a.size} viewed as {wanted}")
+            elif (shared := gcd(a.size, wanted)) > 1:
+                todo = [*_split(a, shared), *todo]
+            else:
+                across = gcd(todo[0].size, wanted)
+                if 1 < across < todo[0].size:
+                    todo[:1] = _split(todo[0], across)
+                freeze((a, todo[0]), _two_views(a.size, wanted, where))
+                todo = [a, *todo]
         out.append(tuple(got))
     return out
 

@@ -8,6 +8,7 @@ under a `TorchFunctionMode` which gives the numbered calls their kept-count form
     mean      sum(m x) / k                       variance   sum(m (x - mean)^2) / (k - correction)
     softmax   m exp(x) / sum(m exp(x))           attention  q sqrt(N / k), so that the default scale becomes 1 / sqrt(k)
     largest   of the kept, one or several        sums, norms and products   of m x
+    x c N^p   times (k / N)^p
     batch norm of a weight   of m (x - mean of the kept) sqrt(N / k), times sqrt(k / N), as in `gates.py`
 
 A function with a Python body (`F.normalize`, `torch.norm`) is one call in a gated model, while a trace sees through it: what
@@ -45,7 +46,18 @@ NAMES = {
 }  # fmt: skip
 """Name of a torch function or method -> what its calls are counted as."""
 
+SCALINGS = {"mul": 1, "div": -1}
+"""What is counted where the second factor is a plain number -> the sign of its power."""
+_SCALED = {"mul": "mul", "div": "div", "true_divide": "div"}
+
 _COMPOSITE = ("torch.functional", "torch.nn.functional")  # Python bodies: one call outside a trace, many inside
+
+
+def counted_as(name: str, args: Sequence[Any]) -> str | None:
+    """What a call of the function `name` is counted as; None if it is not."""
+    if name in _SCALED:
+        return _SCALED[name] if len(args) == 2 and isinstance(args[1], float) else None
+    return NAMES.get(name)
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +87,7 @@ class CallSite:
 
     dims: (position in that tensor, axes).
     zero: of attention, whether the query is not zero yet where it is masked; of a top-k, whether nothing else is masked.
+    power: of a product with a constant times a power of the size of the one dimension: that power.
     """
 
     module: str
@@ -83,6 +96,7 @@ class CallSite:
     operand: int
     dims: tuple[tuple[int, Dim], ...]
     zero: bool = False
+    power: float = 0
 
 
 @dataclass
@@ -195,7 +209,7 @@ class _Gated(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        name = NAMES.get(getattr(func, "__name__", ""))
+        name = counted_as(getattr(func, "__name__", ""), args)
         with torch._C.DisableTorchFunction():  # what its body calls is not counted, here or by the forwards around
             if name is None:
                 return func(*args, **kwargs)
@@ -323,6 +337,12 @@ def _attention(func: Any, args: Any, kwargs: Any, found: CallSite, masks: Any) -
     return func(query, *args[1:], **kwargs)
 
 
+def _rescaled(func: Any, args: Any, kwargs: Any, found: CallSite, masks: Any) -> Tensor:
+    """A constant times n ** power is the factor: of k kept elements it is that of all N times (k / N) ** power."""
+    ((_, dim),) = found.dims
+    return Scaled.apply(func(*args, **kwargs), masks(dim).mean() ** found.power, masks.is_whole(dim))
+
+
 class Scaled(torch.autograd.Function):
     """y * s for a scalar s > 0, saving its result (which the consumer saves too) in place of y.
 
@@ -392,4 +412,5 @@ _FORMS: dict[str, Callable[..., Any]] = {
     "softmax": _softmax, "log_softmax": _log_softmax, "amax": _extreme, "amin": _extreme, "max": _extreme, "min": _extreme,
     "topk": _extreme, "argmax": _extreme, "argmin": _extreme, "batch_norm": _standardised,
     "sum": _masked, "norm": _masked, "attention": _attention, **dict.fromkeys(_PRODUCTS, _masked),
+    **dict.fromkeys(SCALINGS, _rescaled),
 }  # fmt: skip

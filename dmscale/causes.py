@@ -46,6 +46,7 @@ REMEDIES: dict[str, str] = {
     "written by": "join its parts by cat, do not write them by number",
     "a constant": "make the constant that it meets a buffer, or from x.shape",
     "made by": "make the constant that it meets a buffer, or from x.shape",
+    "two views of it do not fit": "use numbers of groups, heads or windows of which one divides the other",
     "conflict": "sizes meet there in two ways that do not fit: please report it, with the model",
     "its elements are read by": "do it with tensors: what Python makes of the elements cannot be followed",
     "statistics are taken": "it is a batch or spatial axis",

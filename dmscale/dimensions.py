@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
 from . import axes, blocks, branches, calls, gates, naming, tracing
 from .axes import Axis
-from .sizes import Solution, solve
+from .polynomial import Poly, Quotient
+from .sizes import Attribute, Solution, solve
 from .tracer import Record
 
 
@@ -107,7 +108,26 @@ def resolve(trace: tracing.Trace, model: nn.Module, options: Options) -> Resolve
                 if reason and not a.reasons:
                     axes.freeze((a,), reason)
         if _count_free(parameters) == before:
-            return Resolved(solution, sites, stacks)
+            indexing = {a for dim in parameters for a in axes.atoms(dim)}
+            return Resolved(replace(solution, attributes=_by_parameters(solution, indexing)), sites, stacks)
+
+
+def _by_parameters(solution: Solution, indexing: set[Axis]) -> dict[Attribute, Quotient]:
+    """The attributes by the axes that index parameters, which alone are chosen: an axis linked to one is a multiple of it."""
+    values: dict[Hashable, Poly] = {}
+    for group in solution.links:
+        for a in group - indexing:
+            chosen = next((b for b in group & indexing if a.size % b.size == 0), None)
+            if chosen is not None:
+                values[a] = Poly.variable(chosen) * (a.size // chosen.size)
+
+    def known(p: Poly) -> Poly:
+        return Poly.of(p.evaluate({v: values.get(v, Poly.variable(v)) for v in p.variables}))
+
+    return {
+        a: Quotient(known(q.numerator), known(q.denominator)) if q.variables & values.keys() else q
+        for a, q in solution.attributes.items()
+    }
 
 
 def _count_free(dims: Iterable[axes.Dim]) -> int:

@@ -28,7 +28,7 @@ from torch.nn.utils import parametrize
 from . import attachment, axes, calls, running
 from .axes import Axis, Dim
 from .blocks import Blocks
-from .calls import CallSite, GatedForward
+from .calls import CallSite, FunctionCall, GatedForward
 from .clone import clone
 from .tracer import Call, Contraction, Normalisation, Value
 from .tracing import Trace
@@ -133,6 +133,7 @@ def plan(trace: Trace, blocks: Sequence[Blocks]) -> Sites:
             bias = _bias_of(trace, norm)
             if bias is not None and bias in trace.slots:  # so that what is removed leaves as zero
                 _mask(trace, norm.path, bias, _holding(trace, bias, norm.dims[0]), weights)
+    _plan_scales(trace, functions)
     masked = {
         c.result.origin: norms[c.path].dim for c in trace.record.calls if c.path in norms and c.result is not None
     }
@@ -160,6 +161,21 @@ def plan(trace: Trace, blocks: Sequence[Blocks]) -> Sites:
         ),
         functions.kept(),
     )
+
+
+def _plan_scales(trace: Trace, functions: CallSites) -> None:
+    """Gate products with a power of a size, wherever the same call always multiplies with that power of that size."""
+    scales = trace.record.scales
+    by_call = {s: calls.at(trace.record, s.op) for s in scales if axes.is_free(s.dim)}
+    for s, call in by_call.items():
+        others = [t for t in by_call if t.path == s.path and t.power == s.power and axes.same(t.dim, s.dim)]
+        if call is None and any(by_call[t] is not None for t in others):
+            continue  # what training mode has repeated of evaluation
+        known = {id(by_call[t]) for t in others}
+        if call is None or not all(id(f) in known for f in trace.record.functions if f.key == call.key):
+            axes.freeze(s.dim, f"its size is fixed in {s.path or 'the model'} (power)")
+        else:
+            functions.scale(call, s.dim, s.power)
 
 
 def _alike(a: Sequence[Value], b: Sequence[Value]) -> bool:
@@ -197,6 +213,10 @@ class CallSites:
         if alike:
             self.sites[key] = replace(other, zero=other.zero or zero)
         return alike
+
+    def scale(self, call: FunctionCall, dim: Dim, power: float) -> None:
+        """Let `call` follow the size of `dim`, with a power of which it multiplies."""
+        self.sites[call.key] = CallSite(*call.key, 0, ((0, dim),), power=power)
 
     def kept(self) -> tuple[CallSite, ...]:
         """The sites whose axes are free in the end."""

@@ -78,7 +78,7 @@ class _Listener:
     """What `SizedInt` reports to while a trace runs: ints found equal, ints used as plain numbers."""
 
     equal: Callable[[SizedInt, SizedInt], None] | None = None
-    escaped: Callable[[SizedInt, str], None] | None = None
+    escaped: Callable[[SizedInt, str], Equation] | None = None
     taken: Callable[[Attribute, int], None] | None = None
 
 
@@ -87,7 +87,7 @@ _listener = _Listener()
 
 @contextmanager
 def listening(
-    equal: Callable[[SizedInt, SizedInt], None], escaped: Callable[[SizedInt, str], None],
+    equal: Callable[[SizedInt, SizedInt], None], escaped: Callable[[SizedInt, str], Equation],
     taken: Callable[[Attribute, int], None] | None = None,
 ) -> Iterator[None]:  # fmt: skip
     """Report comparisons and escapes of `SizedInt`s, and entries taken from `Listed`, while the context lasts."""
@@ -160,29 +160,107 @@ class SizedInt(int):
 
     __hash__ = int.__hash__
 
-    def _escape(self, how: str) -> None:
-        if _listener.escaped:
-            _listener.escaped(self, how)
+    def _escape(self, how: str) -> Equation | None:
+        return _listener.escaped(self, how) if _listener.escaped else None
+
+    def _to_the(self, power: float, value: float, how: str) -> float:
+        """`value`, which is this size to `power` times a constant."""
+        fixed = self._escape(how)
+        return value if fixed is None else SizedFloat(value, self, power, fixed)
 
     def __float__(self) -> float:
         self._escape("float()")
         return float(int(self))
 
     def __truediv__(self, other: Any) -> Any:
+        if type(other) in (int, float):
+            return self._to_the(1, int(self) / other, "division")
         self._escape("division")
         return int(self) / other
 
     def __rtruediv__(self, other: Any) -> Any:
+        if type(other) in (int, float):
+            return self._to_the(-1, other / int(self), "division")
         self._escape("division")
         return other / int(self)
 
     def __pow__(self, other: Any, mod: Any = None) -> Any:
+        if type(other) is float and mod is None:
+            return self._to_the(other, pow(int(self), other), "power")
         self._escape("power")
         return pow(int(self), other, mod)
 
     def __rpow__(self, other: Any, mod: Any = None) -> Any:
         self._escape("power")
         return pow(other, int(self), mod)
+
+
+class SizedFloat(float):
+    """A power of a size times a constant: 1 / sqrt(head_dim).  Copies and pickles as a plain float.
+
+    No trace sees all that is done with a plain number, so the size is `fixed` by an equation.  An arrival takes it back
+    where the number is the factor of a tensor, for a gate says there what it becomes; any other use that is seen fixes anew.
+    """
+
+    size: SizedInt
+    power: float
+    fixed: Equation
+
+    def __new__(cls, value: float, size: SizedInt, power: float, fixed: Equation) -> SizedFloat:
+        self = super().__new__(cls, value)
+        self.size, self.power, self.fixed = size, power, fixed
+        return self
+
+    def __reduce__(self) -> tuple:
+        return float, (float(self),)
+
+    def escape(self, how: str) -> None:
+        """Fix the size: the number goes where nothing follows it."""
+        if _listener.escaped:
+            _listener.escaped(self.size, how)
+
+    def _scaled(self, value: Any, power: float, other: Any) -> Any:
+        """`value` of the arithmetic with `other`: still a power of the size if that was a plain number."""
+        if type(other) in (int, float) and isinstance(value, float):
+            return SizedFloat(value, self.size, power, self.fixed)
+        self.escape("arithmetic")
+        return value
+
+    def __mul__(self, other: Any) -> Any:
+        return self._scaled(float(self) * other, self.power, other)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, other: Any) -> Any:
+        return self._scaled(float(self) / other, self.power, other)
+
+    def __rtruediv__(self, other: Any) -> Any:
+        return self._scaled(other / float(self), -self.power, other)
+
+    def __pow__(self, other: Any, mod: Any = None) -> Any:
+        return self._scaled(pow(float(self), other), self.power * other, other)
+
+    def __add__(self, other: Any) -> Any:
+        return self._scaled(float(self) + other, 1, None)
+
+    __radd__ = __add__
+
+    def __sub__(self, other: Any) -> Any:
+        return self._scaled(float(self) - other, 1, None)
+
+    def __rsub__(self, other: Any) -> Any:
+        return self._scaled(other - float(self), 1, None)
+
+
+def square_root(x: Any) -> float:
+    """`math.sqrt`, of a size a power of it."""
+    if isinstance(x, SizedInt):
+        return x._to_the(0.5, _sqrt(int(x)), "float()")
+    root = _sqrt(x)
+    return SizedFloat(root, x.size, x.power / 2, x.fixed) if isinstance(x, SizedFloat) else root
+
+
+_sqrt = math.sqrt
 
 
 def expression_of(value: int) -> Expression:

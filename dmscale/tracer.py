@@ -162,6 +162,16 @@ class Normalisation:
     group: Dim = ()
 
 
+@dataclass(frozen=True, eq=False)
+class Scale:
+    """The operator number `op` multiplied with a constant times `size of dim ** power`: attention, by 1 / sqrt(head_dim)."""
+
+    op: int
+    path: str
+    dim: Dim
+    power: float
+
+
 @dataclass(frozen=True)
 class Step:
     """What one operator took and gave, as origins; one that `writes` into its arguments is not to be left out."""
@@ -227,6 +237,7 @@ class Record:
     multiples: list[tuple[Dim, int]] = field(default_factory=list)  # dim, what its size must be a multiple of
     least: list[tuple[Dim, int]] = field(default_factory=list)  # dim, the smallest size that it may have
     lookups: list[Lookup] = field(default_factory=list)
+    scales: list[Scale] = field(default_factory=list)
     by_products: dict[str, tuple[tuple[Dim, ...], ...]] = field(default_factory=dict)  # outputs whose axes may shrink
     read: dict[str, int] = field(default_factory=dict)  # parameter -> the first operator that took it
     steps: dict[int, Step] = field(default_factory=dict)  # by operator number
@@ -488,10 +499,10 @@ class Tracer(TorchDispatchMode):
         zero: Expression = Operation("-", a.expression, b.expression)
         self.record.equations.append(Equation(zero, _constant(0), f"a comparison in {self.path or 'the model'}"))
 
-    def _escaped(self, value: SizedInt, how: str) -> None:
-        self.record.equations.append(
-            Equation(value.expression, _constant(int(value)), f"{self.path or 'the model'} ({how})")
-        )
+    def _escaped(self, value: SizedInt, how: str) -> Equation:
+        fixed = Equation(value.expression, _constant(int(value)), f"{self.path or 'the model'} ({how})")
+        self.record.equations.append(fixed)
+        return fixed
 
     def _taken(self, attribute: Attribute, index: int) -> None:
         self.record.taken.append((self.op, attribute, index))

@@ -647,6 +647,47 @@ def relative_shift():
     return Stream(RelativeShift()), torch.randn(2, 7, 6)
 
 
+class GroupsAndHeads(nn.Module):
+    """Groups of a convolution and heads that do not divide each other: 48 as 4 x 12 and as 6 x 8 (WavLM, SqueezeBERT)."""
+
+    def __init__(self, width=48, groups=4, heads=6):
+        super().__init__()
+        self.heads, self.width = heads, width
+        self.mix = nn.Conv1d(width, width, 3, padding=1, groups=groups)
+        self.gate, self.bias = nn.Linear(width // heads, 1), nn.Parameter(torch.randn(heads, 1))
+
+    def forward(self, x):
+        b, n, _ = x.shape
+        x.new_zeros(b, 1, n).expand(-1, self.heads, -1)  # nobody reads it: no weight says how many heads it has
+        y = self.mix(x.transpose(1, 2)).transpose(1, 2).reshape(b, n, self.heads, -1)
+        y = y * (self.gate(y) + self.bias).sigmoid()
+        return y.view(b, n, self.width)
+
+
+def groups_and_heads():
+    return nn.Sequential(nn.Linear(6, 48), GroupsAndHeads(), nn.Linear(48, 5)), torch.randn(2, 7, 6)
+
+
+class UnequalChunks(nn.Module):
+    """Channels in chunks of which the last is smaller: 45 in three of 12 and one of 9 keep one share of each (EdgeNeXt)."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = conv(3, 45), nn.Conv2d(45, 5, 1)
+        self.convs = nn.ModuleList(nn.Conv2d(12, 12, 3, padding=1) for _ in range(3))
+
+    def forward(self, x):
+        chunks, y, out = self.first(x).chunk(len(self.convs) + 1, dim=1), None, []
+        for layer, part in zip(self.convs, chunks):
+            y = layer(part if y is None else part + y)
+            out.append(y)
+        return self.last(torch.cat([*out, chunks[-1]], 1))
+
+
+def unequal_chunks():
+    return UnequalChunks(), picture()
+
+
 class LatentAttention(nn.Module):
     """Keys and values from a narrow latent; a part of each head is rotated, as complex numbers, in place (DeepSeek)."""
 
@@ -1099,6 +1140,8 @@ EXPECTED: dict[Callable[[], tuple[nn.Module, Any]], dict[tuple[str, int], int]] 
     norm_with_activation: {(W, 14): 1, (W, 17): 1},
     norm_of_any_rank: {(W, 14): 1},
     relative_shift: {(W, 20): 1, (H, 3): 1, (W, 5): 2},
+    groups_and_heads: {(W, 2): 1, (W, 12): 1, (W, 4): 1},
+    unequal_chunks: {(W, 9): 1, (W, 12): 4},
     latent_attention: {(W, 20): 1, (H, 3): 1, (W, 8): 1, (W, 3): 1, (W, 5): 1, (W, 10): 1},
     multihead_attentions: {(H, 24): 1, (W, 10): 1, (W, 9): 1, (H, 4): 3},
     layer_scale: {(W, 18): 1, (W, 22): 3, (D, 3): 1},

@@ -1,6 +1,7 @@
 """Gates at calls of torch functions: what depends on the size of an axis, written in a forward and not as a layer."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -135,15 +136,79 @@ def test_head_sizes_are_free_under_the_default_scale():
     assert kinds == ["heads", "width", "width"]  # the size of q and k, that of v
 
 
+class ByHand(nn.Module):
+    """Attention as it is written out by hand; `scores` makes its scores of q and k (b, heads, n, size)."""
+
+    def __init__(self, scores, width=12, heads=2, size=6):
+        super().__init__()
+        self.heads, self.size, self.scores = heads, size, scores
+        self.q, self.k, self.v = (nn.Linear(width, heads * size) for _ in range(3))
+        self.out = nn.Linear(heads * size, width)
+
+    def forward(self, x):
+        q, k, v = (t(x).unflatten(-1, (self.heads, self.size)).transpose(1, 2) for t in (self.q, self.k, self.v))
+        return self.out((self.scores(self, q, k.transpose(-2, -1)).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+SCALES = {
+    "math.sqrt of an attribute": lambda a, q, k: q @ k / math.sqrt(a.size),
+    "a size of a tensor": lambda a, q, k: (q @ k) * (1.0 / math.sqrt(q.size(-1))),
+    "a power": lambda a, q, k: (q * a.size**-0.5) @ k,
+    "twice the size": lambda a, q, k: q @ k / math.sqrt(2 * q.shape[-1]),
+    "all of it": lambda a, q, k: 3 * (q @ k / a.size**0.5 / math.sqrt(a.heads * a.size)),
+    "a root of a root, twice": lambda a, q, k: torch.div(q, math.sqrt(math.sqrt(a.size))) @ (k / a.size**0.25),
+    "one number, twice": lambda a, q, k: (lambda t: (q / t) @ k.mul(1 / t))(math.sqrt(a.size) ** 0.5),
+    "beside a constant": lambda a, q, k: 0.5 * (q * 2.0) @ k / math.sqrt(a.size) * 1.0,
+}
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_head_sizes_are_free_under_a_scale_written_by_hand(name):
+    model = nn.Sequential(nn.Linear(3, 12), ByHand(SCALES[name]), nn.Linear(12, 2))
+    space = kept_word(model, torch.randn(2, 5, 3))
+    assert sorted(d.kind for d in space.dimensions.values() if "1" in d.name) == ["heads", "width", "width"]
+    assert isinstance(math.sqrt(4), float) and type(math.sqrt).__name__ == "builtin_function_or_method"
+
+
+ELSEWHERE = {
+    "added": lambda a, q, k: (lambda t: q @ k / t + k.norm() * (t + 1))(math.sqrt(a.size)),
+    "filled in": lambda a, q, k: (lambda t: (q @ k / t).masked_fill(q @ k > 0, t))(math.sqrt(a.size)),
+    "a scalar of a sum": lambda a, q, k: (lambda t: torch.add(q @ k / t, k.mean(), alpha=t))(math.sqrt(a.size)),
+}
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_a_number_made_of_a_size_fixes_it_where_it_is_no_factor(name):
+    space = kept_word(nn.Sequential(nn.Linear(3, 12), ByHand(ELSEWHERE[name]), nn.Linear(12, 2)), torch.randn(2, 5, 3))
+    assert any(reason.startswith("its size is fixed in 1") for reason in space.frozen.values()), space.frozen
+
+
+def test_a_scale_that_is_another_in_the_next_call_fixes_its_size():
+    """One module, called with heads of two sizes: the third product of a call is no longer one product."""
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.scale = nn.Linear(3, 8), nn.Linear(3, 6), Does(lambda x: x / math.sqrt(x.shape[-1]))
+            self.c, self.d = nn.Linear(8, 2), nn.Linear(6, 2)
+
+        def forward(self, x):
+            return self.c(self.scale(self.a(x))) + self.d(self.scale(self.b(x)))
+
+    space = kept_word(Twice(), torch.randn(4, 3))
+    assert not space.dimensions and "its size is fixed in scale (power)" in space.frozen.values()
+
+
 def test_a_product_masks_what_no_weight_can_make_zero():
     """A row of zero weights is no zero behind a softmax over tokens: the product of activations is masked itself."""
     space = kept_word(nn.Sequential(nn.Linear(3, 12), Linear(), nn.Linear(12, 2)), torch.randn(2, 5, 3))
     assert {d.size for d in space.dimensions.values()} == {12, 8, 10}
 
 
-def test_masks_of_calls_learn():
+@pytest.mark.parametrize("middle", [LayerNormByHand(), Does(lambda x: x / math.sqrt(x.shape[1]))])
+def test_masks_of_calls_learn(middle):
     x = torch.randn(2, 3, 5, 5)
-    space = trace(non_trivial(Between(LayerNormByHand())), x)
+    space = trace(non_trivial(Between(middle)), x)
     (width,) = (d.axes[0] for d in space.dimensions.values())
 
     from dmscale import gates

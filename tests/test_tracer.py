@@ -148,12 +148,12 @@ def test_an_unknown_operator_freezes_what_passes_through_it_and_nothing_else():
 def test_a_conflict_names_operator_and_module():
     class Flat(nn.Module):
         def forward(self, x):
-            return x.reshape(2, 3, 4)  # three does not divide the two of the input
+            return x.view(torch.float16).float()  # two numbers for each
 
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
-            self.a, self.flat, self.b = nn.Linear(4, 6), Flat(), nn.Linear(4, 2)
+            self.a, self.flat, self.b = nn.Linear(4, 6), Flat(), nn.Linear(12, 2)
 
         def forward(self, x):
             return self.b(self.flat(self.a(x)))
@@ -161,6 +161,18 @@ def test_a_conflict_names_operator_and_module():
     trace = read(Model(), torch.randn(2, 2, 4))
     assert any(line.startswith("flat (view)") for line in trace.record.conflicts)
     assert any("in flat (view)" in r for r in axes.reasons(trace.slots["a.weight"][0]))
+
+
+def test_two_views_that_do_not_fit_name_the_module():
+    class Rows(nn.Module):
+        def forward(self, x):
+            return x.reshape(len(x), 3, -1)  # of the two rows of six, three of four
+
+    model = nn.Sequential(nn.Linear(4, 6), Rows(), nn.Linear(4, 2))
+    trace = read(model, torch.randn(2, 2, 4))
+    rows, rest = axes.atoms(trace.slots["0.weight"][0])
+    assert (rows.size, rest.size) == (3, 2) and not trace.record.conflicts and not rest.reasons
+    assert list(rows.reasons) == ["two views of it do not fit (2 against 3) in 1 (view)"]
 
 
 # -- nothing stays behind ------------------------------------------------------------------------------------

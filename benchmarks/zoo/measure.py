@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import re
 import statistics
 import time
@@ -27,10 +28,10 @@ TOLERANCE = 1e-4
 STRUCTURES = 3
 """Random structures tried on each model."""
 NATURAL = (
-    "an axis of the model's input", "an axis of the model's output", "kernel size", "vocabulary", "spatial",
-    "a constant", "index of a concatenation",
+    "an axis of the model's output", "vocabulary", "an axis of the model's input", "spatial", "a constant",
+    "index of a concatenation", "kernel size",
 )  # fmt: skip
-"""Reasons that no rule should remove: they are counted apart from the causes."""
+"""Reasons that no rule should remove, the weightiest first: they are not in the summary of causes."""
 
 
 @dataclass
@@ -48,7 +49,7 @@ class Row:
         experts aside that a router gives other rows.
     read_s, trace_s: seconds of a trace without and with its trial; export_s: median seconds of an export, unverified.
     forward_s: seconds of the forward on meta tensors; 0 where it does not run there.
-    causes: reason (without its place) -> share of the parameters that an axis frozen for it indexes.
+    causes: reason (without its place) -> share of the parameters that stay at the least sizes because of it.
     unknown: operator without a rule -> modules that ran it.
     frozen_by_unknown: operator without a rule -> names of the dimensions that it froze.
     """
@@ -134,24 +135,26 @@ def _describe(row: Row, space: dmscale.SearchSpace) -> None:
 
 
 def causes(space: dmscale.SearchSpace) -> dict[str, float]:
-    """Reason, without its place -> the share of parameters that an axis frozen for it indexes, largest first."""
+    """Reason, without its place -> the share of parameters that stay at the least sizes and that it holds, largest first.
+
+    A natural reason counts for those parameters alone that no other holds, and the weightiest of them.
+    """
     parameters = dict(space.model.named_parameters())
-    total, held = 0, Counter[str]()
+    least = {a: d.count(a.size, d.lowest) for d in space.dimensions.values() for a in d.axes}
+    held = Counter[str]()
     for name, dims in space.trace.slots.items():
         if name in parameters:
-            elements = parameters[name].numel()
-            total += elements
-            held.update(dict.fromkeys(_reasons(dims), elements))
+            stay = int(axes.measure(tuple(a for dim in dims for a in dim), least))  # type: ignore[call-overload]
+            held.update(dict.fromkeys(_reasons(dims), stay))
+    total = sum(p.numel() for p in parameters.values())
     return {reason: n / total for reason, n in held.most_common()}
 
 
 def _reasons(dims: tuple[axes.Dim, ...]) -> set[str]:
-    found: set[str] = set()
-    for dim in dims:
-        for atom in axes.atoms(dim):
-            if atom.reasons and not any(r.startswith(NATURAL) for r in atom.reasons):
-                found.add(_placeless(next(iter(atom.reasons))))
-    return found
+    frozen = [a.reasons for dim in dims for a in axes.atoms(dim) if a.reasons]
+    others = {_placeless(next(iter(why))) for why in frozen if not any(r.startswith(NATURAL) for r in why)}
+    natural = (start for start in NATURAL if any(r.startswith(start) for why in frozen for r in why))
+    return others or set(itertools.islice(natural, 1))
 
 
 def _placeless(reason: str) -> str:

@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from .measure import NATURAL
+
 Row = Mapping[str, Any]
 Rows = Iterable[Row]
 
@@ -25,7 +27,7 @@ that PyTorch counts, to the last one. Modules that get as many rows as values sa
 - **error**: the largest over the structures, relative to the largest output.
 - **read / trace / export**: seconds of a trace without its trial, with it, and the median of an export. **x meta**: read
   against the forward on meta tensors under an empty dispatch mode.
-- **frozen**: the cause that holds most parameters where under 98% are free, with the share that it indexes.
+- **frozen**: where under 98% of the parameters are free, the cause that holds most of those that stay, with their share.
 """
 
 
@@ -72,7 +74,7 @@ def _summary(rows: Sequence[Row]) -> str:
         f"| trace without its trial, against the meta forward | {_median(_on_meta(measured), _ratio):.1f} x |",
         f"| seconds of an export | {_median(measured, lambda r: r['export_s']):.2f} |",
         "",
-        "| cause of frozen axes | models | share of parameters it indexes there, median |", "| --- | ---: | ---: |",
+        "| cause of frozen axes | models | share of parameters that stay for it, median |", "| --- | ---: | ---: |",
         *_cause_lines(measured),
         "",
     ]  # fmt: skip
@@ -83,7 +85,7 @@ def _cause_lines(rows: Sequence[Row], most: int = 15) -> list[str]:
     shares: dict[str, list[float]] = {}
     for row in rows:
         for cause, value in row["causes"].items():
-            if value >= 0.01:
+            if value >= 0.01 and not cause.startswith(NATURAL):
                 shares.setdefault(cause, []).append(value)
     order = sorted(shares, key=lambda c: -sum(shares[c]))[:most]
     return [f"| {_cell(c)} | {len(shares[c])} | {statistics.median(shares[c]):.1%} |" for c in order]
@@ -115,7 +117,7 @@ def _frozen(row: Row) -> str:
     if row["free_params"] >= 0.98 or not row["causes"]:
         return ""
     cause, held = next(iter(row["causes"].items()))
-    return f"{_cell(cause)}: {held:.0%}"
+    return f"{_cell(cause)}: {held:.1%}"
 
 
 _PEERS = """## Beside torch-pruning {version}

@@ -105,7 +105,7 @@ def view(trace: Tracer, out: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Se
     while last < min(x.dim(), out.dim()) - first and x.shape[-1 - last] == out.shape[-1 - last]:
         last += 1
     try:
-        return axes.regroup(dims, out.shape)
+        return axes.regroup(dims, out.shape, trace.where)
     except Conflict as error:
         inner = slice(first, x.dim() - last)
         if first == last == 0:
