@@ -14,13 +14,14 @@ from nets import assert_same, fingerprint
 from torch import nn
 
 import dmscale
-from benchmarks.real import data
+from benchmarks.real import data, variants
 from benchmarks.real import nets as networks
+from benchmarks.real.__main__ import MAIN
 from benchmarks.real.tasks import dice, dice_loss, perplexity
 from dmscale import budget as budgets
 from dmscale.demo import ResidualCNN
 from dmscale.evaluate import accuracy
-from dmscale.strategies import Task
+from dmscale.strategies import REGISTRY, Task
 
 HAVE_DATA = Path(os.environ.get("DMSCALE_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data").is_dir()
 needs_data = pytest.mark.skipif(not HAVE_DATA, reason="no DMSCALE_DATA")
@@ -148,3 +149,11 @@ def test_masks_of_nuclei_fit_their_images():
     assert images.shape == (334, 1, 256, 256) and float(masks.float().mean()) == pytest.approx(0.077, abs=0.002)
     bright = images[:, 0].float()
     assert bright[masks == 1].mean() > 3 * bright[masks == 0].mean()
+
+
+def test_every_name_of_a_group_is_a_strategy():
+    """A name that is unknown would be left out as a library that is not installed is."""
+    peers = {"torch-pruning-taylor"}
+    known = {*REGISTRY, *variants.VARIANTS, *peers}
+    for group in (*variants.GROUPS.values(), MAIN):
+        assert set(group) <= known

@@ -58,7 +58,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 GROUPS = {
     "engines": (
-        "dmscale", "dms", "dms-unnormalised", "dms:projected", "estimated-topk", "search-gumbel", "search-number",
+        "dmscale", "dms", "dms-unnormalised", "dms:projected", "search-estimated-topk", "search-gumbel", "search-number",
         "search-hard-concrete", "search-pas", "search-continuous",
     ),
     "structure-only": (*(n for n in VARIANTS if n.endswith(":frozen")), "taylor", "fisher", "knapsack"),
