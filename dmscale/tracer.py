@@ -325,6 +325,8 @@ class Tracer(TorchDispatchMode):
     On meta tensors, `meta=True`, real constants that meet a meta tensor are replaced by meta ones for the call.
     """
 
+    kernel = staticmethod(kernels.run)
+
     def __init__(self, meta: bool = False):
         super().__init__()
         self.record = Record()
@@ -518,7 +520,7 @@ class Tracer(TorchDispatchMode):
         if self.meta and any(t.is_meta for t in tensors) and not all(t.is_meta for t in tensors):
             args, kwargs = self._to_meta(args, real), self._to_meta(kwargs, real)
             tensors = _tensors((args, tuple(kwargs.values())), [])
-        out = kernels.run(func, args, kwargs) if self.meta and tensors else func(*args, **kwargs)
+        out = self.kernel(func, args, kwargs) if self.meta and tensors else func(*args, **kwargs)
         outs = (
             [out]
             if isinstance(out, Tensor)
