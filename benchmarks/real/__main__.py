@@ -56,6 +56,9 @@ def main() -> int:
         "--search-steps", type=int, help="instead of the task's; keep such runs in an --out of their own"
     )
     parser.add_argument("--recovery-steps", type=int)
+    parser.add_argument(
+        "--dimensions", default="", help='globs, with commas, of the dimensions to search, as "*heads"; all by default'
+    )
     parser.add_argument("--distill", help="what every recovery learns from the dense network: logits, features, ...")
     parser.add_argument("--tables", action="store_true", help="print the tables that are there and stop")
     args = parser.parse_args()
@@ -85,8 +88,10 @@ def run(problem: Problem, setup: Setup, budget: str, args: argparse.Namespace) -
     """One table; the number of strategies that crashed (one that says it does not apply here did not)."""
     tag = budget.replace("%", "").replace(" ", "-").replace(",", "_")
     split = "-validation" if setup.validation else ""
-    taught = f"-{args.distill.replace(',', '-').replace(' ', '')}" if args.distill else ""
-    folder = args.out / f"{problem.name}-{setup.size}{split}" / f"{tag}{taught}"
+    variant = f"-{args.distill.replace(',', '-').replace(' ', '')}" if args.distill else ""
+    searched = [g for g in args.dimensions.split(",") if g]
+    variant += "".join(f"-{g}" for g in searched).replace("*", "").replace(" ", "")
+    folder = args.out / f"{problem.name}-{setup.size}{split}" / f"{tag}{variant}"
     print(f"== {problem.name}, {setup.size}, {budget} -> {folder}", flush=True)
     recipe = dict(problem.recipe)
     for option in ("search_steps", "recovery_steps"):
@@ -104,7 +109,7 @@ def run(problem: Problem, setup: Setup, budget: str, args: argparse.Namespace) -
         problem.model, problem.example, problem.train, problem.criterion, problem.evaluate, budget=budget, out=folder,
         strategies=strategies, seeds=args.seeds, metric=problem.metric, higher_is_better=problem.higher_is_better,
         extra=extra, redo=[n for n in args.redo.split(",") if n], settings=problem.settings, report=report,
-        distill=args.distill, **recipe,
+        distill=args.distill, only=searched, **recipe,
     )  # fmt: skip
     print(result.markdown(), flush=True)
     return sum(not r.values and not r.problem.startswith("DmscaleError") for r in result.rows)
