@@ -462,6 +462,23 @@ def test_the_weights_settle_in_what_is_exported(net):
     assert search.done and torch.equal(torch.cat(list(search.masks)), settled)
 
 
+def test_multiples_hold_at_every_step_of_the_default_search():
+    """They are learnt under, not rounded to after it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 4))
+    search = dmscale.Search(dmscale.trace(model, torch.randn(4, 8), multiple=8), "40% params", STEPS)
+    optimizer = sgd(model.parameters())
+    search.attach(optimizer)
+    kept = set()
+    while not search.done:
+        x = torch.randn(16, 8)
+        F.mse_loss(search.model(x), x[:, :4]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        kept |= {(mask.numel(), int(mask.sum())) for mask in search.masks}
+    assert len(kept) > 4 and all(count % 8 == 0 for _, count in kept)
+
+
 def test_multiples_hold_at_the_end():
     model, inputs, batches = problem("unet")
     space = dmscale.trace(model, inputs, multiple=2)
