@@ -1,16 +1,20 @@
 """How long does a trace take, against the same forward on meta tensors under an empty dispatch mode?
 
-    python -m benchmarks.trace_time
+    python -m benchmarks.trace_time [--zoo]
 
 For each model: the median of interleaved runs of (a) the forward on meta tensors under a dispatch mode that does nothing,
 (b) `dmscale.trace` without its trial, with no result of a meta kernel remembered from before (`kernels.py`), (c) the trial
 (certification) in units of one real forward, and, where `torch-pruning` is installed, (d) its dependency graph.
 Goals: b <= 3 a, c < 10 forwards.
+
+`--zoo` times (b) against (d) alone, on every model of the zoo from timm and torchvision of which torch-pruning builds a graph.
 """
 
 from __future__ import annotations
 
 import statistics
+import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +27,7 @@ from benchmarks.models import MODELS, clock
 from dmscale import certify, kernels, running
 from dmscale.clone import clone, on_meta
 from dmscale.known import quiet
+from dmscale.sources import allow_missing_torchvision_operators
 from dmscale.tracer import Tracer
 
 
@@ -106,5 +111,36 @@ def main(repeats: int = 7) -> None:
         )
 
 
+def zoo(repeats: int = 3) -> None:
+    """Print a line a model, and how many of them are traced in less time than torch-pruning builds its graph."""
+    from benchmarks.zoo import entries, peers
+
+    ratios: list[float] = []
+    for entry in peers.entries(entries()):
+        torch.manual_seed(0)
+        model, inputs = entry.build()
+        model.eval()
+        ours, theirs = [], []
+        for _ in range(1 + repeats):  # the first is not counted: whatever is imported at a first use
+            took = torch_pruning(model, inputs)
+            if took is None:
+                break
+            theirs.append(took)
+            kernels.forget()
+            ours.append(seconds(lambda: dmscale.trace(model, inputs, verify=False)))
+        else:
+            a, b = statistics.median(ours[1:]), statistics.median(theirs[1:])
+            ratios.append(a / b)
+            print(f"{entry.name}: {a * 1e3:.0f} ms, torch-pruning {b * 1e3:.0f} ms, ratio {a / b:.2f}", flush=True)
+    low, middle, high = statistics.quantiles(ratios)
+    print(f"quicker on {sum(r < 1 for r in ratios)} of {len(ratios)}; ratio {middle:.2f} ({low:.2f} to {high:.2f})")
+
+
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:] == ["--zoo"]:
+        warnings.simplefilter("ignore")
+        allow_missing_torchvision_operators()
+        torch.set_num_threads(1)
+        zoo()
+    else:
+        main()
