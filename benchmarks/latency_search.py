@@ -73,7 +73,7 @@ def run(
 
 def spread(values: Sequence[float], form: str) -> str:
     """Mean and standard deviation as text."""
-    deviation = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
+    deviation = f" ± {statistics.stdev(values):{form.lstrip('+')}}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):{form}}{deviation}"
 
 
@@ -107,7 +107,7 @@ def main(batch: int, budget: str, seeds: int, out: Path) -> None:
         costs = [space.cost(s) for s, _, _ in of_target]
         columns[target] = [[a for _, _, a in of_target], [100 * c.macs / full.macs for c in costs],
                            [c["latency"] for c in costs], times[i * seeds : (i + 1) * seeds]]  # fmt: skip
-        print(f"| {target} | {' | '.join(map(spread, columns[target], ('.2f', '.1f', '.3f', '.3f')))} |")
+        print(f"| {target} | {' | '.join(map(spread, columns[target], ('.2f', '.1f', '.2f', '.2f')))} |")
     a, b = columns["MACs"], columns["latency"]
     print(
         f"\nlatency less MACs, seed by seed: accuracy {spread([y - x for x, y in zip(a[0], b[0])], '+.2f')}, ", end=""
