@@ -172,7 +172,7 @@ def zero(module: nn.Module, argument: int | str, form: Any) -> nn.Module:
     chosen = _name_of(module, argument)
     assert chosen is not None  # `find` offers no other
     handed = {key: inputs[_name_of(module, key)] for key in _handed_on(form)}  # type: ignore[index]
-    graph.output(_formed(form, graph.call_function(torch.mul, (inputs[chosen], 0)), handed))
+    graph.output(formed(form, graph.call_function(torch.mul, (inputs[chosen], 0)), handed))
     plain = torch.fx.GraphModule(nn.Module(), graph, "Zero")
     for key, value in vars(module).items():  # what the modules around it may ask of it
         if type(value) in (int, float, bool, str, type(None)) and not key.startswith("_"):
@@ -180,13 +180,14 @@ def zero(module: nn.Module, argument: int | str, form: Any) -> nn.Module:
     return plain
 
 
-def _formed(form: Any, x: torch.fx.Node, handed: Mapping[int | str, torch.fx.Node]) -> Any:
+def formed(form: Any, x: Any, handed: Mapping[int | str, Any]) -> Any:
+    """An output of `form` (see `zero`) around `x`, with others of the arguments handed on; one that is not given is None."""
     if form is None or form == "x":
         return form and x
     ((kind, parts),) = form.items()
     if kind == "argument":
-        return handed[parts]
-    inside = [_formed(part, x, handed) for part in parts]
+        return handed.get(parts)
+    inside = [formed(part, x, handed) for part in parts]
     return tuple(inside) if kind == "tuple" else inside
 
 

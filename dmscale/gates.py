@@ -28,6 +28,7 @@ from torch.nn.utils import parametrize
 from . import attachment, axes, calls, running
 from .axes import Axis, Dim
 from .blocks import Blocks
+from .branches import formed
 from .calls import CallSite, FunctionCall, GatedForward
 from .clone import clone
 from .tracer import Call, Contraction, Normalisation, Value
@@ -814,7 +815,7 @@ class SkippableForward:
             x = running.tensors_in((args, kwargs))[0]
             given: dict[int | str, Any] = dict(enumerate(args))
             given.update(kwargs)
-            return _formed(self.gate.form, torch.zeros_like(x) if self.gate.branch else x, given)
+            return formed(self.gate.form, torch.zeros_like(x) if self.gate.branch else x, given)
         if self.own is not None:
             return self.own(*args, **kwargs)
         return type(module).forward(module, *args, **kwargs)
@@ -825,17 +826,6 @@ def _is_constant(x: Any) -> bool:
     if isinstance(x, tuple):
         return all(map(_is_constant, x))
     return x is None or isinstance(x, (Tensor, int, float, str, torch.dtype, torch.device))
-
-
-def _formed(form: Any, x: Tensor, given: Mapping[int | str, Any]) -> Any:
-    """An output of `form` around the tensor `x`, with others of the arguments handed on."""
-    if form is None or form == "x":
-        return form and x
-    ((kind, parts),) = form.items()
-    if kind == "argument":
-        return given.get(parts)
-    inside = [_formed(part, x, given) for part in parts]
-    return tuple(inside) if kind == "tuple" else inside
 
 
 class _Kept(torch.autograd.Function):

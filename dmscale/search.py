@@ -324,9 +324,9 @@ class Search:
         """
         torch._foreach_copy_([m.data for m in self._masks], list(flat.split(self.layout.sizes)))
         self._tell(flat)
-        decided = gates.masks_of(self.model).decided
-        gone = {n: [not kept for kept in blocks] for n, blocks in decided.items()}
-        gates.masks_of(self.model).gone = gone if self.method.final or self.done else {}
+        masks = gates.masks_of(self.model)
+        final = self.method.final or self.done
+        masks.gone = {n: [not kept for kept in blocks] for n, blocks in masks.decided.items()} if final else {}
 
     def _tell(self, flat: Tensor) -> None:
         parts = np.split(flat.cpu().numpy(), np.cumsum(self.layout.sizes)[:-1])

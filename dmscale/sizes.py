@@ -240,6 +240,9 @@ class SizedFloat(float):
     def __pow__(self, other: Any, mod: Any = None) -> Any:
         return self._scaled(pow(float(self), other), self.power * other, other)
 
+    def __neg__(self) -> Any:
+        return self._scaled(-float(self), self.power, 1)
+
     def __add__(self, other: Any) -> Any:
         return self._scaled(float(self) + other, 1, None)
 

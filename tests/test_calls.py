@@ -157,6 +157,7 @@ SCALES = {
     "twice the size": lambda a, q, k: q @ k / math.sqrt(2 * q.shape[-1]),
     "all of it": lambda a, q, k: 3 * (q @ k / a.size**0.5 / math.sqrt(a.heads * a.size)),
     "a root of a root, twice": lambda a, q, k: torch.div(q, math.sqrt(math.sqrt(a.size))) @ (k / a.size**0.25),
+    "one number, and its negative": lambda a, q, k: (lambda t: (q * t) @ k - (q * -t) @ k)(a.size**-0.5),
     "one number, twice": lambda a, q, k: (lambda t: (q / t) @ k.mul(1 / t))(math.sqrt(a.size) ** 0.5),
     "beside a constant": lambda a, q, k: 0.5 * (q * 2.0) @ k / math.sqrt(a.size) * 1.0,
 }

@@ -679,8 +679,8 @@ def test_scale_names_a_wrong_loader(loader, says):
 
 def count_skipped(monkeypatch):
     """How often a block or branch was not run, filled in as searches train."""
-    skipped, formed = [], gates._formed
-    monkeypatch.setattr(gates, "_formed", lambda *args: skipped.append(args) or formed(*args))
+    skipped, formed = [], gates.formed
+    monkeypatch.setattr(gates, "formed", lambda *args: skipped.append(args) or formed(*args))
     return skipped
 
 
