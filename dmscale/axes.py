@@ -21,8 +21,8 @@ freezes the axes involved: a frozen axis keeps its size for ever and carries the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from math import gcd, prod
+from collections.abc import Iterable, Mapping, Sequence
+from math import gcd
 
 import torch
 
@@ -97,14 +97,18 @@ def axis(size: int, *reasons: str) -> Dim:
 
 def size(dim: Dim) -> int:
     """Number of elements of `dim`."""
-    return prod([a.root().size for a in dim])  # a list: torch.compile cannot hand on a generator
+    total = 1
+    for a in dim:
+        total *= (a if a.parent is None else a.root()).size
+    return total
 
 
 def factors(dim: Iterable[Axis]) -> list[Axis]:
     """The roots whose product `dim` is: no products among them, no axis of size one."""
     out: list[Axis] = []
     for a in dim:
-        a = a.root()
+        if a.parent is not None:
+            a = a.root()
         if a.product is not None:
             out += factors(a.product)
         elif a.size != 1:
@@ -114,20 +118,29 @@ def factors(dim: Iterable[Axis]) -> list[Axis]:
 
 def atoms(dim: Dim) -> list[Axis]:
     """The atoms below `dim`, in row-major order, each once."""
-    return list(dict.fromkeys(_leaves(dim)))
+    found = _leaves(dim)
+    return found if len(found) < 2 else list(dict.fromkeys(found))
 
 
-def _leaves(dim: Iterable[Axis]) -> Iterator[Axis]:
-    for a in factors(dim):
-        if a.sum is None:
-            yield a
-        else:
+def _leaves(dim: Iterable[Axis]) -> list[Axis]:
+    out: list[Axis] = []
+    for a in dim:  # most of a trace's time would go here: no generators, no call for an atom
+        if a.parent is not None:
+            a = a.root()
+        if a.product is not None:
+            out += _leaves(a.product)
+        elif a.sum is not None:
             for part in a.sum:
-                yield from _leaves(part)
+                out += _leaves(part)
+        elif a.size != 1:
+            out.append(a)
+    return out
 
 
 def same(p: Dim, q: Dim) -> bool:
     """Whether two dimensions are the same product of the same axes (not merely of one size)."""
+    if p == q:
+        return True
     p_, q_ = factors(p), factors(q)
     return len(p_) == len(q_) and all(
         a is b or (a.sum is not None and b.sum is not None and len(a.sum) == len(b.sum)
@@ -150,7 +163,8 @@ def reasons(dim: Dim) -> list[str]:
 def is_free(dim: Iterable[Axis]) -> bool:
     """Whether any atom below `dim` may still change its size."""
     for a in dim:  # written out, not `any(...)`: a trace asks this for every dimension of every tensor
-        a = a.root()
+        if a.parent is not None:
+            a = a.root()
         if a.product is not None:
             if is_free(a.product):
                 return True
@@ -217,7 +231,8 @@ def unify(p: Dim, q: Dim) -> None:
             left = [*_split(a, b.size), *left[1:]]
         else:
             right = [*_split(b, a.size), *right[1:]]
-        left, right = factors(left), factors(right)  # merging may have refined what is left
+        if left and right:
+            left, right = factors(left), factors(right)  # merging may have refined what is left
 
 
 def _fix_across(left: list[Axis], right: list[Axis]) -> tuple[list[Axis], list[Axis]]:

@@ -17,6 +17,7 @@ from torch import nn
 from . import axes
 from .sizes import Attribute
 from .tracer import Call, Record, Value
+from .tree import walk
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +46,7 @@ def find(model: nn.Module, record: Record) -> list[Blocks]:
     runs: list[tuple[str, list[Call]]] = []
     reached = _reached_into(record, removable)
     called = {call.path: call for call in record.calls if times[call.path] == 1}
-    for path, module in model.named_modules():
+    for path, module in walk(model):
         if isinstance(module, (nn.ModuleList, nn.Sequential)):
             counts = isinstance(module, nn.ModuleList) and _counts_its_blocks(path, module, called, removable, record)
             if path not in reached and not counts:
@@ -78,7 +79,7 @@ def _reached_into(record: Record, removable: dict[str, Call]) -> set[str]:
     With a block gone, that would be a part of another one.
     """
     found: set[str] = set()
-    for call in record.calls:
+    for call in record.calls if removable else ():
         path = call.path.rpartition(".")[0]
         while path:
             block = removable.get(path)
@@ -153,23 +154,22 @@ def _same_axes(a: Call, b: Call) -> bool:
 
 def _is_residual(call: Call, record: Record) -> bool:
     source, result = call.source, call.result
-    if source is None or result is None or call.source_dtype != call.result_dtype or not call.passes_the_rest:
+    if source is None or result is None or source.dtype != result.dtype or not call.passes_the_rest:
         return False
-    if len(source.dims) != len(result.dims) or not all(axes.same(p, q) for p, q in zip(source.dims, result.dims)):
+    if not branches(call, record) or not record.within(record.terms, call.start, call.end):
         return False
-    return bool(branches(call, record)) and any(call.start < term.op <= call.end for term in record.terms)
+    return len(source.dims) == len(result.dims) and all(map(axes.same, source.dims, result.dims))
 
 
 def branches(call: Call, record: Record) -> list[Value]:
     """What a block adds to its input on the way to its output: the last value of each residual branch, in order."""
     assert call.source is not None
     carried, found = {call.source.origin}, []
-    for addition in record.additions:
-        if call.start < addition.op <= call.end:
-            added = [v for v in addition.operands if v.origin not in carried]
-            if len(added) < 2:
-                found += added
-                carried.add(addition.result.origin)
+    for addition in record.within(record.additions, call.start, call.end):
+        added = [v for v in addition.operands if v.origin not in carried]
+        if len(added) < 2:
+            found += added
+            carried.add(addition.result.origin)
     return found
 
 

@@ -79,7 +79,7 @@ class _Flow:
     def is_branch(self, call: Call) -> bool:
         """Whether the result of `call` is added to the very stream that it was made from, and goes nowhere else."""
         source, result = call.source, call.result
-        if source is None or result is None or call.source_dtype != call.result_dtype:
+        if source is None or result is None or source.dtype != result.dtype:
             return False
         if len(source.dims) != len(result.dims) or not all(map(axes.same, source.dims, result.dims)):
             return False

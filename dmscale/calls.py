@@ -60,7 +60,7 @@ def counted_as(name: str, args: Sequence[Any]) -> str | None:
     return NAMES.get(name)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class FunctionCall:
     """Call number `number` of functions counted as `name` in one call of module `path`; it ran operators start+1 to end.
 
@@ -103,11 +103,11 @@ class CallSite:
 class Counting:
     """Numbers the calls of a trace: one counter for each module call that is open, innermost last."""
 
-    open: list[Counter[str]] = field(default_factory=list)
+    open: list[dict[str, int]] = field(default_factory=list)
 
     def enter(self) -> None:
         """A module is called."""
-        self.open.append(Counter())
+        self.open.append({})
 
     def leave(self) -> None:
         """It has returned."""
@@ -118,7 +118,7 @@ class Counting:
         if not self.open or _inside_another(name):
             return None
         for counter in self.open:
-            counter[name] += 1
+            counter[name] = counter.get(name, 0) + 1
         return self.open[-1][name] - 1
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .errors import TraceError
 from .known import CACHES
+from .tree import walk
 
 
 def same(t: Tensor) -> Tensor:
@@ -31,11 +32,11 @@ def clone(model: nn.Module, replace: Callable[[Tensor], Tensor] = same) -> nn.Mo
         TraceError: an attribute of the model cannot be copied.
     """
     memo: dict[int, Any] = {}
-    for module in model.modules():
+    for _, module in walk(model):
         for t in (*module._parameters.values(), *module._buffers.values()):
             if t is not None and id(t) not in memo:
                 memo[id(t)] = replace(t)
-        for v in vars(module).values():
+        for v in module.__dict__.values():
             if isinstance(v, Tensor) and id(v) not in memo:
                 memo[id(v)] = v if replace is same else v.detach().clone()
     try:
@@ -56,21 +57,24 @@ def _copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
         return copy.deepcopy(module, memo)
     twin = cls.__new__(cls)
     memo[id(module)] = twin
+    state = twin.__dict__
     for key, value in module.__dict__.items():
-        if key == "_compiled_call_impl":
-            continue
-        if key in CACHES:
-            twin.__dict__[key] = type(value)()
-        elif type(value) in _ATOMIC or (type(value) is tuple and all(type(v) in _ATOMIC for v in value)):
-            twin.__dict__[key] = value
+        kind = type(value)
+        if kind in _ATOMIC:
+            state[key] = value
+        elif (kind in _EMPTY and not value) or key in CACHES:
+            state[key] = kind()
         elif key == "_modules":
-            twin.__dict__[key] = {n: None if m is None else _copy(m, memo) for n, m in value.items()}
+            state[key] = {n: None if m is None else _copy(m, memo) for n, m in value.items()}
         elif key in ("_parameters", "_buffers"):
-            twin.__dict__[key] = {n: None if t is None else memo[id(t)] for n, t in value.items()}
+            state[key] = {n: None if t is None else memo[id(t)] for n, t in value.items()}
+        elif kind is tuple and all([type(v) in _ATOMIC for v in value]):
+            state[key] = value
         elif isinstance(value, nn.Module):
-            twin.__dict__[key] = _copy(value, memo)
-        else:
-            twin.__dict__[key] = type(value)() if type(value) in _EMPTY and not value else copy.deepcopy(value, memo)
+            state[key] = _copy(value, memo)
+        elif key != "_compiled_call_impl":
+            state[key] = copy.deepcopy(value, memo)
+    state.pop("_compiled_call_impl", None)
     return twin
 
 

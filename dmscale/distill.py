@@ -166,7 +166,8 @@ def _comparable(space: SearchSpace, structure: Structure) -> dict[str, Place]:
             or not path
             or student is None
             or call.result is None
-            or not call.result_dtype.is_floating_point
+            or call.result.dtype is None
+            or not call.result.dtype.is_floating_point
         ):
             continue
         kept = {i: axes.kept(dim, masks).nonzero()[:, 0] for i, dim in enumerate(call.result.dims) if axes.is_free(dim)}

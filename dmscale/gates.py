@@ -247,14 +247,12 @@ def _norm_site(trace: Trace, norm: Normalisation) -> NormSite | str:
     call = _call_around(trace, norm)
     if call is None or len(norm.dims) != 1:
         return f"normalised over several axes, or outside a module of its own, in {where}"
-    calls = [c for c in trace.record.calls if c.path == norm.path]
-    inside = any(c.start < term.op <= c.end for c in calls for term in trace.record.terms)
+    inside = any(trace.record.within(trace.record.terms, c.start, c.end) for c in trace.record.of("calls", norm.path))
     position = _position(call, norm.group + norm.dims[0])
     if inside or len(_beside(trace, norm)) > len(parts) or position is None:
         return f"normalised inside a module that does more than that, in {where}"
-    scales = all(
-        step.operator.rstrip("_") in _SCALES for op, step in trace.record.steps.items() if norm.op < op <= call.end
-    )
+    behind = [trace.record.steps[op] for op in range(norm.op + 1, call.end + 1) if op in trace.record.steps]
+    scales = all(step.operator.rstrip("_") in _SCALES for step in behind)
     weight = norm.weight.rpartition(".")[2] if norm.weight and (norm.bias or not scales) else None
     if weight is None and not scales:
         return f"normalised inside a module that does more than that, in {where}"
@@ -267,7 +265,7 @@ def _norm_site(trace: Trace, norm: Normalisation) -> NormSite | str:
 
 def _call_around(trace: Trace, norm: Normalisation) -> Call | None:
     """The call of its module in which `norm` runs."""
-    calls = [c for c in trace.record.calls if c.path == norm.path]
+    calls = trace.record.of("calls", norm.path)
     return next((c for c in calls if c.start < norm.op <= c.end), calls[0] if calls else None)
 
 
@@ -277,8 +275,8 @@ def _beside(trace: Trace, norm: Normalisation) -> list[Normalisation]:
     if call is None:
         return []
     return [
-        n for n in trace.record.normalisations
-        if n is not norm and n.path == norm.path and call.start < n.op <= call.end and any(axes.is_free(d) for d in n.dims)
+        n for n in trace.record.of("normalisations", norm.path)
+        if n is not norm and call.start < n.op <= call.end and any(axes.is_free(d) for d in n.dims)
     ]  # fmt: skip
 
 
@@ -360,9 +358,8 @@ def _input_site(trace: Trace, c: Contraction, consumers: Sequence[tuple[Value, D
     """The input of the consuming module, where it is one and smaller than the weight."""
     if len(consumers) != 1 or len(consumers[0][0].params) != 1:
         return None
-    calls = [call for call in trace.record.calls if call.path == c.path]
+    calls, inside = trace.record.of("calls", c.path), trace.record.of("contractions", c.path)
     fed = {value.origin for value, _ in c.operands if value.data}
-    inside = [other for other in trace.record.contractions if other.path == c.path]
     if len(calls) != 1 or len(inside) != 1 or calls[0].source is None or calls[0].source.origin not in fed:
         return None
     source = calls[0].source.dims

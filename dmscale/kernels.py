@@ -7,6 +7,7 @@ made from that.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     Views are always run: what they give shares its storage.
     """
     formula = _FORMULAS.get(func)
-    if formula is not None and (made := formula(*args)) is not None:
+    if formula is not None and not (kwargs and "dtype" in kwargs) and (made := formula(*args)) is not None:
         return made
     memorable = _memorable.get(func)
     if memorable is None:
@@ -69,11 +70,91 @@ def _like(x: Tensor) -> Tensor:
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")  # `empty_like` is a program too
 
 
+def _plain(*tensors: Tensor) -> bool:
+    """Whether what contiguous tensors of this one dtype give is contiguous and of that dtype too."""
+    dtype = tensors[0].dtype
+    if dtype not in (torch.float32, torch.float64):
+        return False
+    return all([t.dtype is dtype and t.is_meta and t.is_contiguous() for t in tensors])
+
+
+def _empty(shape: Sequence[int], x: Tensor) -> Tensor:
+    return torch.empty(shape, dtype=x.dtype, device="meta")
+
+
 def _batch_norm(x: Tensor, weight: Any, bias: Any, mean: Any, var: Any, training: bool, *rest: Any) -> Any:
     """A layer of its own for each shape leaves nothing to remember, and its kernel, a decomposition, is the slowest of all."""
-    if not x.is_meta or not x.is_contiguous() or x.dtype not in (torch.float32, torch.float64):
+    if not _plain(x):
         return None
-    return _like(x), *[torch.empty(x.shape[1], dtype=x.dtype, device="meta") for _ in range(2)]
+    return _like(x), _empty((x.shape[1],), x), _empty((x.shape[1],), x)
+
+
+def _layer_norm(x: Tensor, shape: Sequence[int], *rest: Any) -> Any:
+    if not _plain(x):
+        return None
+    each = [*x.shape[: x.dim() - len(shape)], *[1] * len(shape)]
+    return _like(x), _empty(each, x), _empty(each, x)
+
+
+def _convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    transposed: bool,
+    more: Any,
+    groups: int,
+) -> Any:
+    if transposed or x.dim() != weight.dim() or x.shape[1] != groups * weight.shape[1] or not _plain(x, weight):
+        return None
+    shape = [x.shape[0], weight.shape[0]]
+    for i, (n, kernel) in enumerate(zip(x.shape[2:], weight.shape[2:])):
+        s, p, d = (many[i] if len(many) > 1 else many[0] for many in (stride, padding, dilation))
+        shape.append((n + 2 * p - d * (kernel - 1) - 1) // s + 1)
+    return _empty(shape, x) if min(shape) > 0 else None  # the kernel says what is wrong
+
+
+def _addmm(bias: Tensor, a: Tensor, b: Tensor, *rest: Any) -> Any:
+    # a weight comes transposed: `linear` gives what is contiguous all the same
+    if not _plain(bias, a) or b.dtype is not a.dtype or not b.is_meta or a.dim() != 2 or b.dim() != 2:
+        return None
+    fits = a.shape[1] == b.shape[0] and bias.shape == b.shape[1:]
+    return _empty((a.shape[0], b.shape[1]), a) if fits else None
+
+
+def _binary(x: Any, y: Any, *rest: Any) -> Any:
+    if not isinstance(y, Tensor):
+        return _like(x) if type(y) in (int, float) and _plain(x) else None
+    if not isinstance(x, Tensor) or not _plain(x, y):
+        return None
+    larger, other = (x, y) if x.dim() >= y.dim() else (y, x)
+    if x.shape != y.shape:
+        if x.dim() == y.dim() and x.numel() < y.numel():
+            larger, other = y, x
+        lead = larger.dim() - other.dim()
+        if any([n not in (1, larger.shape[lead + i]) for i, n in enumerate(other.shape)]):
+            return None  # both are stretched
+    return _like(larger)
+
+
+def _mean(x: Tensor, dims: Any, keepdim: bool = False, *rest: Any) -> Any:
+    if not dims or not _plain(x):
+        return None
+    over = {d % x.dim() for d in dims}
+    return _empty([1 if i in over else n for i, n in enumerate(x.shape) if keepdim or i not in over], x)
+
+
+def _cat(tensors: Sequence[Tensor], dim: int = 0) -> Any:
+    first = tensors[0]
+    if not _plain(*tensors) or not first.dim() or any([t.dim() != first.dim() for t in tensors]):
+        return None
+    dim %= first.dim()
+    shape = list(first.shape)
+    shape[dim] = sum([t.shape[dim] for t in tensors])
+    fits = all([n == m for t in tensors for i, (n, m) in enumerate(zip(t.shape, shape)) if i != dim])
+    return _empty(shape, first) if fits else None
 
 
 def _activation(x: Tensor, *rest: Any) -> Any:
@@ -85,8 +166,14 @@ def _activation_(x: Tensor, *rest: Any) -> Any:
 
 
 aten = torch.ops.aten
-_FORMULAS = {
+_FORMULAS: dict[Any, Callable[..., Any]] = {
     aten.native_batch_norm.default: _batch_norm,
+    aten.native_layer_norm.default: _layer_norm,
+    aten.convolution.default: _convolution,
+    aten.addmm.default: _addmm,
+    aten.mean.dim: _mean,
+    aten.cat.default: _cat,
+    **{p.Tensor: _binary for p in (aten.add, aten.mul, aten.sub)},
     **{p.default: _activation for p in (
         aten.relu, aten.gelu, aten.silu, aten.sigmoid, aten.tanh, aten.hardsigmoid, aten.hardswish, aten.hardtanh,
         aten.leaky_relu, aten.elu, aten.mish, aten.softplus,
@@ -96,7 +183,7 @@ _FORMULAS = {
         aten.leaky_relu_, aten.elu_, aten.mish_,
     )},
 }  # fmt: skip
-"""Operators that convolutional networks call on many shapes: what they give is plain to see."""
+"""Operators that are called on many shapes: of contiguous tensors what they give is plain to see."""
 
 
 def forget() -> None:

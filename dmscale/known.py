@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from .tree import walk
+
 # Attributes of PyTorch's own layers that describe their parameters but that no forward reads (a linear layer multiplies
 # by whatever its weight is), so no trace sees them: attribute -> (parameter, dimension).
 DESCRIPTIVE: dict[type[nn.Module], dict[str, tuple[str, int]]] = {
@@ -40,8 +42,8 @@ def keeps_cache(model: nn.Module) -> bool:
 
 
 def _caching(model: nn.Module) -> list[Any]:
-    configs = [getattr(module, "config", None) for module in model.modules()]
-    return [c for c in configs if getattr(c, "use_cache", False)]
+    having = [m for _, m in walk(model) if "config" in m.__dict__ or hasattr(type(m), "config")]
+    return [c for c in (getattr(module, "config", None) for module in having) if getattr(c, "use_cache", False)]
 
 
 PER_LAYER = ("layer_types", "attention_layers", "mlp_layer_types")

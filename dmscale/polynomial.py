@@ -65,8 +65,11 @@ class Poly:
 
     def __mul__(self, other: Poly | int) -> Poly:
         terms: dict[Monomial, int] = {}
+        other = Poly.of(other)
+        if (factor := other.constant) is not None:
+            return self if factor == 1 else Poly({m: c * factor for m, c in self.terms.items()})
         for m, c in self.terms.items():
-            for n, d in Poly.of(other).terms.items():
+            for n, d in other.terms.items():
                 key = tuple(sorted((*m, *n), key=id))
                 terms[key] = terms.get(key, 0) + c * d
         return Poly(terms)
@@ -77,6 +80,8 @@ class Poly:
         other = Poly.of(other)
         if not other.terms:
             raise Inexact("division by zero")
+        if other.constant == 1:
+            return self
         if len(other.terms) > 1:  # only multiples of the divisor
             lead, c = next(iter(other.terms.items()))
             quotient = Poly({(): self.terms.get(lead, 0) // c})
@@ -118,19 +123,23 @@ class Poly:
         return total
 
 
+_ONE = Poly({(): 1})
+
+
 class Quotient:
     """`numerator / denominator`, a polynomial where the division is exact."""
 
     __slots__ = ("denominator", "numerator")
 
     def __init__(self, numerator: Poly | int, denominator: Poly | int = 1):
-        numerator, denominator = Poly.of(numerator), Poly.of(denominator)
+        self.numerator, self.denominator = Poly.of(numerator), _ONE if denominator == 1 else Poly.of(denominator)
+        if self.denominator is _ONE:
+            return
         try:
-            numerator, denominator = numerator // denominator, Poly.of(1)
+            self.numerator, self.denominator = self.numerator // self.denominator, _ONE
         except Inexact:
-            if not denominator.terms:
+            if not self.denominator.terms:
                 raise
-        self.numerator, self.denominator = numerator, denominator
 
     @staticmethod
     def of(value: Quotient | Poly | int) -> Quotient:

@@ -430,12 +430,15 @@ def _solve_once(equations: list[Equation], kept: Mapping[Attribute, Quotient]) -
     # Plain `attribute = axis` first, then attributes inside expressions of known ones; what relates axes to a product is
     # settled first.  So the solution does not depend on the order in which the model said these things.
     todo = sorted(dict.fromkeys(equations), key=lambda eq: len(axes.factors(eq.dim)))
+    sizes = {id(eq): Quotient(extent(eq.dim)) for eq in todo}  # nothing is frozen before all attributes are known
+    unsolved = sorted(todo, key=lambda eq: isinstance(eq.expression, Operation))
     progress = True
     while progress:
         progress = False
-        for eq in sorted(todo, key=lambda eq: isinstance(eq.expression, Operation)):
+        unsolved = [eq for eq in unsolved if any(a not in known for a in attributes_of(eq.expression))]
+        for eq in unsolved:
             try:
-                found = _solve_for_attribute(eq.expression, Quotient(extent(eq.dim)), known)
+                found = _solve_for_attribute(eq.expression, sizes[id(eq)], known)
             except Inexact:
                 continue
             if found and found[0] not in known:

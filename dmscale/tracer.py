@@ -10,8 +10,10 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import functools
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -30,7 +32,7 @@ aten = torch.ops.aten
 Tensor = torch.Tensor
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Value:
     """What is known of one tensor.
 
@@ -43,6 +45,7 @@ class Value:
     product: the product of two activations that it was computed from, element by element or by a softmax.
     zeroed: whether it is zero where those parameters are.
     said: what it says about elements of axes by their number.
+    dtype: of its elements.
     """
 
     dims: tuple[Dim, ...]
@@ -54,6 +57,7 @@ class Value:
     product: Product | None = None
     zeroed: bool = True
     said: Said = NOTHING
+    dtype: torch.dtype | None = None
 
 
 @dataclass(eq=False)
@@ -75,16 +79,20 @@ class Cached:
     repeated: tuple[Dim, ...]
 
 
-@dataclass(frozen=True, eq=False)
-class Operand:
-    """A tensor argument of an `Instance`: its dimensions as axes, and the order of its strides, slowest first."""
+class Operand(NamedTuple):
+    """A tensor argument of an `Instance`: its dimensions as axes, and its strides."""
 
     dims: tuple[Dim, ...]
     dtype: torch.dtype
-    order: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """The order of its strides, slowest first."""
+        return tuple(sorted(range(len(self.strides)), key=lambda i: (-self.strides[i], i)))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class Instance:
     """One contraction as it ran: all that is needed to run it again alone, at other sizes.
 
@@ -104,7 +112,7 @@ class Instance:
     dims: tuple[Dim, ...]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class Term:
     """One contraction: the product of the sizes of `dims` is its number of MACs."""
 
@@ -123,7 +131,7 @@ class Activation(NamedTuple):
     path: str
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class Contraction:
     """`dim` was summed over by the operator number `op` in module `path`.
 
@@ -172,8 +180,7 @@ class Scale:
     power: float
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """What one operator took and gave, as origins; one that `writes` into its arguments is not to be left out."""
 
     operator: str
@@ -203,14 +210,15 @@ class Call:
     path: str
     start: int
     source: Value | None
-    source_dtype: torch.dtype | None
     end: int = 0
     result: Value | None = None
-    result_dtype: torch.dtype | None = None
     passes_the_rest: bool = True  # other outputs are inputs handed on, so that the call can be left out
     argument: int | str | None = None
     form: Any = None
     others: tuple[int, ...] = ()
+
+
+_op = operator.attrgetter("op")
 
 
 @dataclass
@@ -243,6 +251,24 @@ class Record:
     steps: dict[int, Step] = field(default_factory=dict)  # by operator number
     results: set[int] = field(default_factory=set)  # origins of what the model returns
     by_values: dict[Axis, str] = field(default_factory=dict)  # an axis as long as values say -> the module that made it
+
+    _by_path: dict[str, tuple[int, dict[str, list[Any]]]] = field(default_factory=dict, repr=False)
+
+    def of(self, kind: str, path: str) -> list[Any]:
+        """Those of `calls`, `contractions` or `normalisations` that module `path` has made, in order."""
+        noted = getattr(self, kind)
+        length, found = self._by_path.get(kind, (-1, {}))
+        if length != len(noted):
+            found = {}
+            for n in noted:
+                found.setdefault(n.path, []).append(n)
+            self._by_path[kind] = len(noted), found
+        return found.get(path, [])
+
+    def within(self, noted: list[Any], start: int, end: int) -> list[Any]:
+        """Those of a list in the order of operators that ran behind operator `start`, up to `end`."""
+        first = bisect.bisect_right(noted, start, key=_op)
+        return noted[first : bisect.bisect_right(noted, end, first, key=_op)]
 
     def matters(self) -> set[int]:
         """Origins of everything that a result, or a tensor that is written to, depends on."""
@@ -300,6 +326,8 @@ class _Kind(NamedTuple):
     leaves_zero: bool
     by_values: bool  # how long its result is
     mutable: bool
+    squares: bool  # where its exponent is two
+    multiplies: bool
 
 
 @functools.cache
@@ -316,6 +344,8 @@ def _kind(func: Any) -> _Kind:
         func in _LEAVES_ZERO,
         torch.Tag.dynamic_output_shape in func.tags,
         func._schema.is_mutable,
+        func is aten.pow.Tensor_Scalar,
+        func is aten.mul.Tensor,
     )
 
 
@@ -326,6 +356,10 @@ class Tracer(TorchDispatchMode):
     """
 
     kernel = staticmethod(kernels.run)
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # PyTorch would put a function around each operator to say so; nothing is compiled during a trace
 
     def __init__(self, meta: bool = False):
         super().__init__()
@@ -350,7 +384,7 @@ class Tracer(TorchDispatchMode):
         """Give `tensor` axes of its own; `name` makes it a parameter, `frozen` fixes its axes for that reason."""
         dims = tuple(axes.axis(n, *([frozen] if frozen else [])) for n in tensor.shape)
         params = frozenset([name]) if name else frozenset()
-        value = Value(dims, params, data, self._new_origin())
+        value = Value(dims, params, data, self._new_origin(), dtype=tensor.dtype)
         setattr(tensor, _NAME, value)
         if name:
             self._names[name] = value
@@ -362,7 +396,8 @@ class Tracer(TorchDispatchMode):
         if value is None and (found := self._adopted.get(id(tensor))):
             value = found[1]
         if value is None:
-            value = Value(tuple(axes.axis(n, "a constant") for n in tensor.shape), origin=self._new_origin())
+            dims = tuple(axes.axis(n, "a constant") for n in tensor.shape)
+            value = Value(dims, origin=self._new_origin(), dtype=tensor.dtype)
             self._adopted[id(tensor)] = (tensor, value)
         return value
 
@@ -515,19 +550,18 @@ class Tracer(TorchDispatchMode):
         if kwargs:
             _tensors(kwargs.values(), tensors)
         real: dict[int, Tensor] = {}
-        if self.meta and not tensors and _makes_integers(func, args, kwargs):
-            kwargs = {**kwargs, "device": "cpu"}  # integers keep their elements, see `clone.on_meta`
-        if self.meta and any(t.is_meta for t in tensors) and not all(t.is_meta for t in tensors):
-            args, kwargs = self._to_meta(args, real), self._to_meta(kwargs, real)
-            tensors = _tensors((args, tuple(kwargs.values())), [])
+        if self.meta:
+            if not tensors and _makes_integers(func, args, kwargs):
+                kwargs = {**kwargs, "device": "cpu"}  # integers keep their elements, see `clone.on_meta`
+            on_meta = [t.is_meta for t in tensors]
+            if True in on_meta and False in on_meta:
+                args, kwargs = self._to_meta(args, real), self._to_meta(kwargs, real)
+                tensors = _tensors((args, tuple(kwargs.values())), [])
         out = self.kernel(func, args, kwargs) if self.meta and tensors else func(*args, **kwargs)
-        outs = (
-            [out]
-            if isinstance(out, Tensor)
-            else [o for o in out if isinstance(o, Tensor)]
-            if isinstance(out, (tuple, list))
-            else []
-        )
+        if isinstance(out, Tensor):
+            outs = [out]
+        else:
+            outs = [o for o in out if isinstance(o, Tensor)] if isinstance(out, (tuple, list)) else []
         self.op += 1
         if not outs:
             takes = tuple(self.value(t).origin for t in tensors)
@@ -562,33 +596,37 @@ class Tracer(TorchDispatchMode):
         if not tensors:
             reason = [] if self.making_sized else [f"made by {kind.name}"]
             for o in outs:
-                self._store(o, Value(tuple(axes.axis(n, *reason) for n in o.shape), origin=self._new_origin()))
+                dims = tuple(axes.axis(n, *reason) for n in o.shape)
+                self._store(o, Value(dims, origin=self._new_origin(), dtype=o.dtype))
             return
         values = [self.value(t) for t in tensors]
         for v in values:
-            for name in v.params:
-                record.read.setdefault(name, self.op)
+            if len(v.params) == 1:  # a parameter, or made of one; of what is made of several each was read before
+                for name in v.params:
+                    record.read.setdefault(name, self.op)
         self._contracting = False
-        self._said.clear()
+        if self._said:
+            self._said.clear()
         found = self._apply_rule(func, args, kwargs, tensors, out, outs)
         contracting = self._contracting
         if kind.by_values:
             before = {a for v in values for dim in v.dims for a in axes.atoms(dim)}
             new = {a for dims in found for dim in dims for a in axes.atoms(dim)} - before
             record.by_values.update(dict.fromkeys(new, self.path))
-        first, data, zeroed = values[0], False, True
+        first, data, zeroed, silent = values[0], False, True, not self._said
         params: frozenset[str] = frozenset()
         for v in values[:1] if kind.picks else values:  # numbers say where elements come from, not what they are
             if not (contracting and v.data):
                 zeroed = zeroed and v.zeroed
-                if v.params and v.params is not params:
+                if v.params and not v.params <= params:
                     params = params | v.params if params else v.params
         for v in values:
             data = data or v.data
+            silent = silent and v.said is NOTHING
         origin = first.origin if kind.same_elements else None
         square = None
-        if (func is aten.pow.Tensor_Scalar and args[1] == 2) or (
-            func is aten.mul.Tensor and len(tensors) == 2 and first.origin == values[1].origin
+        if (kind.squares and args[1] == 2) or (
+            kind.multiplies and len(tensors) == 2 and first.origin == values[1].origin
         ):
             square = first.origin
         elif origin is not None:
@@ -604,12 +642,16 @@ class Tracer(TorchDispatchMode):
         repeated = _repetitions(func, tensors[0], outs[0], found[0]) if kind.repeats else ()
         if kind.view or len(tensors) == 1:
             repeated = (*first.repeated, *repeated)
-        product = self._attend(func, kind, args, tensors, values)
-        said = heard(self, func, kwargs, values, [self._said.get(id(o)) for o in outs])
+        product = None
+        if contracting or any([v.product is not None for v in values]):
+            product = self._attend(func, kind, args, tensors, values)
+        said = None if silent else heard(self, func, kwargs, values, [self._said.get(id(o)) for o in outs])
         given = []
-        for o, dims, numbers in zip(outs, found, said):
-            dims = tuple(dims)
-            made = Value(dims, params, data, origin or self._new_origin(), square, repeated, product, zeroed, numbers)
+        for i, o in enumerate(outs):
+            dims, numbers = tuple(found[i]), NOTHING if said is None else said[i]
+            made = Value(
+                dims, params, data, origin or self._new_origin(), square, repeated, product, zeroed, numbers, o.dtype
+            )  # fmt: skip
             self._store(o, made)
             given.append(made.origin)
             if adds:
@@ -682,11 +724,9 @@ class Tracer(TorchDispatchMode):
 def operands_of(tracer: Tracer, tree: Any) -> Any:
     """`tree`, the arguments of a call, with every tensor replaced by an `Operand`."""
     if isinstance(tree, Tensor):
-        strides = tree.stride()
-        order = sorted(range(tree.dim()), key=lambda i: (-strides[i], i))
-        return Operand(tracer.dims(tree), tree.dtype, tuple(order))
+        return Operand(tracer.dims(tree), tree.dtype, tree.stride())
     if isinstance(tree, (tuple, list)):
-        return type(tree)(operands_of(tracer, x) for x in tree)
+        return type(tree)([operands_of(tracer, x) for x in tree])
     if isinstance(tree, dict):
         return {k: operands_of(tracer, x) for k, x in tree.items()}
     return int(tree) if isinstance(tree, SizedInt) else tree

@@ -7,6 +7,7 @@ no memory.  Where a forward looks at values (`if x.max() > 1`), it runs once mor
 from __future__ import annotations
 
 import contextlib
+import gc
 import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from .errors import TraceError
 from .known import is_by_product, is_result, quiet
 from .sizes import Attribute, SizedInt, listed, with_entries
 from .tracer import Call, Contraction, Normalisation, Record, Tracer
+from .tree import walk
 
 _GEOMETRY = {
     "stride",
@@ -32,6 +34,8 @@ _GEOMETRY = {
     "output_padding",
     "output_size",
 }  # never the size of an axis
+
+_NO_SIZES = {bool, float, str, type(None), types.FunctionType, type}
 
 
 @dataclass
@@ -76,13 +80,26 @@ def read(model: nn.Module, example_inputs: Any, cached: bool = False) -> Trace:
     failure: Exception | None = None
     for kind in ("meta", "values"):
         try:
-            return _read(model, args, kwargs, kind, cached)
+            with _uncollected():
+                return _read(model, args, kwargs, kind, cached)
         except TraceError:
             raise
         except Exception as error:
             failure = error
     assert failure is not None
     raise failed_forward(model, failure) from failure
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """No garbage collection inside: a trace makes many small objects to keep, and every pass over them frees next to none."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def failed_forward(model: nn.Module, failure: Exception) -> TraceError:
@@ -97,7 +114,7 @@ def failed_forward(model: nn.Module, failure: Exception) -> TraceError:
 
 def _check_model(model: nn.Module) -> None:
     """Refuse what can be traced in another form only, with that form."""
-    for path, module in model.named_modules():
+    for path, module in walk(model):
         where = f"module '{path}'" if path else "the model"
         kind = type(module).__name__
         parallel = isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel))
@@ -122,7 +139,7 @@ def _check_model(model: nn.Module) -> None:
                     "load the model outside of it"
                 )
     bare = next(model.parameters(), None) is None
-    packed = [path for path, module in model.named_modules() if hasattr(module, "_packed_params")] if bare else []
+    packed = [path for path, module in walk(model) if hasattr(module, "_packed_params")] if bare else []
     if packed:
         raise TraceError(
             f"the weights of {type(model).__name__} are packed by quantisation (module '{packed[0]}'); trace the float model "
@@ -137,7 +154,10 @@ def _check_inputs(model: nn.Module, args: tuple, kwargs: dict) -> None:
             f"example_inputs hold no element (shape {tuple(tensors[0].shape)}); give at least one example, so that an export "
             "can be compared"
         )
-    own = {t.device for t in (*model.parameters(), *model.buffers())}
+    own = {
+        t.device for _, module in walk(model) for t in (*module._parameters.values(), *module._buffers.values())
+        if t is not None
+    }  # fmt: skip
     given = {t.device for t in tensors}
     if len(own) == 1 and given and given != own:
         raise TraceError(
@@ -150,10 +170,10 @@ def _read(model: nn.Module, args: tuple, kwargs: dict, kind: str, cached: bool) 
     meta = kind == "meta"
     twin = clone(model, on_meta if meta else alias).eval()
     twin = twin if cached else quiet(twin)
+    modules = walk(twin)
     tracer = Tracer(meta)
-    slots, aliases = _watch_parameters(tracer, twin)
-    _tag_sizes(twin)
-    parameters = {n for n, _ in twin.named_parameters()}
+    slots, aliases, parameters = _watch_parameters(tracer, twin)
+    _tag_sizes(modules)
     examples = None if meta else routing.Examples(twin)  # without values none is chosen by them
     _run(tracer, twin, args, kwargs, meta, examples)
     trace = Trace(slots, aliases, tracer.record, kind, cached)
@@ -288,36 +308,46 @@ def _run(
                 axes.freeze(dim, "an axis of the model's output")
 
 
-def _watch_parameters(tracer: Tracer, twin: nn.Module) -> tuple[dict[str, tuple[Dim, ...]], dict[str, str]]:
+def _watch_parameters(tracer: Tracer, twin: nn.Module) -> tuple[dict[str, tuple[Dim, ...]], dict[str, str], set[str]]:
+    """The dimensions of parameters and buffers, the other names of those that are tied, and which are parameters."""
     slots: dict[str, tuple[Dim, ...]] = {}
     aliases: dict[str, str] = {}
+    parameters: set[str] = set()
     first: dict[int, str] = {}
-    for named in (twin.named_parameters, twin.named_buffers):
-        for name, t in named(remove_duplicate=False):
-            if id(t) in first:
-                aliases[name] = first[id(t)]
-                continue
-            first[id(t)] = name
-            slots[name] = tracer.dims(tracer.watch(t, name))
-    return slots, aliases
+    places = walk(twin, again=True)
+    for kind in ("_parameters", "_buffers"):
+        for path, module in places:
+            for key, t in getattr(module, kind).items():
+                if t is None:
+                    continue
+                name = f"{path}.{key}" if path else key
+                if id(t) in first:
+                    aliases[name] = first[id(t)]
+                    continue
+                first[id(t)] = name
+                slots[name] = tracer.dims(tracer.watch(t, name))
+                if kind == "_parameters":
+                    parameters.add(name)
+    return slots, aliases, parameters
 
 
-def _tag_sizes(twin: nn.Module) -> None:
+def _tag_sizes(modules: list[tuple[str, nn.Module]]) -> None:
     """Make every int that a module holds remember which one it is."""
-    for path, module in twin.named_modules():
+    for path, module in modules:
         for key, value in list(vars(module).items()):
-            if key.startswith("_") or key in _GEOMETRY or value is None:
+            kind = type(value)
+            if kind in _NO_SIZES or key.startswith("_") or key in _GEOMETRY:
                 continue
-            if type(value) is int:
+            if kind is int:
                 if value > 1:
                     module.__dict__[key] = SizedInt(value, Attribute(path, (key,), value))
-            elif type(value) in (tuple, list) and value and all(type(v) is int for v in value):
-                tagged = (SizedInt(v, Attribute(path, (key, i), v)) if v > 1 else v for i, v in enumerate(value))
-                module.__dict__[key] = type(value)(tagged)
+            elif kind in (tuple, list) and value and all([type(v) is int for v in value]):
+                tagged = [SizedInt(v, Attribute(path, (key, i), v)) if v > 1 else v for i, v in enumerate(value)]
+                module.__dict__[key] = kind(tagged)
             elif isinstance(value, (dict, tuple)) and (numbers := _numbers(value)):
                 sized = {k: SizedInt(v, Attribute(path, (key, k), v)) for k, v in numbers.items()}
                 module.__dict__[key] = with_entries(value, sized)
-            elif type(value) is list and value and all(isinstance(v, (str, bool)) for v in value):
+            elif kind is list and value and all(isinstance(v, (str, bool)) for v in value):
                 module.__dict__[key] = listed(value, Attribute(path, (key,)))
             elif is_settings(value):
                 module.__dict__[key] = _tagged_settings(value, path, key)
@@ -376,27 +406,23 @@ def _following_calls(tracer: Tracer, twin: nn.Module, examples: routing.Examples
     open_calls: list[Call] = []
     arguments: list[dict[int, int | str]] = []  # of each open call: tensor -> position or name
     handles = []
+    slots = []  # modules whose calls come through `noted`
 
-    def enter(path: str) -> Any:
-        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            first: Tensor | None
-            taken: dict[int, int | str]
-            if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):  # most of them: spared the general way
-                first, taken = args[0], {id(args[0]): 0}
-            else:
-                first = next(iter(running.tensors_in((args, kwargs))), None)
-                named = {**dict(enumerate(args)), **kwargs}
-                taken = {id(v): k for k, v in reversed(named.items()) if isinstance(v, Tensor)}
-            source = tracer.value(first) if first is not None else None
-            call = Call(path, tracer.op, source, first.dtype if first is not None else None)
-            call.argument = taken.get(id(first))
-            arguments.append(taken)
-            open_calls.append(call)
-            paths.append(path)
-            tracer.path = path
-            tracer.counting.enter()
-
-        return hook
+    def enter(path: str, args: tuple, kwargs: dict) -> None:
+        first: Tensor | None
+        taken: dict[int, int | str]
+        if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):  # most of them: spared the general way
+            first, taken = args[0], {id(args[0]): 0}
+        else:
+            first = next(iter(running.tensors_in((args, kwargs))), None)
+            named = {**dict(enumerate(args)), **kwargs}
+            taken = {id(v): k for k, v in reversed(named.items()) if isinstance(v, Tensor)}
+        call = Call(path, tracer.op, None if first is None else tracer.value(first), argument=taken.get(id(first)))
+        arguments.append(taken)
+        open_calls.append(call)
+        paths.append(path)
+        tracer.path = path
+        tracer.counting.enter()
 
     def leave(module: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
         paths.pop()
@@ -405,9 +431,9 @@ def _following_calls(tracer: Tracer, twin: nn.Module, examples: routing.Examples
         call, taken = open_calls.pop(), arguments.pop()
         call.end = tracer.op
         if isinstance(out, Tensor):
-            call.result, call.result_dtype, call.form = tracer.value(out), out.dtype, "x"
+            call.result, call.form = tracer.value(out), "x"
         elif tensors := running.tensors_in(out):
-            call.result, call.result_dtype = tracer.value(tensors[0]), tensors[0].dtype
+            call.result = tracer.value(tensors[0])
             call.form = _form(out, tensors[0], taken)
             call.others = tuple(tracer.value(t).origin for t in tensors[1:] if id(t) not in taken)
             given = {id(t) for t in running.tensors_in((args, kwargs))}
@@ -416,11 +442,33 @@ def _following_calls(tracer: Tracer, twin: nn.Module, examples: routing.Examples
         if examples is not None:
             examples.note(call.path, args, kwargs, out)
 
+    def hook(path: str) -> Any:
+        return lambda module, args, kwargs: enter(path, args, kwargs)
+
+    def noted(path: str, module: nn.Module) -> Any:
+        inner = module._call_impl
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            enter(path, args, kwargs)
+            out = inner(*args, **kwargs)
+            leave(module, args, kwargs, out)
+            return out
+
+        return call
+
     try:
-        for path, module in twin.named_modules():
-            handles.append(module.register_forward_pre_hook(enter(path), with_kwargs=True))
-            handles.append(module.register_forward_hook(leave, with_kwargs=True))
+        for path, module in walk(twin):
+            if (
+                module._forward_hooks or module._forward_pre_hooks
+            ):  # what its own do belongs to the call as a user sees it
+                handles.append(module.register_forward_pre_hook(hook(path), with_kwargs=True))
+                handles.append(module.register_forward_hook(leave, with_kwargs=True))
+            else:  # where PyTorch looks for a compiled call first; hooks would take a third of the time of a trace
+                module.__dict__["_compiled_call_impl"] = noted(path, module)
+                slots.append(module)
         yield
     finally:
         for handle in handles:
             handle.remove()
+        for module in slots:
+            del module.__dict__["_compiled_call_impl"]

@@ -9,6 +9,7 @@ import nets
 import patterns
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -42,7 +43,7 @@ class Beside(TorchDispatchMode):
         if torch.Tag.inplace_view in func.tags:  # each run of it would change its argument again
             return kernels.run(func, args, kwargs)
         mine = [form(kernels.run(func, args, kwargs)) for _ in range(2)]  # when it is new, and again
-        self.remembered += len(kernels._results) > before
+        self.remembered += len(kernels._results) > before or func in kernels._FORMULAS
         out = func(*args, **kwargs)
         if any(m != form(out) for m in mine):
             self.differ.append(f"{func.name()}: {mine} against {form(out)}")
@@ -91,6 +92,64 @@ def test_activations_give_what_their_kernels_give(layer: type[nn.Module], layout
     own = [m.to(x.dtype) for m in (layer(), layer(**inplace))]
     assert beside(nn.Sequential(convolution, norms[0], own[0], norms[1], own[1]), x).differ == []
     assert beside(own[0], x).differ == []
+
+
+CALLS = {
+    "convolutions": lambda x: [
+        F.conv2d(x, torch.randn(8, 4, 3, 2)), F.conv2d(x, torch.randn(8, 2, 3, 3), torch.randn(8), 2, 1, 2, 2),
+        F.conv2d(x, torch.randn(4, 1, 1, 1), None, (1, 2), (0, 1), groups=4),
+        F.conv1d(x[:, :, 0], torch.randn(3, 4, 5), padding=2), F.conv_transpose2d(x, torch.randn(4, 3, 2, 2)),
+        F.conv2d(x[0], torch.randn(8, 4, 3, 3)), F.conv2d(x[:, :, :1, :1], torch.randn(8, 4, 1, 1)),
+    ],
+    "sums": lambda x: [
+        x + x, x * 2, x - 1.5, x + True, 3 - x, x * x[:, :, :1, :1], x[:, :, :1, :1] * x, x + x[0, 0, 0], x[0, 0, 0] - x,
+        x[:, :1] * x[:1], torch.add(x, x, alpha=2), x * x.double(), x + x.int(), x * torch.tensor(2.0),
+        x.transpose(1, 3) + x.transpose(1, 3),
+    ],
+    "means": lambda x: [
+        x.mean((2, 3)), x.mean(-1, keepdim=True), x.mean([0, 1, 2, 3]), x.mean(()), x.mean(1, dtype=torch.float64),
+        x.transpose(1, 3).mean(1), x[0, 0, 0].mean(0),
+    ],
+    "joined": lambda x: [
+        torch.cat([x, x]), torch.cat([x, x[:, :2], x], 1), torch.cat([x, x[..., :1]], -1), torch.cat([x, torch.empty(0)]),
+        torch.cat([x, x.double()]), torch.cat([x.transpose(1, 3), x.transpose(1, 3)], 1),
+    ],
+    "matrices": lambda x: [
+        F.linear(x, torch.randn(7, 6), torch.randn(7)), torch.addmm(torch.randn(1), x[0, 0], torch.randn(6, 3)),
+        torch.addmm(torch.randn(5, 3), x[0, 0], torch.randn(6, 3)), torch.addmm(torch.randn(3), x[0, 0].t(), torch.randn(5, 3)),
+    ],
+    "layer norms": lambda x: [
+        F.layer_norm(x, (6,)), F.layer_norm(x, (5, 6), torch.randn(5, 6)), F.layer_norm(x.transpose(1, 3), (4,)),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("calls", CALLS)
+def test_formulas_give_what_the_kernels_give(calls: str, dtype: torch.dtype) -> None:
+    kernels.forget()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.no_grad(), torch.device("meta"), Beside() as mode:
+            for x in (torch.randn(2, 4, 5, 6), torch.randn(2, 4, 5, 6).contiguous(memory_format=torch.channels_last)):
+                CALLS[calls](x)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert mode.differ == []
+    assert mode.remembered
+
+
+@pytest.mark.parametrize("wrong", [
+    lambda x: F.conv2d(x, torch.randn(8, 4, 9, 9)), lambda x: F.conv2d(x, torch.randn(8, 3, 1, 1)), lambda x: x + x[..., :2],
+    lambda x: torch.cat([x, x[0]]), lambda x: torch.cat([x, x[..., :2]]), lambda x: torch.addmm(x[0, 0, 0], x[0, 0], x[0, 0]),
+])  # fmt: skip
+def test_what_a_kernel_refuses_is_refused(wrong: Any) -> None:
+    with torch.no_grad(), torch.device("meta"):
+        x = torch.randn(2, 4, 5, 6)
+        with pytest.raises((RuntimeError, IndexError)):
+            wrong(x)
+        with pytest.raises((RuntimeError, IndexError)), Beside():
+            wrong(x)
 
 
 def test_equal_numbers_of_another_type_are_other_arguments() -> None:

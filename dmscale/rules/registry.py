@@ -70,10 +70,13 @@ class Equation:
         letters = dict.fromkeys(re.findall(r"\w+", left))
         self.macs = list(letters) if macs is None else macs.split()
         in_result = set(re.findall(r"\w+", right))
-        self.contracted = [
-            letter for letter in letters
-            if letter not in in_result and sum(_mentions(op, letter) for op in self.operands) > 1
-        ]  # fmt: skip
+        self.contracted = {
+            letter: self._positions(letter)
+            for letter in letters if letter not in in_result and len(self._mentioning(letter)) > 1
+        }  # fmt: skip
+        alone = [x for token in self.result for x in (token if isinstance(token, tuple) else (token,))]
+        self.makers = [(x, which) for x in alone if (which := self._mentioning(x))]
+        self._plans: dict[tuple[int, ...], list[tuple[Any, int, int, int]]] = {}
 
     def bind(self, operands: Sequence[Dims], sizes: Mapping[str, int], known: Mapping[str, Any]) -> dict[str, Any]:
         """Match operands against the equation, unifying what shares a letter.
@@ -87,40 +90,56 @@ class Equation:
         """
         bound: dict[str, Any] = {letter: axes.axis(n) for letter, n in sizes.items()} | dict(known)
         products: list[tuple[tuple[str, ...], Dim]] = []
-        for tokens, dims in zip(self.operands, operands):
-            dims = list(dims)
-            extra = len(dims) - sum(not t.startswith("*") for t in tokens if isinstance(t, str))
-            extra -= sum(isinstance(t, tuple) for t in tokens)
-            for token in tokens:
-                if isinstance(token, tuple):
-                    products.append((token, dims.pop(0)))
-                elif token.startswith("*"):
-                    self._bind_rest(bound, token[1:], dims[:extra])
-                    del dims[:extra]
-                else:
-                    _bind_letter(bound, token, dims.pop(0))
+        for token, which, start, end in self._plan(tuple([len(dims) for dims in operands])):
+            dims = operands[which]
+            if isinstance(token, tuple):
+                products.append((token, dims[start]))
+            elif end >= 0:
+                for old, new in zip(bound.setdefault(token, list(dims[start:end])), dims[start:end]):
+                    axes.unify(old, new)
+            elif token in bound:
+                axes.unify(bound[token], dims[start])
+            else:
+                bound[token] = dims[start]
         for letters, dim in products:
             unknown = [letter for letter in letters if letter not in bound]
             if len(unknown) > 1:
                 raise Conflict(f"sizes of {unknown} are not known in {self.text}")
             if unknown:
                 rest = axes.size(tuple(a for letter in letters if letter in bound for a in bound[letter]))
-                whole = rest == 1  # `(g o)` with one group is `o` itself
-                bound[unknown[0]] = dim if whole else axes.axis(axes.size(dim) // rest)
+                if rest == 1:  # `(g o)` with one group is `o` itself
+                    bound[unknown[0]] = dim
+                    continue
+                bound[unknown[0]] = axes.axis(axes.size(dim) // rest)
             axes.unify(dim, tuple(a for letter in letters for a in bound[letter]))
         return bound
 
-    @staticmethod
-    def _bind_rest(bound: dict[str, Any], letter: str, dims: list[Dim]) -> None:
-        for old, new in zip(bound.setdefault(letter, dims), dims):
-            axes.unify(old, new)
+    def _plan(self, ranks: tuple[int, ...]) -> list[tuple[Any, int, int, int]]:
+        """(token, operand, its first dimension there, the end of a `*` letter or -1) for operands of these ranks."""
+        plan = self._plans.get(ranks)
+        if plan is None:
+            plan = self._plans[ranks] = []
+            for which, (tokens, rank) in enumerate(zip(self.operands, ranks)):
+                position, extra = 0, rank - sum(isinstance(t, tuple) or not t.startswith("*") for t in tokens)
+                for token in tokens:
+                    if isinstance(token, str) and token.startswith("*"):
+                        plan.append((token[1:], which, position, position + extra))
+                        position += extra
+                    else:
+                        plan.append((token, which, position, -1))
+                        position += 1
+        return plan
 
-    def positions(self, letter: str, operands: Sequence[Dims]) -> list[Dim | None]:
-        """The dimension of each operand in which `letter` stands, or None."""
-        found: list[Dim | None] = []
-        for tokens, dims in zip(self.operands, operands):
+    def _mentioning(self, letter: str) -> list[int]:
+        return [i for i, tokens in enumerate(self.operands) if _mentions(tokens, letter)]
+
+    def _positions(self, letter: str) -> list[tuple[int, int]]:
+        """(operand, dimension) wherever `letter` stands; `*x` stands behind every letter that is contracted."""
+        found = []
+        for which, tokens in enumerate(self.operands):
             at = next((i for i, token in enumerate(tokens) if letter == token or letter in token), None)
-            found.append(None if at is None else dims[at])  # `*x` stands behind every letter that is contracted
+            if at is not None:
+                found.append((which, at))
         return found
 
     def output(self, bound: Mapping[str, Any]) -> list[Dim]:
@@ -134,13 +153,6 @@ class Equation:
             else:
                 out.append(bound[token])
         return out
-
-
-def _bind_letter(bound: dict[str, Any], letter: str, dim: Dim) -> None:
-    if letter in bound:
-        axes.unify(bound[letter], dim)
-    else:
-        bound[letter] = dim
 
 
 def _tokens(text: str) -> list[str | tuple[str, ...]]:
@@ -161,26 +173,22 @@ def contract(
     known: Mapping[str, Any] | None = None,
 ) -> tuple[list[Dim], dict[str, Any]]:
     """Apply a contraction: unify, count its MACs, note the contracted axes.  Returns output dimensions and binding."""
-    bound = eq.bind([trace.dims(t) for t in operands], sizes or {}, known or {})
+    values = [trace.value(t) for t in operands]
+    bound = eq.bind([v.dims for v in values], sizes or {}, known or {})
     macs: list[Dim] = []
     for letter in eq.macs:
         value = bound[letter]
         macs += value if isinstance(value, list) else [value]
     trace.count_macs(macs)
-    for letter in eq.contracted:
-        met = [(t, own) for t, own in zip(operands, eq.positions(letter, [trace.dims(t) for t in operands])) if own]
+    for letter, positions in eq.contracted.items():
+        met = [(operands[i], values[i].dims[at]) for i, at in positions if values[i].dims[at]]
         trace.contracted(bound[letter], met)
-    weights = [i for i, t in enumerate(operands) if not trace.value(t).data]
-    activations = [i for i in range(len(operands)) if i not in weights]
-    if not weights and "b" in bound:
+    data = [v.data for v in values]
+    if all(data) and "b" in bound:
         trace.batched(bound["b"])
-    for token in eq.result:
-        for letter in token if isinstance(token, tuple) else (token,):
-            in_weight, in_activation = (
-                any(_mentions(eq.operands[i], letter) for i in group) for group in (weights, activations)
-            )
-            if in_weight and not in_activation:
-                trace.produced(bound[letter])
+    for letter, makers in eq.makers:
+        if not any([data[i] for i in makers]):  # weights alone
+            trace.produced(bound[letter])
     return eq.output(bound), bound
 
 
