@@ -1,13 +1,15 @@
 """How long does a trace take, against the same forward on meta tensors under an empty dispatch mode?
 
-    python -m benchmarks.trace_time [--zoo]
+    python -m benchmarks.trace_time [--zoo | --deployed]
 
 For each model: the median of interleaved runs of (a) the forward on meta tensors under a dispatch mode that does nothing,
 (b) `dmscale.trace` without its trial, with no result of a meta kernel remembered from before (`kernels.py`), (c) the trial
 (certification) in units of one real forward, and, where `torch-pruning` is installed, (d) its dependency graph.
 Goals: b <= 3 a, c < 10 forwards.
 
-`--zoo` times (b) against (d) alone, on every model of the zoo from timm and torchvision of which torch-pruning builds a graph.
+`--zoo` times (b) against (d) alone, on every model of the zoo from timm and torchvision of which torch-pruning builds a graph,
+with the small inputs of the zoo, which make the real forward inside (d) cheap.  `--deployed` does so at the input size that
+each model of timm and each classifier of torchvision is made for, one image, as its user would call both.
 """
 
 from __future__ import annotations
@@ -111,14 +113,37 @@ def main(repeats: int = 7) -> None:
         )
 
 
-def zoo(repeats: int = 3) -> None:
+def as_deployed(name: str) -> tuple[nn.Module, Any] | None:
+    """The zoo's model `name` with one image of the size that it is made for; None where nothing says which that is."""
+    from benchmarks.zoo import vision
+
+    library, _, name = name.partition(":")
+    if library == "timm":
+        options = {n: o for n, _, o in vision.TIMM.values()} | {n: o for n, (_, o) in vision.MORE_TIMM.items()}
+        import timm
+
+        model = timm.create_model(name, **{k: v for k, v in options[name].items() if k != "img_size"})
+        return model, torch.randn(1, *model.default_cfg["input_size"])
+    if name not in vision.CLASSIFICATION:
+        return None
+    import torchvision
+
+    options = {k: v for k, v in vision.SIZED.get(name, {}).items() if k != "image_size"}
+    size = 299 if name == "inception_v3" else 224
+    return torchvision.models.get_model(name, weights=None, **options), torch.randn(1, 3, size, size)
+
+
+def zoo(deployed: bool, repeats: int = 3) -> None:
     """Print a line a model, and how many of them are traced in less time than torch-pruning builds its graph."""
     from benchmarks.zoo import entries, peers
 
     ratios: list[float] = []
     for entry in peers.entries(entries()):
         torch.manual_seed(0)
-        model, inputs = entry.build()
+        made = as_deployed(entry.name) if deployed else entry.build()
+        if made is None:
+            continue
+        model, inputs = made
         model.eval()
         ours, theirs = [], []
         for _ in range(1 + repeats):  # the first is not counted: whatever is imported at a first use
@@ -137,10 +162,10 @@ def zoo(repeats: int = 3) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--zoo"]:
+    if sys.argv[1:] in (["--zoo"], ["--deployed"]):
         warnings.simplefilter("ignore")
         allow_missing_torchvision_operators()
         torch.set_num_threads(1)
-        zoo()
+        zoo(sys.argv[1] == "--deployed")
     else:
         main()

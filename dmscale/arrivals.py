@@ -82,8 +82,9 @@ class Arrivals(TorchFunctionMode):
             freeze_numbers(self.tracer, [self.tracer.value(args[0])])
         if handler is None:
             out = func(*args, **kwargs)
-            if counted_as(name, args) not in SCALINGS:
-                _fix(self.tracer, args, kwargs)
+            sized = _sized(args, kwargs)
+            if sized and counted_as(name, args) not in SCALINGS:
+                _fix(self.tracer, sized)
             return out
         self.tracer.making_sized = handler is _created or (handler is _numbered and _counts_to(args, kwargs))
         try:
@@ -137,9 +138,9 @@ def _measured(tracer: Tracer, expression: Expression) -> Dim | None:
     return (*left, *right) if left is not None and right is not None and expression.symbol == "*" else None
 
 
-def _fix(tracer: Tracer, args: Any, kwargs: Any) -> None:
+def _fix(tracer: Tracer, sized: Sequence[SizedInt | SizedFloat]) -> None:
     """Sizes arrived where nothing says what they are sizes of."""
-    for value in _sized(args, kwargs):
+    for value in sized:
         if isinstance(value, SizedFloat):
             value.escape(tracer._operator)
         else:
@@ -425,7 +426,7 @@ def _numbered(tracer: Tracer, out: Tensor, *args: Any, **kwargs: Any) -> None:
         tracer.equate(args[0], dim)
         tracer.value(out).said = Said(dim)
     else:
-        _fix(tracer, args, kwargs)
+        _fix(tracer, _sized(args, kwargs))
 
 
 @_on("histc")

@@ -90,10 +90,20 @@ def _batch_norm(x: Tensor, weight: Any, bias: Any, mean: Any, var: Any, training
 
 
 def _layer_norm(x: Tensor, shape: Sequence[int], *rest: Any) -> Any:
-    if not _plain(x):
+    channels_last = (0, x.dim() - 1, *range(1, x.dim() - 1))  # (B, *, C), a view of (B, C, *): convolutions made it
+    plain = _plain(x) or (x.dim() > 2 and len(shape) == 1 and 1 not in x.shape and _plain(x.permute(channels_last)))
+    if not plain:
         return None
     each = [*x.shape[: x.dim() - len(shape)], *[1] * len(shape)]
-    return _like(x), _empty(each, x), _empty(each, x)
+    return _empty(x.shape, x), _empty(each, x), _empty(each, x)
+
+
+def _group_norm(x: Tensor, weight: Any, bias: Any, n: int, c: int, places: int, groups: int, *rest: Any) -> Any:
+    return (_like(x), _empty((n, groups), x), _empty((n, groups), x)) if _plain(x) else None
+
+
+def _resized(x: Tensor, size: Sequence[int], *rest: Any) -> Any:
+    return _empty((*x.shape[:2], *size), x) if _plain(x) and x.numel() and min(size) > 0 else None
 
 
 def _convolution(
@@ -169,6 +179,10 @@ aten = torch.ops.aten
 _FORMULAS: dict[Any, Callable[..., Any]] = {
     aten.native_batch_norm.default: _batch_norm,
     aten.native_layer_norm.default: _layer_norm,
+    aten.native_group_norm.default: _group_norm,
+    **{p.default: _resized for p in (
+        aten.upsample_nearest1d, aten.upsample_nearest2d, aten.upsample_bilinear2d, aten.upsample_bicubic2d,
+    )},
     aten.convolution.default: _convolution,
     aten.addmm.default: _addmm,
     aten.mean.dim: _mean,

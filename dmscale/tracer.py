@@ -198,7 +198,7 @@ class Addition:
     result: Value
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Call:
     """One call of a module: operators `start` to `end`, its first tensor in and out.
 
@@ -726,7 +726,8 @@ def operands_of(tracer: Tracer, tree: Any) -> Any:
     if isinstance(tree, Tensor):
         return Operand(tracer.dims(tree), tree.dtype, tree.stride())
     if isinstance(tree, (tuple, list)):
-        return type(tree)([operands_of(tracer, x) for x in tree])
+        plain = all([type(x) is int for x in tree])
+        return tree if plain else type(tree)([operands_of(tracer, x) for x in tree])
     if isinstance(tree, dict):
         return {k: operands_of(tracer, x) for k, x in tree.items()}
     return int(tree) if isinstance(tree, SizedInt) else tree
@@ -764,7 +765,7 @@ def _tensors(tree: Any, out: list[Tensor]) -> list[Tensor]:
     for x in tree:
         if isinstance(x, Tensor):
             out.append(x)
-        elif isinstance(x, (tuple, list)):
+        elif isinstance(x, (tuple, list)) and not (x and type(x[0]) is type(x[-1]) is int):  # strides and the like
             _tensors(x, out)
     return out
 

@@ -386,6 +386,12 @@ def _tagged_settings(settings: Any, path: str, key: str) -> Any:
     return mine
 
 
+def _positions(args: tuple, kwargs: dict) -> dict[int, int | str]:
+    """Tensor, by its id, -> position or name of the argument that it is."""
+    named = {**dict(enumerate(args)), **kwargs}
+    return {id(v): k for k, v in reversed(named.items()) if isinstance(v, Tensor)}
+
+
 def _form(out: Any, first: Tensor, taken: Mapping[int, int | str]) -> Any:
     """The form of an output, as in `branches.zero`; None where it has parts that have none."""
     if out is first:
@@ -404,22 +410,19 @@ def _following_calls(tracer: Tracer, twin: nn.Module, examples: routing.Examples
     """
     paths = [""]
     open_calls: list[Call] = []
-    arguments: list[dict[int, int | str]] = []  # of each open call: tensor -> position or name
     handles = []
     slots = []  # modules whose calls come through `noted`
 
     def enter(path: str, args: tuple, kwargs: dict) -> None:
         first: Tensor | None
-        taken: dict[int, int | str]
+        argument: int | str | None = 0
         if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):  # most of them: spared the general way
-            first, taken = args[0], {id(args[0]): 0}
+            first = args[0]
         else:
             first = next(iter(running.tensors_in((args, kwargs))), None)
-            named = {**dict(enumerate(args)), **kwargs}
-            taken = {id(v): k for k, v in reversed(named.items()) if isinstance(v, Tensor)}
-        call = Call(path, tracer.op, None if first is None else tracer.value(first), argument=taken.get(id(first)))
-        arguments.append(taken)
-        open_calls.append(call)
+            argument = _positions(args, kwargs).get(id(first))
+        source = None if first is None else tracer.value(first)
+        open_calls.append(Call(path, tracer.op, source, argument=argument))
         paths.append(path)
         tracer.path = path
         tracer.counting.enter()
@@ -428,11 +431,12 @@ def _following_calls(tracer: Tracer, twin: nn.Module, examples: routing.Examples
         paths.pop()
         tracer.path = paths[-1]
         tracer.counting.leave()
-        call, taken = open_calls.pop(), arguments.pop()
+        call = open_calls.pop()
         call.end = tracer.op
         if isinstance(out, Tensor):
             call.result, call.form = tracer.value(out), "x"
         elif tensors := running.tensors_in(out):
+            taken = _positions(args, kwargs)
             call.result = tracer.value(tensors[0])
             call.form = _form(out, tensors[0], taken)
             call.others = tuple(tracer.value(t).origin for t in tensors[1:] if id(t) not in taken)

@@ -120,7 +120,16 @@ CALLS = {
     ],
     "layer norms": lambda x: [
         F.layer_norm(x, (6,)), F.layer_norm(x, (5, 6), torch.randn(5, 6)), F.layer_norm(x.transpose(1, 3), (4,)),
+        F.layer_norm(x.permute(0, 2, 3, 1), (4,)), F.layer_norm(x.permute(0, 2, 3, 1), (4,), torch.randn(4), torch.randn(4)),
+        F.layer_norm(x.permute(1, 0, 2, 3), (6,)), F.layer_norm(x[:, :, :1].permute(0, 2, 3, 1), (4,)),
     ],
+    "group norms": lambda x: [
+        F.group_norm(x, 2), F.group_norm(x, 4, torch.randn(4), torch.randn(4)), F.group_norm(x.transpose(1, 3), 3),
+    ],
+    "resized": lambda x: [
+        F.interpolate(x, scale_factor=2, mode=mode, align_corners=corners)
+        for mode, corners in (("nearest", None), ("bilinear", False), ("bicubic", True))
+    ] + [F.interpolate(x[:, :, 0], 7), F.interpolate(x.transpose(1, 3), (7, 3), mode="bilinear")],
 }  # fmt: skip
 
 
