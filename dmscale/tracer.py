@@ -371,6 +371,7 @@ class Tracer(TorchDispatchMode):
         self.making_sized = False  # a factory is being called with sizes that `arrivals` will equate
         self._adopted: dict[int, tuple[Tensor, Value]] = {}
         self._names: dict[str, Value] = {}
+        self._equated: set[Any] = set()
         self._contracting = False
         self._square: int | None = None
         self._operator = ""
@@ -517,8 +518,17 @@ class Tracer(TorchDispatchMode):
 
     def equate(self, value: int, dim: Dim) -> None:
         """Note that a Python size equals the size of `dim`; literals for fixed axes say nothing new."""
-        if isinstance(value, SizedInt) or axes.is_free(dim):
-            self.record.equations.append(Equation(expression_of(value), dim, self.where))
+        if not isinstance(value, SizedInt):
+            if axes.is_free(dim):
+                self.record.equations.append(Equation(int(value), dim, self.where))
+            return
+        expression = value.expression
+        if isinstance(expression, Extent) and axes.same(expression.dim, dim):
+            return  # most of what arrives: a batch or a width of `x.shape` where it came from
+        known = (expression, tuple(axes.factors(dim)))
+        if known not in self._equated:
+            self._equated.add(known)
+            self.record.equations.append(Equation(expression, dim, self.where))
 
     # -- running ------------------------------------------------------------------------------------------------------
 
