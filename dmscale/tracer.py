@@ -26,7 +26,7 @@ from .axes import Axis, Conflict, Dim
 from .calls import Counting, FunctionCall
 from .numbering import NOTHING, PICKS, Said, freeze_numbers, heard
 from .rules import RULES
-from .sizes import Attribute, Equation, Expression, Extent, Operation, SizedInt, expression_of, listening
+from .sizes import Attribute, Equation, Expression, Extent, Operation, SizedInt, listening
 
 aten = torch.ops.aten
 Tensor = torch.Tensor
