@@ -27,13 +27,10 @@ from benchmarks.models import clock
 from benchmarks.real.tasks import Problem, Setup, cifar10
 from dmscale import budget as budgets
 from dmscale import recovery, storage
-from dmscale.compare import Recipe, Stream, recover
+from dmscale.compare import OF_CALIBRATION, RECALIBRATION, Recipe, Stream, recover
 from dmscale.latency import Meter
 from dmscale.strategies.base import Task
 from dmscale.strategies.search import search
-
-_RECALIBRATION = 20  # batches of BatchNorm statistics, and how far their seed is away: as in dmscale.compare
-_OF_CALIBRATION = 7919
 
 
 def run(
@@ -49,7 +46,7 @@ def run(
         stream = Stream(problem.train, seed, device)
         task = Task(
             space, wanted, stream,
-            lambda n: list(itertools.islice(Stream(problem.train, seed + _OF_CALIBRATION, device), n)),
+            lambda n: list(itertools.islice(Stream(problem.train, seed + OF_CALIBRATION, device), n)),
             recipe.criterion, lambda p: recipe.optimizer(p, recipe.search_lr), recipe.search_steps, seed,
         )  # fmt: skip
         torch.manual_seed(seed)
@@ -57,7 +54,7 @@ def run(
         found = search(task).structure
         assert found is not None and budgets.satisfied(space.cost(found), wanted)
         small = space.export(found)
-        recovery.recalibrate(small, task.calibration(_RECALIBRATION))
+        recovery.recalibrate(small, task.calibration(RECALIBRATION))
         recover(small, stream, recipe, recipe.recovery_steps, lambda loss: None)
         value = problem.evaluate(small)
         storage.save(small, place / "weights.safetensors", found)

@@ -47,8 +47,8 @@ ALWAYS = ("uniform", "random")
 """In every comparison, asked for or not: what any method must beat."""
 
 _WARM = 0.05  # of the recovery: the learning rate rises
-_RECALIBRATION = 20  # batches of BatchNorm statistics
-_OF_CALIBRATION = 7919  # what the calibration stream's seed is away from the run's
+RECALIBRATION = 20  # batches of BatchNorm statistics
+OF_CALIBRATION = 7919  # what the calibration stream's seed is away from the run's
 
 Optimizers = Callable[[Iterable[nn.Parameter], float], torch.optim.Optimizer]
 
@@ -277,14 +277,14 @@ class _Runner:
         curves = _Curves(tick, recipe.total_steps)
         task = Task(
             self.space, self.budget, stream,
-            lambda n: list(itertools.islice(Stream(self.train, seed + _OF_CALIBRATION, self.device), n)),
+            lambda n: list(itertools.islice(Stream(self.train, seed + OF_CALIBRATION, self.device), n)),
             recipe.criterion, lambda p: recipe.optimizer(p, recipe.search_lr), recipe.search_steps, seed, curves.tick,
         )  # fmt: skip
         start = time.perf_counter()
         found = strategy.find(task)
         search_seconds = time.perf_counter() - start
         small, cost = self._model_of(found)
-        recovery.recalibrate(small, task.calibration(_RECALIBRATION))
+        recovery.recalibrate(small, task.calibration(RECALIBRATION))
         before = float(self.evaluate(small))
         curves.phase = "recovery"
         start = time.perf_counter()
