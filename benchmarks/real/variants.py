@@ -29,7 +29,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "dmscale:no-average": {"momentum": 0.0},
     "dmscale:depth-by-residual": {"depth_importance": "residual"},
     "dmscale:early": {"decay": 0.5},
-    "dmscale:earlier": {"decay": 0.3},
     "dmscale:half-length": {"length": 0.5},
     "dmscale:quarter-length": {"length": 0.25},
     "dms:projected": {"method": "dms", "mode": "projected"},
