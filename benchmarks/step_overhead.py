@@ -6,7 +6,7 @@ A step is forward, backward and AdamW.  The search is the default one, in two ph
 budget of 50% of the MACs, where most masks are at work.  Plain and search steps take turns in one process; time is that of the
 process where it runs a single thread (what other processes take is not in it), else the wall's; medians, and the median of the
 ratios of neighbours.  Beside it what a busy machine cannot change: the number of operators that a step runs, and the bytes that
-autograd keeps from forward to backward (parameters aside).  The schedule also solves a knapsack, at most 400 times in a
+a forward has made and its backward finds (inputs aside).  The schedule also solves a knapsack, at most 400 times in a
 search: its time is given by itself.  Memory: peak resident set of a process that runs the steps, above that of one that has
 built model and optimizer only, with an allocator that hands freed blocks back.
 """
