@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from . import axes
+from . import axes, running
 from .axes import Dim
 
 if TYPE_CHECKING:
@@ -176,20 +176,17 @@ def counting() -> bool:
     return bool(_OPEN)
 
 
-class GatedForward:
+class GatedForward(running.StandIn):
     """Stands for the forward of a module that has call sites."""
 
     def __init__(self, module: nn.Module, masks: Any, sites: Sequence[CallSite]):
-        self.module, self.masks = [module], masks  # in a list: not a child of itself
-        self.own = module.__dict__.get("forward")  # of a module whose forward was replaced before
+        super().__init__(module)
+        self.masks = masks
         self.sites = {(s.name, s.number): s for s in sites}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        module = self.module[0]
         with _Gated(self.sites, self.masks):
-            if self.own is not None:
-                return self.own(*args, **kwargs)
-            return type(module).forward(module, *args, **kwargs)
+            return self.inner(*args, **kwargs)
 
 
 class _Gated(TorchFunctionMode):

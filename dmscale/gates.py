@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from . import attachment, axes, calls, running
+from . import attachment, axes, calls, remaking, running
 from .axes import Axis, Dim
 from .blocks import Blocks
 from .branches import formed
@@ -61,6 +61,7 @@ class NormSite:
     """Give module `module` its kept-count form over `dim` at `position`, from the end, of its input.
 
     `weight` is scaled where it is a parameter and there is a bias; else the output, without the `bias` that it holds.
+    `input_kept`: whether the input is that or the output of a removable block, which the gate of the block keeps.
     """
 
     module: str
@@ -71,6 +72,7 @@ class NormSite:
     over_space: bool
     weight: str | None
     bias: str | None
+    input_kept: bool = False
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,7 @@ def plan(trace: Trace, blocks: Sequence[Blocks]) -> Sites:
         c.result.origin: norms[c.path].dim for c in trace.record.calls if c.path in norms and c.result is not None
     }
     removable = {path for stack in blocks for path in stack.paths}
+    _note_kept_inputs(trace, norms, {path for stack in blocks if not stack.forms for path in stack.paths})
     for call in sorted((c for c in trace.record.calls if c.path in removable), key=lambda c: c.start):
         # a block that is gone hands on its input, which must be zero there too
         if call.result is not None and call.source is not None and call.source.origin not in masked:
@@ -162,6 +165,15 @@ def plan(trace: Trace, blocks: Sequence[Blocks]) -> Sites:
         ),
         functions.kept(),
     )
+
+
+def _note_kept_inputs(trace: Trace, norms: dict[str, NormSite], paths: set[str]) -> None:
+    """Say of each site whether its input is kept by the gate of one of the blocks at `paths`."""
+    ends = [v for c in trace.record.calls if c.path in paths for v in (c.source, c.result)]
+    kept = {v.origin for v in ends if v is not None}
+    for call in trace.record.calls:
+        if call.path in norms and call.source is not None and call.source.origin in kept:
+            norms[call.path] = replace(norms[call.path], input_kept=True)
 
 
 def _plan_scales(trace: Trace, functions: CallSites) -> None:
@@ -492,7 +504,7 @@ class MaskedWeight(nn.Module):
                 weight = weight * _along(factor, weight, place)
             return weight
         with calls.unseen():
-            return _Product.apply(weight, places, ones, *factors)
+            return remaking.note(_Product.apply(weight, places, ones, *factors))
 
 
 def _along(factor: Tensor, like: Tensor, place: int | None) -> Tensor:
@@ -501,7 +513,7 @@ def _along(factor: Tensor, like: Tensor, place: int | None) -> Tensor:
     return factor if place is None else factor.view([-1 if i == place else 1 for i in range(like.dim())])
 
 
-class _Product(torch.autograd.Function):
+class _Product(remaking.Remade):
     """x times masks along `places` (and a scalar, place None), of which those known to be `ones` only get their gradient.
 
     Saves x and the masks alone, and makes one tensor, where a chain of products makes and saves one for each mask; none if
@@ -511,8 +523,13 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, places: list[int | None], ones: list[bool], *factors: Tensor) -> Tensor:
         ctx.save_for_backward(x, *factors)
-        ctx.places, ctx.ones = places, ones
+        ctx.places, ctx.ones, ctx.remakes = places, ones, not all(ones)
         return _times(x, places, ones, factors)
+
+    @staticmethod
+    def again(ctx: Any) -> Tensor:
+        x, *factors = ctx.saved_tensors
+        return _times(x, ctx.places, ctx.ones, factors)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:  # type: ignore[override]
@@ -609,6 +626,11 @@ def attach(
     for path, found in in_module.items():
         owner = gated.get_submodule(path)
         owner.__dict__["forward"] = GatedForward(owner, masks, found)
+    gated_inside = {module for module, _ in dims.keys() | scaled}
+    gated_inside |= {s.module for s in sites.inputs} | {s.module for s in sites.norms}
+    for path in sorted(gated_inside) if trainable else ():
+        owner = gated.get_submodule(path)
+        owner.__dict__["forward"] = remaking.SparingForward(owner)
     for path, gate in block_gates.items():
         if gate.form is not None:
             block = gated.get_submodule(path)
@@ -666,20 +688,23 @@ class KeptCount:
         return replace_first((args, kwargs), self.apply)
 
     def apply(self, x: Tensor) -> Tensor:
-        mask, at, shape = self.masks(self.site.dim), self.site.position % x.dim(), x.shape
-        x = x.reshape(
-            *shape[:at], axes.size(self.site.group), mask.numel(), *shape[at + 1 :]
-        )  # (..., group, inner, ...)
-        site, count = self.site, self.masks.count(self.site.dim)
+        site, mask, count = self.site, self.masks(self.site.dim), self.masks.count(self.site.dim)
+        at, groups, shape = site.position % x.dim(), axes.size(site.group), x.shape
+        # the gates of blocks keep their inputs once every block is in or out
+        kept = site.input_kept and groups == 1 and bool(self.masks.decided) and not torch.compiler.is_compiling()
+        if groups > 1:
+            x, at = x.reshape(*shape[:at], groups, mask.numel(), *shape[at + 1 :]), at + 1
         with calls.unseen():
-            return _KeptCount.apply(x, mask, at + 1, site.centred, site.over_space, count).reshape(shape)
+            y = _KeptCount.apply(x, mask, at, site.centred, site.over_space, count, kept)
+        return y.reshape(shape) if groups > 1 else y
 
 
-class _KeptCount(torch.autograd.Function):
+class _KeptCount(remaking.Remade):
     """m (x - mean of the kept) sqrt(N / k) along dimension `at`, saving its result only (which the operator saves too).
 
-    The gradient of a mask element that is exactly zero needs the input, which is not kept: it is zero here, and comes
-    from the other places where the axis is consumed.
+    With `input_kept`, where x is kept anyway, it saves that, and the result is made again for the operator and for itself.
+    The gradient of a mask element that is exactly zero needs the input: it is zero here, and comes from the other places
+    where the axis is consumed.
 
     `known` is the number of ones, if there is nothing else but zeros.  If all are ones x stays as it is: what follows
     subtracts the mean itself.
@@ -687,23 +712,31 @@ class _KeptCount(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, mask: Tensor, at: int, centred: bool, over_space: bool, known: int | None
+        ctx: Any, x: Tensor, mask: Tensor, at: int, centred: bool, over_space: bool, known: int | None, input_kept: bool
     ) -> Tensor:
         over = [at, *range(at + 1, x.dim())] if over_space else [at]
         ctx.at, ctx.over, ctx.centred, ctx.known = at, over, centred, known
         ctx.places = x.shape[at + 1 :].numel() if over_space else 1
+        ctx.remakes, ctx.made = input_kept and known != mask.numel(), None
         if known == mask.numel():
             ctx.save_for_backward(x, mask)
             return x
         count = known or mask.sum()
         factor = _along(mask * (mask.numel() / count) ** 0.5, x, at)
-        if centred:
-            y = x - _weighted(x, mask / (count * ctx.places), at, over)
-            y.mul_(factor)
+        mean = _weighted(x, mask / (count * ctx.places), at, over) if centred else None
+        y = _rest(x, mean, factor)
+        if input_kept:
+            ctx.save_for_backward(x, mask, factor, mean)
         else:
-            y = x * factor
-        ctx.save_for_backward(y, mask, factor)
+            ctx.save_for_backward(y, mask, factor)
         return y
+
+    @staticmethod
+    def again(ctx: Any) -> Tensor:
+        if ctx.made is None:  # kept until the backward of this function, which comes next
+            x, _, factor, mean = ctx.saved_tensors
+            ctx.made = _rest(x, mean, factor)
+        return ctx.made
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:  # type: ignore[override]
@@ -712,8 +745,12 @@ class _KeptCount(torch.autograd.Function):
             centred = y - y.mean(ctx.over, keepdim=True) if ctx.centred else y
             along = _summed(grad, centred, ctx.at)
             # what follows does not see a shift: the gradient of the mean is zero
-            return grad, (along - along.mean() / 2).to(mask.dtype), None, None, None, None
-        (factor,) = rest
+            return grad, (along - along.mean() / 2).to(mask.dtype), None, None, None, None, None
+        if ctx.remakes and torch.is_grad_enabled():  # for a second derivative
+            y = _KeptCount.apply(y, mask, ctx.at, ctx.centred, len(ctx.over) > 1, ctx.known, False)
+        elif ctx.remakes:
+            y, ctx.made = _rest(y, rest[1], rest[0]) if ctx.made is None else ctx.made, None
+        factor = rest[0]
         count = ctx.known or mask.sum()
         along = _summed(grad, y, ctx.at)  # (N,)
         inverse = mask if ctx.known else torch.where(mask > 1e-6, 1 / mask.clamp(min=1e-6), 0)
@@ -724,7 +761,12 @@ class _KeptCount(torch.autograd.Function):
             total = _weighted(grad, flat / (count * ctx.places), ctx.at, ctx.over)
             grad_mask = grad_mask - _summed(total, y, ctx.at) * torch.where(flat > 0, 1 / flat.clamp(min=1e-6), 0)
             grad_x = torch.addcmul(grad_x, total, _along(mask, y, ctx.at), value=-1)
-        return grad_x, grad_mask.to(mask.dtype), None, None, None, None
+        return grad_x, grad_mask.to(mask.dtype), None, None, None, None, None
+
+
+def _rest(x: Tensor, mean: Tensor | None, factor: Tensor) -> Tensor:
+    """(x - mean) * factor, a new tensor."""
+    return x * factor if mean is None else (x - mean).mul_(factor)
 
 
 def _weighted(x: Tensor, weights: Tensor, at: int, over: Sequence[int]) -> Tensor:
@@ -794,18 +836,17 @@ class BlockGate:
         return replace_first(out, lambda y: _Chosen.apply(x, y, gate, decided[self.index]))
 
 
-class SkippableForward:
+class SkippableForward(running.StandIn):
     """Stands for the forward of a block or branch, and does not run it once it is out for good.
 
     One that is given something to write into, a list of hidden states or a cache, is run all the same.
     """
 
     def __init__(self, module: nn.Module, gate: BlockGate):
-        self.module, self.gate = [module], gate  # in a list: not a child of itself
-        self.own = module.__dict__.get("forward")
+        super().__init__(module)
+        self.gate = gate
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        module = self.module[0]
         if not torch.compiler.is_compiling():
             self.gate.skipped = self.gate.can_skip() and _is_constant((*args, *kwargs.values()))
         if self.gate.skipped:
@@ -813,9 +854,7 @@ class SkippableForward:
             given: dict[int | str, Any] = dict(enumerate(args))
             given.update(kwargs)
             return formed(self.gate.form, torch.zeros_like(x) if self.gate.branch else x, given)
-        if self.own is not None:
-            return self.own(*args, **kwargs)
-        return type(module).forward(module, *args, **kwargs)
+        return self.inner(*args, **kwargs)
 
 
 def _is_constant(x: Any) -> bool:

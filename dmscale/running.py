@@ -83,6 +83,20 @@ def call(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         return model(*args, **kwargs)
 
 
+class StandIn:
+    """Stands in a module's `__dict__` for its forward; `inner` is the forward that it stands for."""
+
+    def __init__(self, module: nn.Module):
+        self.module = [module]  # in a list: not a child of itself
+        self.own = module.__dict__.get("forward")  # of a module whose forward was replaced before
+
+    def inner(self, *args: Any, **kwargs: Any) -> Any:
+        """The output of the module."""
+        if self.own is not None:
+            return self.own(*args, **kwargs)
+        return type(self.module[0]).forward(self.module[0], *args, **kwargs)
+
+
 def outputs(model: nn.Module, example_inputs: Any) -> list[Tensor]:
     """The floating-point outputs of `model` on `example_inputs`, without gradients."""
     args, kwargs = arguments(example_inputs)
