@@ -82,8 +82,9 @@ class SparingForward(running.StandIn):
 
 
 def _taken() -> bool:
-    """Whether what autograd saves goes through somebody's hooks, of which there can be one pair only."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    """Whether what autograd saves goes through somebody's hooks, or PyTorch does not tell."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return top is None or top(True) is not None
 
 
 def let_go(outputs: Iterable[Tensor], made: Sequence[tuple[Tensor, int]]) -> None:
