@@ -462,9 +462,7 @@ def _following_calls(tracer: Tracer, twin: nn.Module, examples: routing.Examples
 
     try:
         for path, module in walk(twin):
-            if (
-                module._forward_hooks or module._forward_pre_hooks
-            ):  # what its own do belongs to the call as a user sees it
+            if module._forward_hooks or module._forward_pre_hooks:  # what these do belongs to the call, as it did
                 handles.append(module.register_forward_pre_hook(hook(path), with_kwargs=True))
                 handles.append(module.register_forward_hook(leave, with_kwargs=True))
             else:  # where PyTorch looks for a compiled call first; hooks would take a third of the time of a trace
