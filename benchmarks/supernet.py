@@ -64,7 +64,7 @@ def drawn_anew(net: nn.Module, seed: int) -> nn.Module:
     for m in net.modules():
         if callable(reset := getattr(m, "reset_parameters", None)):
             reset()
-    return net.to(memory_format=torch.channels_last)  # a third quicker on a CPU
+    return net.to(memory_format=torch.channels_last)  # a step is a sixth to a third quicker on a CPU
 
 
 def start(problem: Problem, row: Row, seed: int) -> nn.Module:
