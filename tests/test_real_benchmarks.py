@@ -14,10 +14,11 @@ from nets import assert_same, fingerprint
 from torch import nn
 
 import dmscale
+from benchmarks import supernet
 from benchmarks.real import data, variants
 from benchmarks.real import nets as networks
 from benchmarks.real.__main__ import MAIN
-from benchmarks.real.tasks import dice, dice_loss, perplexity
+from benchmarks.real.tasks import Problem, adamw, dice, dice_loss, perplexity
 from dmscale import budget as budgets
 from dmscale.demo import ResidualCNN
 from dmscale.evaluate import accuracy
@@ -157,3 +158,45 @@ def test_every_name_of_a_group_is_a_strategy():
     known = {*REGISTRY, *variants.VARIANTS, *peers}
     for group in (*variants.GROUPS.values(), MAIN):
         assert set(group) <= known
+
+
+def test_every_row_of_the_supernet_ablation_ends_at_the_same_macs_and_is_kept(tmp_path, monkeypatch, capsys):
+    """The whole command on noise; rows are the base, the pretrained network and one supernet."""
+    pictures = data.Pictures(
+        torch.randint(0, 255, (16, 1, 12, 12), dtype=torch.uint8), torch.arange(16) % 10, (0.5,), (0.5,), batch=8
+    )
+    problem = Problem(
+        "noise", networks.ThinMobileNet, torch.zeros(1, 1, 12, 12), lambda seed: pictures,
+        lambda model: 100 * accuracy(model, pictures.plain()),
+        recipe={"search_steps": 3, "lr": 1e-3, "optimizer": adamw}, settings={"dense_steps": 10},
+    )  # fmt: skip
+    rows = {name: supernet.ROWS[name] for name in ("uniform", "pretrained", "supernet-2")}
+    monkeypatch.setattr(supernet, "fashion", lambda setup: [problem])
+    monkeypatch.setattr(supernet, "ROWS", rows)
+    supernet.main(1, 2, "knapsack", 0.25, tmp_path)
+    printed = capsys.readouterr().out
+
+    target = dmscale.trace(networks.ThinMobileNet(), problem.example, verify=False).cost().macs / 4
+    base, pretrained, larger = (json.loads(p.read_text()) for n in rows for p in tmp_path.glob(f"*/{n}*/seed-0.json"))
+    for result in (base, pretrained, larger):
+        assert 0.995 * target <= result["macs"] <= target
+        assert result["retraining"] == pytest.approx(2 / 4, rel=0.005)
+    assert base["search"] == base["pretraining"] == 0 and "inherited" not in base
+    assert (pretrained["pretraining"], pretrained["search"]) == (10, 3)
+    assert larger["pretraining"] == 0 and larger["search"] == pytest.approx(3 * 2, rel=0.05)
+    assert all(row.about in printed for row in rows.values())
+
+    monkeypatch.setattr(supernet, "run", None)  # what is there is not run again
+    supernet.main(1, 2, "knapsack", 0.25, tmp_path)
+    assert printed.endswith(capsys.readouterr().out.split("%", 1)[1])
+
+
+def test_a_network_drawn_anew_keeps_nothing_of_its_weights():
+    a, b = (supernet.drawn_anew(networks.ThinMobileNet(), seed=1) for _ in range(2))
+    before = {name: t.clone() for name, t in a.state_dict().items()}
+    with torch.no_grad():
+        for p in a.parameters():
+            p.add_(1)
+    a.train()(torch.randn(8, 1, 28, 28))  # statistics move too
+    for net in (supernet.drawn_anew(a, seed=1), b):
+        assert all(torch.equal(t, before[name]) for name, t in net.state_dict().items())
