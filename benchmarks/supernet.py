@@ -30,12 +30,9 @@ from benchmarks.real import nets
 from benchmarks.real.tasks import Problem, Setup, fashion
 from dmscale import budget as budgets
 from dmscale import recovery
-from dmscale.compare import Recipe, Stream, recover
+from dmscale.compare import OF_CALIBRATION, RECALIBRATION, Recipe, Stream, recover
 from dmscale.strategies.base import Task
 from dmscale.strategies.search import search
-
-_RECALIBRATION = 20  # batches of BatchNorm statistics, and how far their seed is away: as in dmscale.compare
-_OF_CALIBRATION = 7919
 
 
 @dataclass(frozen=True)
@@ -98,7 +95,7 @@ def run(problem: Problem, row: Row, seed: int, steps: tuple[int, int], method: s
         stream = Stream(problem.train, seed, device)
         task = Task(
             space, wanted, stream,
-            lambda n: list(itertools.islice(Stream(problem.train, seed + _OF_CALIBRATION, device), n)),
+            lambda n: list(itertools.islice(Stream(problem.train, seed + OF_CALIBRATION, device), n)),
             recipe.criterion, lambda p: recipe.optimizer(p, recipe.search_lr), recipe.search_steps, seed,
         )  # fmt: skip
         torch.manual_seed(seed)
@@ -109,7 +106,7 @@ def run(problem: Problem, row: Row, seed: int, steps: tuple[int, int], method: s
         result["pretraining"] = float(problem.settings["dense_steps"]) if row.pretrained else 0.0
         result["search_s"] = time.perf_counter() - clock
         small = space.export(structure).to(memory_format=torch.channels_last)
-        recovery.recalibrate(small, task.calibration(_RECALIBRATION))
+        recovery.recalibrate(small, task.calibration(RECALIBRATION))
         recover(small, stream, recipe, recipe.recovery_steps, lambda loss: None)
         result["inherited"] = problem.evaluate(small)
     small = drawn_anew(space.export(structure), seed)
