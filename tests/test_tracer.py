@@ -1,5 +1,6 @@
 """The tracer: MACs are those that PyTorch counts, unknown operators freeze what passes, nothing stays behind."""
 
+import gc
 import math
 
 import pytest
@@ -7,17 +8,20 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nets import NETS
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils.flop_counter import FlopCounterMode
 
+import dmscale
 from dmscale import axes, sizes
 from dmscale.arrivals import Arrivals, transparent_functional
 from dmscale.errors import TraceError
 from dmscale.tracer import Tracer
 from dmscale.tracing import read
+from dmscale.tree import walk
 
 small = st.integers(1, 5)
 
@@ -236,3 +240,50 @@ def test_the_failing_module_is_named():
     model = nn.Sequential(nn.Linear(8, 8), Attention(fails=True))
     with pytest.raises(TraceError, match="in module '1'"):
         read(model, torch.randn(2, 3, 8))
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_a_walk_gives_the_modules_that_pytorch_gives(name):
+    """Shared modules once, or at each of their places, parents first."""
+    model, _ = NETS[name]()
+    shared = nn.ModuleDict({"a": model, "b": nn.ModuleList([model, nn.ReLU()])})
+    for tree in (model, shared):
+        assert walk(tree) == list(tree.named_modules())
+        assert walk(tree, again=True) == list(tree.named_modules(remove_duplicate=False))
+
+
+class _Doubled(nn.Module):
+    """A module with hooks of the user's own, which change what goes in and out."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(8, 6)
+        self.head = nn.Linear(6, 2)
+        self.inner.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+        self.inner.register_forward_hook(lambda module, args, out: out.relu())
+
+    def forward(self, x):
+        return self.head(self.inner(x))
+
+
+def test_calls_are_noted_with_and_without_hooks_of_the_users_own():
+    model = _Doubled()
+    space = dmscale.trace(model, torch.randn(3, 8))
+    calls = {call.path: call for call in space.trace.record.calls}
+    assert set(calls) == {"", "inner", "head"}
+    inner, head, whole = calls["inner"], calls["head"], calls[""]
+    assert whole.start <= inner.start < inner.end <= head.start < head.end <= whole.end
+    assert [d.size for d in space.dimensions.values()] == [6]
+    assert not any("_compiled_call_impl" in vars(m) for m in model.modules())
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_garbage_is_collected_again_after_a_trace_that_failed(enabled):
+    before = gc.isenabled()
+    (gc.enable if enabled else gc.disable)()
+    try:
+        with pytest.raises(dmscale.TraceError):
+            dmscale.trace(nn.Linear(3, 4), torch.randn(2, 5))
+        assert gc.isenabled() is enabled
+    finally:
+        (gc.enable if before else gc.disable)()
