@@ -33,29 +33,34 @@ from dmscale.strategies.base import Task
 from dmscale.strategies.search import search
 
 
+def task_of(problem: Problem, space: dmscale.SearchSpace, wanted: budgets.Budget, recipe: Recipe, seed: int) -> Task:
+    """What `dmscale.compare` would give a strategy to do on `problem`, on the CPU."""
+    device = torch.device("cpu")
+    return Task(
+        space, wanted, Stream(problem.train, seed, device),
+        lambda n: list(itertools.islice(Stream(problem.train, seed + OF_CALIBRATION, device), n)),
+        recipe.criterion, lambda p: recipe.optimizer(p, recipe.search_lr), recipe.search_steps, seed,
+    )  # fmt: skip
+
+
 def run(
     problem: Problem, space: dmscale.SearchSpace, wanted: budgets.Budget, seed: int, place: Path
 ) -> tuple[dmscale.Structure, nn.Module, float]:
     """Search, export and recover, unless `place` has it: structure, network, accuracy in percent."""
     if not (place / "result.json").exists():
-        dense, device = problem.model(), torch.device("cpu")
+        dense = problem.model()
         space.model.load_state_dict(dense.state_dict())
         rates = {"lr": problem.recipe["lr"], "search_lr": problem.recipe["lr"]}
         steps = {k: problem.recipe[k] for k in ("search_steps", "recovery_steps")}
         recipe = Recipe(problem.criterion, problem.recipe["optimizer"], **rates, **steps)
-        stream = Stream(problem.train, seed, device)
-        task = Task(
-            space, wanted, stream,
-            lambda n: list(itertools.islice(Stream(problem.train, seed + OF_CALIBRATION, device), n)),
-            recipe.criterion, lambda p: recipe.optimizer(p, recipe.search_lr), recipe.search_steps, seed,
-        )  # fmt: skip
+        task = task_of(problem, space, wanted, recipe, seed)
         torch.manual_seed(seed)
         start = time.perf_counter()
         found = search(task).structure
         assert found is not None and budgets.satisfied(space.cost(found), wanted)
         small = space.export(found)
         recovery.recalibrate(small, task.calibration(RECALIBRATION))
-        recover(small, stream, recipe, recipe.recovery_steps, lambda loss: None)
+        recover(small, task.stream, recipe, recipe.recovery_steps, lambda loss: None)
         value = problem.evaluate(small)
         storage.save(small, place / "weights.safetensors", found)
         (place / "structure.json").write_text(found.to_json())

@@ -12,7 +12,6 @@ One JSON for each row and seed below `--out`; what is there is not repeated, so 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import statistics
 import time
@@ -25,13 +24,12 @@ import torch
 from torch import nn
 
 import dmscale
-from benchmarks.latency_search import spread
+from benchmarks.latency_search import spread, task_of
 from benchmarks.real import nets
 from benchmarks.real.tasks import Problem, Setup, fashion
 from dmscale import budget as budgets
 from dmscale import recovery
-from dmscale.compare import OF_CALIBRATION, RECALIBRATION, Recipe, Stream, recover
-from dmscale.strategies.base import Task
+from dmscale.compare import RECALIBRATION, Recipe, Stream, recover
 from dmscale.strategies.search import search
 
 
@@ -92,12 +90,7 @@ def run(problem: Problem, row: Row, seed: int, steps: tuple[int, int], method: s
     if not row.searched:
         structure = space.uniform_at(wanted)
     else:
-        stream = Stream(problem.train, seed, device)
-        task = Task(
-            space, wanted, stream,
-            lambda n: list(itertools.islice(Stream(problem.train, seed + OF_CALIBRATION, device), n)),
-            recipe.criterion, lambda p: recipe.optimizer(p, recipe.search_lr), recipe.search_steps, seed,
-        )  # fmt: skip
+        task = task_of(problem, space, wanted, recipe, seed)
         torch.manual_seed(seed)
         found = search(task, method=method).structure
         assert found is not None and budgets.satisfied(space.cost(found), wanted)
@@ -107,7 +100,7 @@ def run(problem: Problem, row: Row, seed: int, steps: tuple[int, int], method: s
         result["search_s"] = time.perf_counter() - clock
         small = space.export(structure).to(memory_format=torch.channels_last)
         recovery.recalibrate(small, task.calibration(RECALIBRATION))
-        recover(small, stream, recipe, recipe.recovery_steps, lambda loss: None)
+        recover(small, task.stream, recipe, recipe.recovery_steps, lambda loss: None)
         result["inherited"] = problem.evaluate(small)
     small = drawn_anew(space.export(structure), seed)
     recover(small, Stream(problem.train, seed, device), recipe, recipe.recovery_steps, lambda loss: None)
