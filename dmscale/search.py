@@ -135,6 +135,7 @@ class Search:
         self._make_model()
         self._meter = _importance.Meter(space, self.layout, self.model, importance, depth_importance)
         self.importance = torch.zeros(self.layout.elements, device=self.device)
+        self.measured = torch.zeros_like(self.importance)  # importance in the last step alone
         self.method = methods.make(self, mode, lr, penalty, adapt, hard, balance)
 
     def _plan_schedule(self, budget: Any, several: Sequence[Any]) -> None:
@@ -243,8 +244,8 @@ class Search:
                 "are those of the last good step; lower the learning rate, clip gradients, or check the data."
             )
         with torch.no_grad():
-            measured = self._meter.measure(self, torch.cat(list(self._masks)), flat)
-            self.importance.lerp_(measured, 1 - self.momentum)
+            self.measured = self._meter.measure(self, torch.cat(list(self._masks)), flat)
+            self.importance.lerp_(self.measured, 1 - self.momentum)
             self.method.learn(flat)
             for p in self.method.parameters():
                 if p.grad is not None:
@@ -418,7 +419,7 @@ class Search:
     def state_dict(self) -> dict[str, Any]:
         """Everything but the weights (those are in the user's model and optimizer): a resumed search goes on alike."""
         return {
-            "version": 2,
+            "version": 3,
             "step": self.step,
             "steps": self.steps,
             "method": self.method_name,
@@ -441,7 +442,7 @@ class Search:
         if theirs != own:
             differing = [n for n, _ in theirs if n not in dict(own)] + [n for n, _ in own if n not in dict(theirs)]
             raise SearchError(f"the state is of another search space; dimensions differ: {differing[:5] or 'in size'}")
-        for what, mine in (("version", 2), ("steps", self.steps), ("method", self.method_name)):
+        for what, mine in (("version", 3), ("steps", self.steps), ("method", self.method_name)):
             if state.get(what) != mine:
                 raise SearchError(f"the state is of a search with {what}={state.get(what)!r}, this one has {mine!r}")
         self.importance.copy_(state["importance"])

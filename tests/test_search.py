@@ -626,12 +626,36 @@ def test_a_family_that_makes_no_sense_is_refused(budgets, says):
         dmscale.Search(dmscale.trace(model, inputs), steps=10, budgets=budgets)
 
 
+def test_elements_rank_by_the_long_average_and_dimensions_by_the_recent_one():
+    model, inputs, _ = problem()
+    search = dmscale.Search(dmscale.trace(model, inputs), "50% macs", 1000)
+    layout, method = search.layout, search.method
+    search.importance.copy_(torch.rand(layout.elements))
+    method.recent.copy_(torch.rand(layout.elements))
+    method.kept.copy_((torch.rand(layout.elements) < 0.7).float())
+    scores = method.scores()
+    for segment in range(len(layout.axes)):
+        kept = (layout.segment == segment) & (method.kept > 0)
+        assert torch.equal(scores[kept].argsort(), search.importance[kept].argsort())
+        torch.testing.assert_close(scores[kept].sum(), method.recent[kept].sum())
+
+
+@pytest.mark.parametrize(
+    "steps, momentum, pace", [(100, 0.99, 1 / 4), (1000, 0.99, 1 / 40), (10_000, 0.99, 1 / 100), (10, 0.0, 1.0)]
+)
+def test_levels_follow_a_part_of_the_search_and_never_less_than_importance_does(steps, momentum, pace):
+    model, inputs, _ = problem("mlp")
+    search = dmscale.Search(dmscale.trace(model, inputs), "50% macs", steps, momentum=momentum)
+    assert search.method.pace == pytest.approx(pace)
+
+
 def test_a_block_is_worth_no_less_than_any_width_inside_it():
     model, inputs, _ = problem()
     search = dmscale.Search(dmscale.trace(model, inputs), "50% macs", 10)
     layout, method = search.layout, search.method
     assert layout.inside.any(1).all()  # every block of this network holds a width of its own
     search.importance.copy_(torch.rand(layout.elements))
+    method.recent.copy_(search.importance)
     first = int(layout.inside[0].nonzero()[0])
     method.kept[layout.segment == first] = 0  # a width that is empty gives its block nothing
     scores, alone = method.scores(), search.importance * method.kept

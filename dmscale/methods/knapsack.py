@@ -7,6 +7,10 @@ worth no less than any width that it alone holds: in its one gradient the contri
 what has most importance for its exact marginal cost, under one threshold for the whole network, chosen so that the cost
 follows the schedule.
 
+While a dimension shrinks, what is left of it comes to matter more.  An average that is long enough to rank single elements
+knows that too late, when too much of the dimension has gone.  So elements are ranked within their dimension by the long
+average, and dimensions compared by a short one: a sum over elements needs fewer steps.
+
 Masks are hard, and what has gone stays gone: the network trains, from the first step to the last, as the one that will be
 exported.  There is no learning rate, no penalty and no relaxation, hence nothing to tune and nothing to round in the end.
 """
@@ -28,6 +32,9 @@ if TYPE_CHECKING:
 UPDATES = 400
 """About how often the knapsack is solved in a search: it takes some milliseconds, which a short step would feel."""
 
+RECENT = 1 / 25
+"""The share of a search over which the levels of dimensions are averaged, once shorter than the average of importance."""
+
 
 class Knapsack(Method):
     """Keep what has most importance for its cost; see the module's docstring."""
@@ -38,10 +45,15 @@ class Knapsack(Method):
         super().__init__(search, mode)
         self.kept = torch.ones(self.layout.elements, device=search.device)
         self.every = max(1, search.steps // UPDATES)
+        self.recent = torch.zeros_like(self.kept)  # importance by the short average
+        self.pace = max(1 - search.momentum, min(1.0, 1 / (RECENT * search.steps)))
+
+    def learn(self, gradient: Tensor) -> None:
+        self.recent.lerp_(self.search.measured, self.pace)
 
     def scores(self) -> Tensor:
         """What has gone has no importance left; a block has at least that of each width inside it."""
-        scores, layout = self.search.importance * self.kept, self.layout
+        scores, layout = self._importance() * self.kept, self.layout
         if len(layout.inside):
             widths = torch.where(layout.inside, layout.sum_by_segment(scores), 0.0).amax(1)
             scores[layout.in_depth] = torch.maximum(scores[layout.in_depth], widths * self.kept[layout.in_depth])
@@ -55,7 +67,7 @@ class Knapsack(Method):
         target = budgets.Budget(search.targets())
         found = budgets.allocate(search.space, target, scores, start=self._current())
         if search.reaches_target:  # from here on the weights train in exactly what will be exported
-            found = budgets.fit(search.space, found, target, self.layout.by_member(search.importance), keep=found)
+            found = budgets.fit(search.space, found, target, self.layout.by_member(self._importance()), keep=found)
         self.kept.copy_(self.layout.mask_of(found, search.device))
 
     def masks(self) -> Tensor:
@@ -63,8 +75,14 @@ class Knapsack(Method):
 
     def structure(self, wanted: budgets.Budget) -> Structure:
         """The elements that are kept now, brought exactly to a budget."""
-        space, importance = self.search.space, self.layout.by_member(self.search.importance)
+        space, importance = self.search.space, self.layout.by_member(self._importance())
         return budgets.fit(space, self._current(), wanted, importance, keep=self._current())
+
+    def _importance(self) -> Tensor:
+        """The long average within each segment, at the level where the short one has what is kept of it now, (E,)."""
+        layout, long = self.layout, self.search.importance
+        now, then = (layout.sum_by_segment(average * self.kept) for average in (self.recent, long))
+        return long * torch.where(then > 0, now / then, 0.0)[layout.segment]
 
     def _current(self) -> Structure:
         sizes = {d.name: share * d.size for d, share in zip(self.layout.dimensions, self.shares())}
