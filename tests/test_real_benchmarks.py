@@ -14,12 +14,13 @@ from nets import assert_same, fingerprint
 from torch import nn
 
 import dmscale
-from benchmarks import supernet
+from benchmarks import spans, supernet
 from benchmarks.real import data, variants
 from benchmarks.real import nets as networks
 from benchmarks.real.__main__ import MAIN
 from benchmarks.real.tasks import Problem, adamw, dice, dice_loss, perplexity
 from dmscale import budget as budgets
+from dmscale import demo
 from dmscale.demo import ResidualCNN
 from dmscale.evaluate import accuracy
 from dmscale.strategies import REGISTRY, Task
@@ -200,3 +201,12 @@ def test_a_network_drawn_anew_keeps_nothing_of_its_weights():
     a.train()(torch.randn(8, 1, 28, 28))  # statistics move too
     for net in (supernet.drawn_anew(a, seed=1), b):
         assert all(torch.equal(t, before[name]) for name, t in net.state_dict().items())
+
+
+def test_the_spans_of_levels_are_compared_on_scans_that_training_has_not_seen():
+    seen, kept = spans.held_out(0).train, spans.held_out(0).test
+    assert len(seen[0]) + len(kept[0]) == len(demo.load_digits().train[0])
+    assert not {tuple(x.flatten().tolist()) for x in seen[0]} & {tuple(x.flatten().tolist()) for x in kept[0]}
+    lines = spans.table([0], steps=2).splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:]] == ["uniform", *(f"{n} steps" for n in spans.SPANS)]
+    assert all(0 <= float(cell.split("±")[0]) <= 100 for line in lines[2:] for cell in line.split("|")[2:-1])
