@@ -248,6 +248,8 @@ class Record:
     scales: list[Scale] = field(default_factory=list)
     by_products: dict[str, tuple[tuple[Dim, ...], ...]] = field(default_factory=dict)  # outputs whose axes may shrink
     read: dict[str, int] = field(default_factory=dict)  # parameter -> the first operator that took it
+    written: set[str] = field(default_factory=set)  # parameters and buffers that a forward writes to
+    not_alone: list[Dim] = field(default_factory=list)  # with one element left these dimensions would be gone
     steps: dict[int, Step] = field(default_factory=dict)  # by operator number
     results: set[int] = field(default_factory=set)  # origins of what the model returns
     by_values: dict[Axis, str] = field(default_factory=dict)  # an axis as long as values say -> the module that made it
@@ -373,6 +375,8 @@ class Tracer(TorchDispatchMode):
         self._names: dict[str, Value] = {}
         self._equated: set[Any] = set()
         self._contracting = False
+        self._shifting = False
+        self._named: dict[int, str] = {}  # origin of a parameter or buffer -> its name
         self._square: int | None = None
         self._operator = ""
         self._origins = 0
@@ -389,6 +393,7 @@ class Tracer(TorchDispatchMode):
         setattr(tensor, _NAME, value)
         if name:
             self._names[name] = value
+            self._named[value.origin] = name
         return tensor
 
     def value(self, tensor: Tensor) -> Value:
@@ -504,6 +509,20 @@ class Tracer(TorchDispatchMode):
         if axes.is_free(dim):
             self.record.least.append((dim, size))
 
+    def not_alone(self, dim: Dim) -> None:
+        """Note that what happens to a `dim` of one element is not what happens to more of them: two stay."""
+        if axes.is_free(dim):
+            self.record.not_alone.append(dim)
+
+    def writes(self, *tensors: Tensor | None) -> None:
+        """Note that the model writes to these tensors, in training at least: nothing can stand for what is written to."""
+        origins = [self.value(t).origin for t in tensors if t is not None]
+        self.record.written.update(self._named[o] for o in origins if o in self._named)
+
+    def shifts(self) -> None:
+        """Note that the operator of the moment does not give zero for zero."""
+        self._shifting = True
+
     def looked_up(self, dim: Dim, x: Tensor) -> None:
         """Note that elements of `dim`, of `x`, are found by numbers that were chosen."""
         self.record.lookups.append(Lookup(self.op, self.path, dim, self.value(x)))
@@ -614,7 +633,9 @@ class Tracer(TorchDispatchMode):
             if len(v.params) == 1:  # a parameter, or made of one; of what is made of several each was read before
                 for name in v.params:
                     record.read.setdefault(name, self.op)
-        self._contracting = False
+        self._contracting = self._shifting = False
+        if kind.mutable:
+            self.writes(tensors[0])
         if self._said:
             self._said.clear()
         found = self._apply_rule(func, args, kwargs, tensors, out, outs)
@@ -644,7 +665,7 @@ class Tracer(TorchDispatchMode):
         adds = kind.adds and len(values) == 2
         if adds:
             record.biases += [(self.op, n) for v in values if not v.data for n in v.params if len(v.params) == 1]
-        zeroed = zeroed and not kind.leaves_zero
+        zeroed = zeroed and not kind.leaves_zero and not self._shifting
         if contracting and all([v.data for v in values]):
             zeroed = False  # of two activations: nothing that is added to their product makes it zero
         if kind.times:

@@ -1,0 +1,115 @@
+"""Forwards that are not layers in a row: values and sizes that decide on branches, tensors written to, sizes of one.
+
+Each keeps what design.md section 4 promises at every structure, the smallest included, and through a search.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from nets import difference, non_trivial, outputs, run
+from torch import Tensor, nn
+
+import dmscale
+
+
+def traced(model: nn.Module, *inputs: Tensor) -> dmscale.SearchSpace:
+    torch.manual_seed(0)
+    return dmscale.trace(non_trivial(model), inputs)
+
+
+def assert_exact(space: dmscale.SearchSpace, seeds: int = 6) -> None:
+    """Gated equals exported for random structures and for the smallest one."""
+    smallest = space.structure({n: d.lowest for n, d in space.dimensions.items()})
+    for structure in (*(space.sample(seed=seed) for seed in range(seeds)), smallest):
+        small = space.export(structure, verify=False)
+        got, expected = outputs(small, space.example_inputs), outputs(space.gate(structure), space.example_inputs)
+        assert difference(got, expected) <= 1e-4
+
+
+def searched(space: dmscale.SearchSpace, budget: str, steps: int = 4) -> nn.Module:
+    """The export, which verifies itself, after a search in training mode."""
+    search = dmscale.Search(space, budget, steps)
+    optimizer = torch.optim.SGD(space.model.parameters(), 0.01)
+    search.attach(optimizer)
+    search.model.train()
+    for _ in range(steps):
+        run(search.model, space.example_inputs).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return search.export()
+
+
+# -- tensors that a forward writes to ---------------------------------------------------------------------------------
+
+
+class ScaledByNorm(nn.Module):
+    """Features divided by their length over the channels, as detectors do with their first scale."""
+
+    def __init__(self, affine: bool):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16, affine=affine)
+        self.scale, self.head = nn.Parameter(torch.rand(16) + 0.5), nn.Conv2d(16, 4, 1)
+
+    def forward(self, x):
+        x = F.relu(self.norm(self.conv(x)))
+        x = x / (x.pow(2).sum(1, keepdim=True).sqrt() + 1e-6)
+        return self.head(x * self.scale[:, None, None])
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_a_search_runs_where_a_sum_follows_a_batch_norm_and_its_statistics_move(affine):
+    space = traced(ScaledByNorm(affine), torch.randn(4, 3, 6, 6))
+    assert_exact(space)
+    before = space.model.norm.running_mean.clone()
+    small = searched(space, "60% params")
+    assert small.conv.out_channels < 16
+    assert not torch.equal(space.model.norm.running_mean, before)
+    assert not torch.equal(small.norm.running_mean, before[: small.norm.num_features])
+
+
+class MaskedWeight(nn.Conv2d):
+    """A causal convolution that zeroes its own weight, as PixelCNN is often written."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.register_buffer("mask", torch.ones_like(self.weight))
+        self.mask[:, :, self.weight.shape[2] // 2 + 1 :] = 0
+
+    def forward(self, x):
+        self.weight.data *= self.mask
+        return super().forward(x)
+
+
+def test_a_weight_that_its_forward_writes_to_is_gated_at_its_input():
+    torch.manual_seed(0)
+    masked = [MaskedWeight(1, 16, 5, padding=2), nn.ReLU(), MaskedWeight(16, 12, 3, padding=1), nn.ReLU()]
+    space = traced(nn.Sequential(*masked, nn.Conv2d(12, 3, 1)), torch.randn(2, 1, 8, 8))
+    assert {n: d.size for n, d in space.dimensions.items()} == {"0": 16, "2": 12}
+    assert_exact(space)
+    search_result = searched(space, "50% params")
+    assert float((search_result[2].weight * (1 - search_result[2].mask)).detach().abs().max()) == 0
+
+
+# -- sizes of one -----------------------------------------------------------------------------------------------------
+
+
+class Squeezed(nn.Module):
+    """A classifier over `squeeze()` of everything that is one."""
+
+    def __init__(self):
+        super().__init__()
+        self.features, self.head = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 12, 3)), nn.Linear(12, 4)
+
+    def forward(self, x):
+        return self.head(F.adaptive_avg_pool2d(self.features(x), 1).squeeze())
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_what_squeeze_would_take_away_keeps_two_elements(batch):
+    space = traced(Squeezed(), torch.randn(batch, 3, 6, 6))
+    assert {d.size: d.minimum for d in space.dimensions.values()} == {16: 1, 12: 2}
+    assert_exact(space)
+    wider = dmscale.expand(space.model, space.example_inputs, width=1.5)
+    assert wider.head.in_features == 18
