@@ -14,7 +14,7 @@ import bisect
 import contextlib
 import functools
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -273,12 +273,34 @@ class Record:
         return noted[first : bisect.bisect_right(noted, end, first, key=_op)]
 
     def matters(self) -> set[int]:
-        """Origins of everything that a result, or a tensor that is written to, depends on."""
-        found = set(self.results)
+        """Origins of everything that a result, a tensor that is written to, or what Python reads depends on."""
+        return self._needed(self.results, lambda step: step.writes)
+
+    def _needed(self, results: set[int], also: Callable[[Step], bool]) -> set[int]:
+        """Origins of what `results` depend on, and what steps of which `also` is true take."""
+        found = set(results)
         for step in reversed(self.steps.values()):
-            if step.writes or not found.isdisjoint(step.gives):
+            if also(step) or not found.isdisjoint(step.gives):
                 found.update(step.takes)
         return found
+
+    def deciding(self) -> set[Axis]:
+        """The axes of what was computed for values that Python read, and for nothing else.
+
+        What follows from such a value no run shows: an early exit returns that very tensor.
+        """
+        if not self.results or all(step.gives for step in self.steps.values()):
+            return set()
+        read = self._needed(set(), lambda step: not step.gives)
+        used = self._needed(self.results, lambda step: step.writes and bool(step.gives))
+        beside: set[Axis] = set()
+        needed: set[Axis] = set()
+        for a in self.activations:
+            gives = set(self.steps[a.op].gives) if a.op in self.steps else set()
+            where = needed if gives & used else beside if gives & read else None
+            if where is not None:
+                where.update(atom for dim in a.dims for atom in axes.atoms(dim))
+        return beside - needed
 
 
 # Results that hold the very elements of their first argument: a residual branch may add such a copy.

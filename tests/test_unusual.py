@@ -113,3 +113,50 @@ def test_what_squeeze_would_take_away_keeps_two_elements(batch):
     assert_exact(space)
     wider = dmscale.expand(space.model, space.example_inputs, width=1.5)
     assert wider.head.in_features == 18
+
+
+# -- what decides on branches -----------------------------------------------------------------------------------------
+
+
+class EarlyExit(nn.Module):
+    """Returns the answer of the first classifier that is sure."""
+
+    def __init__(self, sure: float):
+        super().__init__()
+        self.sure = sure
+        self.blocks = nn.ModuleList([nn.Linear(8, 16), nn.Linear(16, 12)])
+        self.exits = nn.ModuleList([nn.Linear(16, 5), nn.Linear(12, 5)])
+
+    def forward(self, x):
+        for block, leave in zip(self.blocks, self.exits):
+            x = F.relu(block(x))
+            answer = leave(x)
+            if not self.training and answer.softmax(-1).max() > self.sure:
+                break
+        return answer
+
+
+def test_classes_of_an_early_exit_that_the_example_does_not_take_stay():
+    space = traced(EarlyExit(sure=1.0), torch.randn(2, 8))
+    assert {d.size for d in space.dimensions.values()} == {16, 12}
+    assert "branch" in space.frozen["exits.0"]
+    space.model.sure = 0.0  # the exit is taken now
+    assert_exact(space)
+
+
+class InSlots(nn.Module):
+    __slots__ = ("width",)
+
+    def __init__(self):
+        super().__init__()
+        self.width = 16
+        self.body, self.head = nn.Linear(4, 16), nn.Linear(16, 2)
+
+    def forward(self, x):
+        return self.head(F.relu(self.body(x)) * self.width)
+
+
+def test_attributes_in_slots_are_copied():
+    space = traced(InSlots(), torch.randn(2, 4))
+    assert {d.size for d in space.dimensions.values()} == {16}
+    assert_exact(space)
