@@ -71,6 +71,7 @@ class Options:
     multiple: dict[str, int] = field(default_factory=dict)
     no_depth: dict[str, str] = field(default_factory=dict)  # stacks taken out -> reason
     branches: bool = False
+    held: dict[Axis, tuple[int, int]] = field(default_factory=dict)  # size and step of what decides otherwise below
 
     def refuses(self, name: str) -> str | None:
         """Why the user does not want dimension `name`, if so."""
@@ -154,6 +155,9 @@ def dimensions(
             step = math.lcm(step, steps.get(a, 1) * size // math.gcd(steps.get(a, 1) * size, a.size))
         wanted = _bound(options.multiple, name, 1) if kind == "width" else 1
         needed = max(-(-least.get(a, 1) * size // a.size) for a in group)
+        for a in group:
+            if a in options.held:
+                needed, step = max(needed, options.held[a][0]), math.lcm(step, options.held[a][1])
         found[name] = Dimension(
             name, kind, size, max(_bound(options.minimum, name, 1), needed), math.lcm(step, wanted),
             tuple(group), tuple(names[a] for a in group),

@@ -26,7 +26,7 @@ from .axes import Axis, Conflict, Dim
 from .calls import Counting, FunctionCall
 from .numbering import NOTHING, PICKS, Said, freeze_numbers, heard
 from .rules import RULES
-from .sizes import Attribute, Equation, Expression, Extent, Operation, SizedInt, listening
+from .sizes import Attribute, Decision, Equation, Expression, Extent, Operation, SizedInt, listening
 
 aten = torch.ops.aten
 Tensor = torch.Tensor
@@ -252,6 +252,7 @@ class Record:
     not_alone: list[Dim] = field(default_factory=list)  # with one element left these dimensions would be gone
     steps: dict[int, Step] = field(default_factory=dict)  # by operator number
     results: set[int] = field(default_factory=set)  # origins of what the model returns
+    decisions: dict[Decision, None] = field(default_factory=dict)  # what was asked of sizes
     by_values: dict[Axis, str] = field(default_factory=dict)  # an axis as long as values say -> the module that made it
 
     _by_path: dict[str, tuple[int, dict[str, list[Any]]]] = field(default_factory=dict, repr=False)
@@ -574,7 +575,7 @@ class Tracer(TorchDispatchMode):
     # -- running ------------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Tracer:
-        self._listening = listening(self._found_equal, self._escaped, self._taken)
+        self._listening = listening(self._found_equal, self._escaped, self._taken, self._decided)
         self._listening.__enter__()
         return super().__enter__()
 
@@ -591,6 +592,9 @@ class Tracer(TorchDispatchMode):
         fixed = Equation(value.expression, _constant(int(value)), f"{self.path or 'the model'} ({how})")
         self.record.equations.append(fixed)
         return fixed
+
+    def _decided(self, decision: Decision) -> None:
+        self.record.decisions[decision] = None
 
     def _taken(self, attribute: Attribute, index: int) -> None:
         self.record.taken.append((self.op, attribute, index))

@@ -160,3 +160,68 @@ def test_attributes_in_slots_are_copied():
     space = traced(InSlots(), torch.randn(2, 4))
     assert {d.size for d in space.dimensions.values()} == {16}
     assert_exact(space)
+
+
+# -- what sizes decide ------------------------------------------------------------------------------------------------
+
+
+class BySize(nn.Module):
+    """A network of one width, which does `what` with its features and their number."""
+
+    def __init__(self, what):
+        super().__init__()
+        self.what = what
+        self.body, self.head = nn.Linear(6, 32), nn.Linear(32, 3)
+
+    def forward(self, x):
+        x = F.relu(self.body(x))
+        return self.head(self.what(x, x.shape[1]))
+
+
+def fails_unless_a_multiple_of_eight(x, n):
+    assert n % 8 == 0
+    return x
+
+
+DECIDED = {
+    "above": (lambda x, n: x * 2 if n > 8 else x, 9, 1),
+    "at least": (lambda x, n: x * 2 if n >= 8 else x, 8, 1),
+    "maximum": (lambda x, n: x * max(n, 5).bit_length() if n < 4 else x, 4, 1),
+    "another number": (lambda x, n: x * 2 if n == 11 else x, 12, 1),
+    "in steps": (fails_unless_a_multiple_of_eight, 8, 8),
+    "of a part": (lambda x, n: x * 2 if n // 2 > 7 else x, 16, 1),
+    "which does not matter": (lambda x, n: x * 1 if n == 1 else x, 1, 1),
+    "which is always so": (lambda x, n: x if n > 0 and n % 1 == 0 and n <= 32 else x * 2, 1, 1),
+}
+
+
+@pytest.mark.parametrize("name", DECIDED)
+def test_a_width_keeps_to_the_sizes_at_which_the_forward_decides_as_it_does(name):
+    what, minimum, multiple = DECIDED[name]
+    space = traced(BySize(what), torch.randn(3, 6))
+    (d,) = space.dimensions.values()
+    assert (d.lowest, d.multiple) == (minimum, multiple)
+    assert_exact(space, seeds=12)
+
+
+class Shortcut(nn.Module):
+    """A projection where the number of channels changes; where it does not the input itself is added."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.conv, self.project = nn.Conv2d(inputs, outputs, 3, padding=1), nn.Conv2d(inputs, outputs, 1)
+
+    def forward(self, x):
+        y = self.conv(x)
+        return F.relu(y + (self.project(x) if x.shape[1] != y.shape[1] else x))
+
+
+def test_two_widths_that_differ_never_become_equal():
+    space = traced(nn.Sequential(nn.Conv2d(3, 12, 1), Shortcut(12, 20), nn.Conv2d(20, 2, 1)), torch.randn(2, 3, 5, 5))
+    assert space.dimensions
+    assert_exact(space)
+    equal = space.structure({n: 8 for n in space.dimensions})
+    assert (
+        difference(outputs(space.export(equal), space.example_inputs), outputs(space.gate(equal), space.example_inputs))
+        <= 1e-4
+    )
