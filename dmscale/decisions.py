@@ -51,7 +51,7 @@ def turns(decisions: Iterable[Decision], solution: Solution, dimensions: Mapping
 def _turns_of(
     symbol: str, left: Quotient, right: Quotient, links: list[set[Axis]], owner: Mapping[Axis, Dimension]
 ) -> dict[str, Turn]:
-    rounded: int | None = 1
+    rounded = 1
     if symbol == "%":
         divisor = right.numerator.constant if right.denominator == 1 else None
         if not divisor or left.denominator != 1:
@@ -59,7 +59,7 @@ def _turns_of(
         poly, decides = left.numerator, lambda value: value % divisor
     else:
         difference = left - right
-        poly, rounded, decides = difference.numerator, difference.denominator.constant, _COMPARISONS[symbol]
+        poly, rounded, decides = difference.numerator, difference.denominator.constant or 0, _COMPARISONS[symbol]
         if not rounded:
             return {}
     poly, sizes = in_units(poly, links)
@@ -69,19 +69,25 @@ def _turns_of(
     full = {v: sizes.get(v, v.size) for v in variables}
     if len(variables) == 1:
         (v,) = variables
-        d, turn = owner[v], _turn(lambda n: decides(poly.evaluate({v: n})), full[v])
+        slope, start = poly.terms[(v,)], poly.terms.get((), 0)
+        root, last = -start // slope, full[v]
+        one_way = symbol != "%" and decides(slope + start) == decides(slope * last + start)
+        if one_way and not (symbol == "==" and 1 < root < last and slope * root + start == 0):
+            return {}  # most of what is asked: whether there is anything at all
+        turn = _turn(lambda n: decides(slope * n + start), last)
         if turn is None:
             return {}
-        each = d.size // full[v]
-        minimum = (
-            None if turn.minimum is None else -(-turn.minimum // rounded) * rounded * each
-        )  # n // 2 is rounded down
-        return {d.name: Turn(turn.at * each, minimum, turn.multiple and turn.multiple * each)}
+        d = owner[v]
+        each = d.size // last
+        least = None if turn.minimum is None else -(-turn.minimum // rounded) * rounded * each  # n // 2 is rounded down
+        return {d.name: Turn(turn.at * each, least, turn.multiple and turn.multiple * each)}
     if len(variables) == 2 and owner[variables[0]] is not owner[variables[1]]:
         small, large = sorted(variables, key=lambda v: full[v])
-        least = max(full[small] // 2, min(2, full[small]))
-        pair = {small: least, large: least - (symbol != "==")}
-        if pair[large] and decides(poly.evaluate(pair)) != decides(poly.evaluate(full)):
+        few = max(full[small] // 2, min(2, full[small]))
+        pair = {small: few, large: few - (symbol != "==")}
+        if pair[large] and decides(poly.evaluate({v: n for v, n in pair.items()})) != decides(
+            poly.evaluate({v: n for v, n in full.items()})
+        ):
             return {owner[v].name: Turn(n * (owner[v].size // full[v])) for v, n in pair.items()}
     return {}
 
@@ -100,8 +106,5 @@ def _turn(decides: Callable[[int], Hashable], full: int) -> Turn | None:
     if minimum < full:
         return Turn(half, minimum)
     step = math.gcd(full, *(n for n in range(1, full) if decides(n) == now))
-    return (
-        Turn(half, step, step)
-        if step < full and all(decides(n) == now for n in range(step, full, step))
-        else Turn(half)
-    )
+    even = step < full and all(decides(n) == now for n in range(step, full, step))
+    return Turn(half, step, step) if even else Turn(half)

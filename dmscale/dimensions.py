@@ -171,8 +171,9 @@ def dimensions(
 def _pairs(record: Record) -> set[Axis]:
     """The axes that keep two elements at least, for what becomes of one is no longer the same operation.
 
-    `squeeze` takes a dimension of one away.  An unbiased variance divides by k - 1.  A centred normalisation of one element is its bias whatever comes in: what such a
-    network computes is rounding, amplified.  And einsum multiplies element by element where there is one to contract.
+    `squeeze` takes a dimension of one away.  An unbiased variance divides by k - 1.  A centred normalisation of one element is
+    its bias whatever comes in: what such a network computes is rounding, amplified.  And einsum multiplies element by element
+    where there is one to contract.
     """
     single = [d for d in record.not_alone if axes.is_free(d)]
     single += [d for n in record.normalisations if n.kind in ("variance", "standardised") for d in n.dims]

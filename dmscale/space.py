@@ -53,6 +53,7 @@ class SearchSpace:
         self.dimensions, self.frozen = dimensions(self.trace, resolved, self.options)
         self.__dict__.pop("costs", None)
         self.__dict__.pop("shares", None)
+        self.__dict__.pop("turns", None)
         self.__dict__.pop("routed", None)
 
     def trace_with_cache(self) -> None:
@@ -63,7 +64,7 @@ class SearchSpace:
             return
         self._rebuild()
 
-    @property
+    @functools.cached_property
     def turns(self) -> dict[str, decisions.Turn]:
         """Dimension -> a size at which the forward may take another branch, of those that it has."""
         return decisions.turns(self.trace.record.decisions, self.solution, self.dimensions)
