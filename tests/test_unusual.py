@@ -225,3 +225,45 @@ def test_two_widths_that_differ_never_become_equal():
         difference(outputs(space.export(equal), space.example_inputs), outputs(space.gate(equal), space.example_inputs))
         <= 1e-4
     )
+
+
+# -- operators of recommenders and of sequences of unlike lengths ------------------------------------------------------
+
+
+class Bags(nn.Module):
+    def __init__(self, mode: str):
+        super().__init__()
+        self.table, self.body, self.head = nn.EmbeddingBag(30, 12, mode=mode), nn.Linear(12, 10), nn.Linear(10, 3)
+
+    def forward(self, index, offsets):
+        return self.head(F.relu(self.body(self.table(index, offsets))))
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+def test_the_width_of_a_table_of_bags_is_free(mode):
+    space = traced(Bags(mode), torch.randint(0, 30, (9,)), torch.tensor([0, 4]))
+    assert {d.size for d in space.dimensions.values()} == {12, 10}
+    assert_exact(space)
+    assert searched(space, "60% params").table.embedding_dim < 12
+
+
+class Packed(nn.Module):
+    """A recurrent network on sequences of unlike lengths."""
+
+    def __init__(self, kind: type[nn.RNNBase]):
+        super().__init__()
+        self.table, self.rnn = nn.Embedding(20, 10), kind(10, 8, batch_first=True, bidirectional=True)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, tokens, lengths):
+        packed = nn.utils.rnn.pack_padded_sequence(self.table(tokens), lengths, batch_first=True, enforce_sorted=False)
+        out, _ = nn.utils.rnn.pad_packed_sequence(self.rnn(packed)[0], batch_first=True)
+        return self.head(out)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_packed_sequences_leave_both_widths_of_a_recurrent_network_free(kind):
+    space = traced(Packed(kind), torch.randint(0, 20, (3, 5)), torch.tensor([3, 5, 2]))
+    assert {d.size for d in space.dimensions.values()} == {10, 8}
+    assert_exact(space)
+    assert searched(space, "60% params").rnn.hidden_size < 8
