@@ -412,11 +412,15 @@ def _layer_norm(tracer: Tracer, out: Tensor, x: Tensor, normalized_shape: Sequen
 def _created(tracer: Tracer, out: Tensor, *args: Any, **kwargs: Any) -> None:
     sizes = next((list(a) for a in (*args, *kwargs.values()) if isinstance(a, (tuple, list))), None)
     if sizes is None:  # a number may be in a tensor: the batch that is left of a packed sequence
-        sizes = [int(a) if isinstance(a, Tensor) else a for a in args if isinstance(a, (int, Tensor))][-out.dim() :]
+        sizes = [int(a) if _is_number(a) else a for a in args if isinstance(a, int) or _is_number(a)][: out.dim()]
     if len(sizes) == out.dim():
         _equate_all(tracer, sizes, tracer.dims(out))
     else:
         tracer.freeze_dims(tracer.dims(out), "a constant")
+
+
+def _is_number(a: Any) -> bool:
+    return isinstance(a, Tensor) and a.dim() == 0 and not a.is_meta and not a.is_floating_point()
 
 
 @_on("_pad_packed_sequence")
