@@ -86,7 +86,8 @@ class Arrivals(TorchFunctionMode):
             if sized and counted_as(name, args) not in SCALINGS:
                 _fix(self.tracer, sized)
             return out
-        self.tracer.making_sized = handler is _created or (handler is _numbered and _counts_to(args, kwargs))
+        makes = handler in (_created, _unpacked)
+        self.tracer.making_sized = makes or (handler is _numbered and _counts_to(args, kwargs))
         try:
             out = func(*args, **kwargs)
         finally:
@@ -261,7 +262,7 @@ def _ints(args: Sequence[Any]) -> list[int]:
 
 def _equate_all(tracer: Tracer, sizes: Sequence[int], dims: Sequence[Dim]) -> None:
     for n, dim in zip(reversed(sizes), reversed(dims)):
-        if n >= 0:
+        if int(n) >= 0:
             tracer.equate(n, dim)
 
 
@@ -366,12 +367,12 @@ def _slice_arrives(tracer: Tracer, dim: Dim, total: int, start: int | None, stop
     except axes.Conflict:
         return  # the operator's own rule has frozen it
     if start is not None and first > 0:
-        if start >= 0:
+        if int(start) >= 0:
             tracer.equate(start, before)
         else:
             tracer.equate(-start, axes.concat([middle, behind]))
-    if stop is not None and (last < total or stop == total):
-        if stop >= 0:
+    if stop is not None and (last < total or int(stop) == total):
+        if int(stop) >= 0:
             tracer.equate(stop, axes.concat([before, middle]))
         else:
             tracer.equate(-stop, behind)
@@ -382,7 +383,7 @@ def _convolution(
     tracer: Tracer, out: Tensor, input: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1, padding: Any = 0,
     dilation: Any = 1, groups: int = 1,
 ) -> None:  # fmt: skip
-    if groups > 1:
+    if int(groups) > 1:
         tracer.equate(groups, _leading(tracer.dims(out)[1 if out.dim() == weight.dim() else 0], int(groups)))
 
 
@@ -396,7 +397,7 @@ def _transposed(
 
 @_on("group_norm")
 def _group_norm(tracer: Tracer, out: Tensor, x: Tensor, num_groups: int, *args: Any, **kwargs: Any) -> None:
-    if num_groups > 1:
+    if int(num_groups) > 1:
         tracer.equate(num_groups, _leading(tracer.dims(x)[1], int(num_groups)))
 
 
@@ -410,12 +411,22 @@ def _layer_norm(tracer: Tracer, out: Tensor, x: Tensor, normalized_shape: Sequen
 )  # fmt: skip
 def _created(tracer: Tracer, out: Tensor, *args: Any, **kwargs: Any) -> None:
     sizes = next((list(a) for a in (*args, *kwargs.values()) if isinstance(a, (tuple, list))), None)
-    if sizes is None:
-        sizes = [a for a in args if isinstance(a, int)][: out.dim()]
+    if sizes is None:  # a number may be in a tensor: the batch that is left of a packed sequence
+        sizes = [int(a) if _is_number(a) else a for a in args if isinstance(a, int) or _is_number(a)][: out.dim()]
     if len(sizes) == out.dim():
         _equate_all(tracer, sizes, tracer.dims(out))
     else:
         tracer.freeze_dims(tracer.dims(out), "a constant")
+
+
+def _is_number(a: Any) -> bool:
+    return isinstance(a, Tensor) and a.dim() == 0 and not a.is_meta and not a.is_floating_point()
+
+
+@_on("_pad_packed_sequence")
+def _unpacked(tracer: Tracer, out: Sequence[Tensor], data: Tensor, *args: Any, **kwargs: Any) -> None:
+    """A packed sequence written into zeros, time step by time step: how many there are is fixed, the features are not."""
+    tracer.freeze_dims(tracer.dims(out[0])[:2], "the length of sequences")
 
 
 @_on("arange")

@@ -42,9 +42,14 @@ def _certify(space: SearchSpace) -> None:
         if not bad:
             name, others, failure = _at_fault_together(space, model, inputs, names)
             bad = {name: f"together with {others}, {failure}"}
+        turns = space.turns
         for name, reason in bad.items():
             if name in space.dimensions:
-                space.freeze([name], f"failed its trial: {reason}")
+                turn = turns.get(name)
+                if turn is not None and turn.minimum is not None:
+                    space.hold(name, turn)
+                else:
+                    space.freeze([name], f"failed its trial: {reason}")
         names = list(space.dimensions)
 
 
@@ -120,8 +125,16 @@ def _trial(space: SearchSpace, model: nn.Module, inputs: Any, names: Sequence[st
 
 
 def _halved(space: SearchSpace, names: Sequence[str]) -> Structure:
-    rng = random.Random(0)
-    sizes = {n: max(space.dimensions[n].lowest, space.dimensions[n].size // 2) for n in names}
+    """About half of everything: an odd number of a width, for what holds of a half may hold of round numbers only.
+
+    Where the forward decides by a size, one at which it decides otherwise.
+    """
+    rng, turns = random.Random(0), space.turns
+    sizes = {}
+    for n in names:
+        d = space.dimensions[n]
+        half = d.size // 2 if d.kind == "depth" else d.size // 2 - (d.size // 2 + 1) % 2
+        sizes[n] = turns[n].at if n in turns else max(d.lowest, half)
     scores = {m: [rng.random() for _ in range(t)] for n in names for m, t in space._members(space.dimensions[n])}
     return space.structure(sizes, scores)
 

@@ -75,7 +75,18 @@ def _copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
         elif key != "_compiled_call_impl":
             state[key] = copy.deepcopy(value, memo)
     state.pop("_compiled_call_impl", None)
+    for name in _slots(cls):
+        if hasattr(module, name):
+            setattr(twin, name, copy.deepcopy(getattr(module, name), memo))
     return twin
+
+
+@functools.cache
+def _slots(cls: Any) -> tuple[str, ...]:
+    """The attributes of a class that are in no `__dict__`."""
+    slots = [vars(c).get("__slots__", ()) for c in cls.__mro__]
+    names = (name for s in slots for name in ((s,) if isinstance(s, str) else s))
+    return tuple(name for name in names if name not in ("__dict__", "__weakref__"))
 
 
 @functools.cache

@@ -71,6 +71,7 @@ class Options:
     multiple: dict[str, int] = field(default_factory=dict)
     no_depth: dict[str, str] = field(default_factory=dict)  # stacks taken out -> reason
     branches: bool = False
+    held: dict[Axis, tuple[int, int]] = field(default_factory=dict)  # size and step of what decides otherwise below
 
     def refuses(self, name: str) -> str | None:
         """Why the user does not want dimension `name`, if so."""
@@ -154,6 +155,9 @@ def dimensions(
             step = math.lcm(step, steps.get(a, 1) * size // math.gcd(steps.get(a, 1) * size, a.size))
         wanted = _bound(options.multiple, name, 1) if kind == "width" else 1
         needed = max(-(-least.get(a, 1) * size // a.size) for a in group)
+        for a in group:
+            if a in options.held:
+                needed, step = max(needed, options.held[a][0]), math.lcm(step, options.held[a][1])
         found[name] = Dimension(
             name, kind, size, max(_bound(options.minimum, name, 1), needed), math.lcm(step, wanted),
             tuple(group), tuple(names[a] for a in group),
@@ -167,10 +171,12 @@ def dimensions(
 def _pairs(record: Record) -> set[Axis]:
     """The axes that keep two elements at least, for what becomes of one is no longer the same operation.
 
-    An unbiased variance divides by k - 1.  A centred normalisation of one element is its bias whatever comes in: what such a
-    network computes is rounding, amplified.  And einsum multiplies element by element where there is one to contract.
+    `squeeze` takes a dimension of one away.  An unbiased variance divides by k - 1.  A centred normalisation of one element is
+    its bias whatever comes in: what such a network computes is rounding, amplified.  And einsum multiplies element by element
+    where there is one to contract.
     """
-    single = [d for n in record.normalisations if n.kind in ("variance", "standardised") for d in n.dims]
+    single = [d for d in record.not_alone if axes.is_free(d)]
+    single += [d for n in record.normalisations if n.kind in ("variance", "standardised") for d in n.dims]
     single += [n.dims[0] for n in record.normalisations if n.kind == "centred" and not n.group and len(n.dims) == 1]
     for c in record.contractions:
         call = calls.at(record, c.op) if axes.is_free(c.dim) else None

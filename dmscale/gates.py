@@ -351,9 +351,13 @@ def _plan_contraction(
     weight = [(v, own) for v, own in consumers if any(n.rpartition(".")[0] == c.path for n in v.params)]
     consumers = weight or consumers
     if consumers:
-        site = _input_site(trace, c, consumers)
+        written = any(_holding(trace, n, c.dim) for v, _ in consumers for n in v.params & trace.record.written)
+        site = _input_site(trace, c, consumers, smaller=not written)
         if site is not None:
             inputs[site.module] = site
+            return
+        if written:
+            axes.freeze(c.dim, f"the forward writes to the weight that consumes it, in {c.path or 'the model'}")
             return
         for value, own in consumers:
             for name in value.params:
@@ -366,8 +370,10 @@ def _plan_contraction(
 _TYPICAL_BATCH = 32  # of training, whatever batch the example has
 
 
-def _input_site(trace: Trace, c: Contraction, consumers: Sequence[tuple[Value, Dim]]) -> InputSite | None:
-    """The input of the consuming module, where it is one and smaller than the weight."""
+def _input_site(
+    trace: Trace, c: Contraction, consumers: Sequence[tuple[Value, Dim]], smaller: bool = True
+) -> InputSite | None:
+    """The input of the consuming module, where it is one and, by default, smaller than the weight."""
     if len(consumers) != 1 or len(consumers[0][0].params) != 1:
         return None
     calls, inside = trace.record.of("calls", c.path), trace.record.of("contractions", c.path)
@@ -381,7 +387,7 @@ def _input_site(trace: Trace, c: Contraction, consumers: Sequence[tuple[Value, D
     (name,) = consumers[0][0].params
     elements = math.prod(axes.size(d) for d in source[1:]) * max(_TYPICAL_BATCH, axes.size(source[0]))
     weight = math.prod(axes.size(d) for d in trace.slots[name])
-    return InputSite(c.path, position, c.dim) if elements < weight else None
+    return InputSite(c.path, position, c.dim) if elements < weight or not smaller else None
 
 
 def _mask_producers(
@@ -400,6 +406,8 @@ def _mask_producers(
     elements only; then those of all are masked.
     """
     wanted = {a for a in axes.atoms(dim) if not a.reasons}
+    written = trace.record.written  # a masked batch norm is zero whatever its statistics are
+    values = [replace(v, params=v.params - written) if v.params & written else v for v in values]
     made = [v for v in values if any(_holding(trace, n, dim) for n in v.params)]
     producers = _producers(trace, wanted, [v for v in made if v.zeroed])
     if producers is None and functions.add(op, [dim], zero=True):

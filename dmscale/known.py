@@ -15,6 +15,7 @@ from .tree import walk
 DESCRIPTIVE: dict[type[nn.Module], dict[str, tuple[str, int]]] = {
     nn.Linear: {"in_features": ("weight", 1), "out_features": ("weight", 0)},
     nn.Embedding: {"num_embeddings": ("weight", 0), "embedding_dim": ("weight", 1)},
+    nn.EmbeddingBag: {"num_embeddings": ("weight", 0), "embedding_dim": ("weight", 1)},
     nn.modules.batchnorm._NormBase: {"num_features": ("weight", 0)},
     nn.GroupNorm: {"num_channels": ("weight", 0)},
     nn.PReLU: {"num_parameters": ("weight", 0)},

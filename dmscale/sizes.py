@@ -74,12 +74,22 @@ class Equation:
     where: str
 
 
+@dataclass(frozen=True)
+class Decision:
+    """A forward asked whether `left symbol right`, one of < <= ==; or, with %, what is left of a division."""
+
+    symbol: str
+    left: Expression
+    right: Expression
+
+
 class _Listener:
     """What `SizedInt` reports to while a trace runs: ints found equal, ints used as plain numbers."""
 
     equal: Callable[[SizedInt, SizedInt], None] | None = None
     escaped: Callable[[SizedInt, str], Equation] | None = None
     taken: Callable[[Attribute, int], None] | None = None
+    decided: Callable[[Decision], None] | None = None
 
 
 _listener = _Listener()
@@ -88,15 +98,15 @@ _listener = _Listener()
 @contextmanager
 def listening(
     equal: Callable[[SizedInt, SizedInt], None], escaped: Callable[[SizedInt, str], Equation],
-    taken: Callable[[Attribute, int], None] | None = None,
+    taken: Callable[[Attribute, int], None] | None = None, decided: Callable[[Decision], None] | None = None,
 ) -> Iterator[None]:  # fmt: skip
     """Report comparisons and escapes of `SizedInt`s, and entries taken from `Listed`, while the context lasts."""
-    before = _listener.equal, _listener.escaped, _listener.taken
-    _listener.equal, _listener.escaped, _listener.taken = equal, escaped, taken
+    before = _listener.equal, _listener.escaped, _listener.taken, _listener.decided
+    _listener.equal, _listener.escaped, _listener.taken, _listener.decided = equal, escaped, taken, decided
     try:
         yield
     finally:
-        _listener.equal, _listener.escaped, _listener.taken = before
+        _listener.equal, _listener.escaped, _listener.taken, _listener.decided = before
 
 
 class Listed(list):
@@ -152,6 +162,8 @@ class SizedInt(int):
         if same is True and isinstance(other, SizedInt) and _listener.equal:
             # the branch that the model takes because two sizes are equal must stay the one it takes
             _listener.equal(self, other)
+        elif same is not NotImplemented:
+            _decide("==", self, other)
         return same
 
     def __ne__(self, other: object) -> bool:
@@ -159,6 +171,39 @@ class SizedInt(int):
         return same if same is NotImplemented else not same
 
     __hash__ = int.__hash__
+
+    def __lt__(self, other: Any) -> bool:
+        return _decide("<", self, other, int.__lt__(self, other))
+
+    def __le__(self, other: Any) -> bool:
+        return _decide("<=", self, other, int.__le__(self, other))
+
+    def __gt__(self, other: Any) -> bool:
+        return _decide("<", other, self, int.__gt__(self, other))
+
+    def __ge__(self, other: Any) -> bool:
+        return _decide("<=", other, self, int.__ge__(self, other))
+
+    def __mod__(self, other: Any) -> Any:
+        return _decide("%", self, other, int.__mod__(self, other))
+
+    def __rmod__(self, other: Any) -> Any:
+        return _decide("%", other, self, int.__rmod__(self, other))
+
+    def __divmod__(self, other: Any) -> Any:
+        return self // other, self % other
+
+    def __pos__(self) -> SizedInt:
+        return self
+
+    def __abs__(self) -> SizedInt:
+        return self if int(self) >= 0 else -self
+
+    def __rshift__(self, other: Any) -> Any:
+        return self // (1 << other)
+
+    def __lshift__(self, other: Any) -> Any:
+        return self * (1 << other)
 
     def _escape(self, how: str) -> Equation | None:
         return _listener.escaped(self, how) if _listener.escaped else None
@@ -255,6 +300,13 @@ class SizedFloat(float):
         return self._scaled(other - float(self), 1, None)
 
 
+def _decide(symbol: str, left: Any, right: Any, outcome: Any = None) -> Any:
+    """`outcome`, of the question `left symbol right`."""
+    if _listener.decided and outcome is not NotImplemented and isinstance(left, int) and isinstance(right, int):
+        _listener.decided(Decision(symbol, expression_of(left), expression_of(right)))
+    return outcome
+
+
 def square_root(x: Any) -> float:
     """`math.sqrt`, of a size a power of it."""
     if isinstance(x, SizedInt):
@@ -307,20 +359,21 @@ def extent_in(dim: Dim, free: set[Axis]) -> Poly:
     return extent(dim) if any(a in free for a in axes.atoms(dim)) else Poly.of(axes.size(dim))
 
 
-class _Unknown(Exception):
-    pass
+class Unknown(Exception):
+    """An expression mentions an attribute of which nothing is known."""
 
 
-def _evaluate(e: Expression, known: dict[Attribute, Quotient]) -> Quotient:
+def evaluate(e: Expression, known: Mapping[Attribute, Quotient]) -> Quotient:
+    """`e` as a quotient of polynomials; raises `Unknown`, or `Inexact` where it is rounded at full size."""
     if isinstance(e, int):
         return Quotient(e)
     if isinstance(e, Extent):
         return Quotient(extent(e.dim))
     if isinstance(e, Attribute):
         if e not in known:
-            raise _Unknown
+            raise Unknown
         return known[e]
-    left, right = _evaluate(e.left, known), _evaluate(e.right, known)
+    left, right = evaluate(e.left, known), evaluate(e.right, known)
     if e.symbol == "//" and _now(left) % _now(right):
         raise Inexact  # rounded already at full size: what it would become is anyone's guess
     return _OPERATIONS[e.symbol](left, right)
@@ -364,8 +417,8 @@ def _undo_right(symbol: str, value: Quotient, left: Quotient) -> Quotient:
 
 def _try(e: Expression, known: dict[Attribute, Quotient]) -> Quotient | None:
     try:
-        return _evaluate(e, known)
-    except _Unknown:
+        return evaluate(e, known)
+    except Unknown:
         return None
 
 
@@ -451,8 +504,8 @@ def _solve_once(equations: list[Equation], kept: Mapping[Attribute, Quotient]) -
     related: list[tuple[Equation, Poly]] = []
     for eq in reversed(todo):
         try:
-            difference = (_evaluate(eq.expression, known) - Quotient(extent(eq.dim))).numerator
-        except (Inexact, _Unknown):
+            difference = (evaluate(eq.expression, known) - Quotient(extent(eq.dim))).numerator
+        except (Inexact, Unknown):
             _freeze(_mentioned(eq, known), f"a size computed in {eq.where} cannot follow it")
             continue
         if not difference.terms:
@@ -493,7 +546,7 @@ def _freeze_unrelated(
     while progress:
         progress, rest = False, []
         for eq, difference in related:
-            units, sizes = _in_units(difference, links)
+            units, sizes = in_units(difference, links)
             pair = _proportional(units, sizes)
             if pair is not None:
                 _join(links, pair)
@@ -503,7 +556,7 @@ def _freeze_unrelated(
         related = rest
     for eq, difference in related:
         if not any(v.reasons for v in difference.variables):  # type: ignore[attr-defined]
-            _freeze(_least_to_fix(_in_units(difference, links)[0], eq, known), f"its size is fixed in {eq.where}")
+            _freeze(_least_to_fix(in_units(difference, links)[0], eq, known), f"its size is fixed in {eq.where}")
 
 
 def _join(links: list[set[Axis]], pair: tuple[Axis, Axis]) -> None:
@@ -514,7 +567,7 @@ def _join(links: list[set[Axis]], pair: tuple[Axis, Axis]) -> None:
     links.append(joined)
 
 
-def _in_units(difference: Poly, links: list[set[Axis]]) -> tuple[Poly, dict[Axis, int]]:
+def in_units(difference: Poly, links: list[set[Axis]]) -> tuple[Poly, dict[Axis, int]]:
     """`difference` with linked axes as multiples of one of them, which then has the size that divides all of theirs."""
     values, sizes = _units(difference.variables, links)
     return Poly.of(difference.evaluate(values)), sizes

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import axes, budget, causes, certify, export, gates, latency, routing, settings, tracing
+from . import axes, budget, causes, certify, decisions, export, gates, latency, routing, settings, tracing
 from .axes import Axis
 from .clone import alias, clone
 from .cost import METRICS, Cost, CostModel, block_finder, cost_model
@@ -48,10 +48,12 @@ class SearchSpace:
         """Derive everything from the trace and from what is frozen by now."""
         resolved = resolve(self.trace, self.model, self.options)
         self.stacks = {s.name: s for s in resolved.stacks}
-        self.sites, self.attributes = resolved.sites, resolved.solution.attributes
+        self.sites, self.solution = resolved.sites, resolved.solution
+        self.attributes = resolved.solution.attributes
         self.dimensions, self.frozen = dimensions(self.trace, resolved, self.options)
         self.__dict__.pop("costs", None)
         self.__dict__.pop("shares", None)
+        self.__dict__.pop("turns", None)
         self.__dict__.pop("routed", None)
 
     def trace_with_cache(self) -> None:
@@ -60,6 +62,17 @@ class SearchSpace:
             self.trace = tracing.read(self.model, self.example_inputs, cached=True)
         except TraceError:
             return
+        self._rebuild()
+
+    @functools.cached_property
+    def turns(self) -> dict[str, decisions.Turn]:
+        """Dimension -> a size at which the forward may take another branch, of those that it has."""
+        return decisions.turns(self.trace.record.decisions, self.solution, self.dimensions)
+
+    def hold(self, name: str, turn: decisions.Turn) -> None:
+        """Keep a dimension to sizes at which the forward takes the branch that it takes now."""
+        assert turn.minimum is not None
+        self.options.held[self.dimensions[name].axes[0]] = turn.minimum, turn.multiple or 1
         self._rebuild()
 
     def freeze(self, names: Iterable[str], reason: str) -> None:

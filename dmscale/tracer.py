@@ -14,7 +14,7 @@ import bisect
 import contextlib
 import functools
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ from .axes import Axis, Conflict, Dim
 from .calls import Counting, FunctionCall
 from .numbering import NOTHING, PICKS, Said, freeze_numbers, heard
 from .rules import RULES
-from .sizes import Attribute, Equation, Expression, Extent, Operation, SizedInt, listening
+from .sizes import Attribute, Decision, Equation, Expression, Extent, Operation, SizedInt, listening
 
 aten = torch.ops.aten
 Tensor = torch.Tensor
@@ -248,8 +248,11 @@ class Record:
     scales: list[Scale] = field(default_factory=list)
     by_products: dict[str, tuple[tuple[Dim, ...], ...]] = field(default_factory=dict)  # outputs whose axes may shrink
     read: dict[str, int] = field(default_factory=dict)  # parameter -> the first operator that took it
+    written: set[str] = field(default_factory=set)  # parameters and buffers that a forward writes to
+    not_alone: list[Dim] = field(default_factory=list)  # with one element left these dimensions would be gone
     steps: dict[int, Step] = field(default_factory=dict)  # by operator number
     results: set[int] = field(default_factory=set)  # origins of what the model returns
+    decisions: dict[Decision, None] = field(default_factory=dict)  # what was asked of sizes
     by_values: dict[Axis, str] = field(default_factory=dict)  # an axis as long as values say -> the module that made it
 
     _by_path: dict[str, tuple[int, dict[str, list[Any]]]] = field(default_factory=dict, repr=False)
@@ -271,12 +274,34 @@ class Record:
         return noted[first : bisect.bisect_right(noted, end, first, key=_op)]
 
     def matters(self) -> set[int]:
-        """Origins of everything that a result, or a tensor that is written to, depends on."""
-        found = set(self.results)
+        """Origins of everything that a result, a tensor that is written to, or what Python reads depends on."""
+        return self._needed(self.results, lambda step: step.writes)
+
+    def _needed(self, results: set[int], also: Callable[[Step], bool]) -> set[int]:
+        """Origins of what `results` depend on, and what steps of which `also` is true take."""
+        found = set(results)
         for step in reversed(self.steps.values()):
-            if step.writes or not found.isdisjoint(step.gives):
+            if also(step) or not found.isdisjoint(step.gives):
                 found.update(step.takes)
         return found
+
+    def deciding(self) -> set[Axis]:
+        """The axes of what was computed for values that Python read, and for nothing else.
+
+        What follows from such a value no run shows: an early exit returns that very tensor.
+        """
+        if not self.results or all(step.gives for step in self.steps.values()):
+            return set()
+        read = self._needed(set(), lambda step: not step.gives)
+        used = self._needed(self.results, lambda step: step.writes and bool(step.gives))
+        beside: set[Axis] = set()
+        needed: set[Axis] = set()
+        for a in self.activations:
+            gives = set(self.steps[a.op].gives) if a.op in self.steps else set()
+            where = needed if gives & used else beside if gives & read else None
+            if where is not None:
+                where.update(atom for dim in a.dims for atom in axes.atoms(dim))
+        return beside - needed
 
 
 # Results that hold the very elements of their first argument: a residual branch may add such a copy.
@@ -373,6 +398,8 @@ class Tracer(TorchDispatchMode):
         self._names: dict[str, Value] = {}
         self._equated: set[Any] = set()
         self._contracting = False
+        self._shifting = False
+        self._named: dict[int, str] = {}  # origin of a parameter or buffer -> its name
         self._square: int | None = None
         self._operator = ""
         self._origins = 0
@@ -389,6 +416,7 @@ class Tracer(TorchDispatchMode):
         setattr(tensor, _NAME, value)
         if name:
             self._names[name] = value
+            self._named[value.origin] = name
         return tensor
 
     def value(self, tensor: Tensor) -> Value:
@@ -504,6 +532,20 @@ class Tracer(TorchDispatchMode):
         if axes.is_free(dim):
             self.record.least.append((dim, size))
 
+    def not_alone(self, dim: Dim) -> None:
+        """Note that what happens to a `dim` of one element is not what happens to more of them: two stay."""
+        if axes.is_free(dim):
+            self.record.not_alone.append(dim)
+
+    def writes(self, *tensors: Tensor | None) -> None:
+        """Note that the model writes to these tensors, in training at least: nothing can stand for what is written to."""
+        origins = [self.value(t).origin for t in tensors if t is not None]
+        self.record.written.update(self._named[o] for o in origins if o in self._named)
+
+    def shifts(self) -> None:
+        """Note that the operator of the moment does not give zero for zero."""
+        self._shifting = True
+
     def looked_up(self, dim: Dim, x: Tensor) -> None:
         """Note that elements of `dim`, of `x`, are found by numbers that were chosen."""
         self.record.lookups.append(Lookup(self.op, self.path, dim, self.value(x)))
@@ -533,7 +575,7 @@ class Tracer(TorchDispatchMode):
     # -- running ------------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Tracer:
-        self._listening = listening(self._found_equal, self._escaped, self._taken)
+        self._listening = listening(self._found_equal, self._escaped, self._taken, self._decided)
         self._listening.__enter__()
         return super().__enter__()
 
@@ -550,6 +592,9 @@ class Tracer(TorchDispatchMode):
         fixed = Equation(value.expression, _constant(int(value)), f"{self.path or 'the model'} ({how})")
         self.record.equations.append(fixed)
         return fixed
+
+    def _decided(self, decision: Decision) -> None:
+        self.record.decisions[decision] = None
 
     def _taken(self, attribute: Attribute, index: int) -> None:
         self.record.taken.append((self.op, attribute, index))
@@ -614,7 +659,9 @@ class Tracer(TorchDispatchMode):
             if len(v.params) == 1:  # a parameter, or made of one; of what is made of several each was read before
                 for name in v.params:
                     record.read.setdefault(name, self.op)
-        self._contracting = False
+        self._contracting = self._shifting = False
+        if kind.mutable:
+            self.writes(tensors[0])
         if self._said:
             self._said.clear()
         found = self._apply_rule(func, args, kwargs, tensors, out, outs)
@@ -644,7 +691,7 @@ class Tracer(TorchDispatchMode):
         adds = kind.adds and len(values) == 2
         if adds:
             record.biases += [(self.op, n) for v in values if not v.data for n in v.params if len(v.params) == 1]
-        zeroed = zeroed and not kind.leaves_zero
+        zeroed = zeroed and not kind.leaves_zero and not self._shifting
         if contracting and all([v.data for v in values]):
             zeroed = False  # of two activations: nothing that is added to their product makes it zero
         if kind.times:

@@ -176,6 +176,8 @@ def _read(model: nn.Module, args: tuple, kwargs: dict, kind: str, cached: bool) 
     _tag_sizes(modules)
     examples = None if meta else routing.Examples(twin)  # without values none is chosen by them
     _run(tracer, twin, args, kwargs, meta, examples)
+    for a in tracer.record.deciding():
+        axes.freeze((a,), "only a branch of the forward depends on it, which may return it")
     trace = Trace(slots, aliases, tracer.record, kind, cached)
     touched = _touched(tracer.record)
     if examples is not None and parameters - tracer.record.read.keys():

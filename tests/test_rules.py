@@ -146,6 +146,11 @@ def by_hand():
         (aten.index_copy.default, x, 0, torch.tensor([1, 3]), torch.randn(2, 6)),
         (aten.isin.Tensor_Tensor, index, torch.tensor([1, 2, 3])), (aten.isin.Tensor_Scalar, index, 2),
         (aten.bucketize.Tensor, x, torch.tensor([-1.0, 0.0, 1.0])),
+        *((aten._embedding_bag.default, x, torch.tensor([0, 3, 1, 2, 2]), torch.tensor([0, 2]), False, mode)
+          for mode in range(3)),
+        # sequences of unlike lengths
+        (aten._pack_padded_sequence.default, volume, torch.tensor([6, 4]), True),
+        (aten._pack_padded_sequence.default, volume, torch.tensor([2, 2, 1, 1, 1, 1]), False),
     ]  # fmt: skip
     for func, *args in calls:
         kwargs = args.pop() if isinstance(args[-1], dict) else {}

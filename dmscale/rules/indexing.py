@@ -32,6 +32,33 @@ def embedding(trace: Tracer, out: Tensor, weight: Tensor, index: Tensor, *args: 
     return [*trace.dims(index), *width]
 
 
+@rule(aten._embedding_bag, aten._embedding_bag_forward_only)
+def embedding_bag(
+    trace: Tracer, out: Sequence[Tensor], weight: Tensor, index: Tensor, offsets: Tensor, by_frequency: bool = False,
+    mode: int = 0, sparse: bool = False, weights: Tensor | None = None, *args: Any,
+) -> Sequence[Any]:  # fmt: skip
+    """Sums, means or maxima of rows of a table: as many as there are offsets."""
+    rows, width = trace.dims(weight)
+    _look_up(trace, weight, rows, index, "vocabulary")
+    trace.freeze_dims(
+        [d for t in (index, offsets, weights) if t is not None for d in trace.dims(t)], "elements of bags"
+    )
+    trace.produced(width)
+    bags = axes.axis(out[0].shape[0], "bags")
+    inner = [trace.fresh(o, "elements of bags") for o in out[1:]]
+    return [[bags, width], *inner[:-1], [bags, width] if mode == 2 else inner[-1]]  # where each maximum is from
+
+
+@rule(aten._pack_padded_sequence)
+def pack_padded_sequence(
+    trace: Tracer, out: Sequence[Tensor], x: Tensor, lengths: Tensor, batch_first: bool
+) -> Sequence[Any]:
+    """The elements of all sequences, one time step after the other."""
+    dims = trace.dims(x)
+    trace.freeze_dims([*dims[:2], *trace.dims(lengths)], "the length of sequences")
+    return [[axes.axis(out[0].shape[0], "packed"), *dims[2:]], trace.fresh(out[1], "the length of sequences")]
+
+
 def _look_up(trace: Tracer, x: Tensor, own: Dim, picked: Tensor, reason: str) -> None:
     if look_up(trace, own, picked, reason):
         trace.looked_up(own, x)

@@ -41,6 +41,11 @@ def batch_norm(trace: Tracer, out: Sequence[Tensor], x: Tensor, *parameters: Any
     for p in parameters[:4]:
         if isinstance(p, Tensor):
             axes.unify(dims[1], trace.dims(p)[0])
+    weight, _, mean, var = parameters[:4]
+    if isinstance(mean, Tensor):
+        trace.writes(mean, var)
+        if weight is None:
+            trace.shifts()
     return [dims, *([dims[1]] if o.dim() == 1 and o.numel() == x.shape[1] else trace.fresh(o, "statistics")
                     for o in out[1:])]  # fmt: skip
 

@@ -87,6 +87,9 @@ def squeeze(trace: Tracer, out: Tensor, x: Tensor, positions: Any = None) -> Seq
     dims = trace.dims(x)  # `squeeze_` has changed the shape of `x` already
     wanted = range(len(dims)) if positions is None else positions if isinstance(positions, Sequence) else [positions]
     gone = {i % max(len(dims), 1) for i in wanted}
+    for i in gone:
+        if i < len(dims) and axes.size(dims[i]) > 1:
+            trace.not_alone(dims[i])
     return [d for i, d in enumerate(dims) if not (i in gone and axes.size(d) == 1)]
 
 

@@ -1,0 +1,269 @@
+"""Forwards that are not layers in a row: values and sizes that decide on branches, tensors written to, sizes of one.
+
+Each keeps what design.md section 4 promises at every structure, the smallest included, and through a search.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from nets import difference, non_trivial, outputs, run
+from torch import Tensor, nn
+
+import dmscale
+
+
+def traced(model: nn.Module, *inputs: Tensor) -> dmscale.SearchSpace:
+    torch.manual_seed(0)
+    return dmscale.trace(non_trivial(model), inputs)
+
+
+def assert_exact(space: dmscale.SearchSpace, seeds: int = 6) -> None:
+    """Gated equals exported for random structures and for the smallest one."""
+    smallest = space.structure({n: d.lowest for n, d in space.dimensions.items()})
+    for structure in (*(space.sample(seed=seed) for seed in range(seeds)), smallest):
+        small = space.export(structure, verify=False)
+        got, expected = outputs(small, space.example_inputs), outputs(space.gate(structure), space.example_inputs)
+        assert difference(got, expected) <= 1e-4
+
+
+def searched(space: dmscale.SearchSpace, budget: str, steps: int = 4) -> nn.Module:
+    """The export, which verifies itself, after a search in training mode."""
+    search = dmscale.Search(space, budget, steps)
+    optimizer = torch.optim.SGD(space.model.parameters(), 0.01)
+    search.attach(optimizer)
+    search.model.train()
+    for _ in range(steps):
+        run(search.model, space.example_inputs).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return search.export()
+
+
+# -- tensors that a forward writes to ---------------------------------------------------------------------------------
+
+
+class ScaledByNorm(nn.Module):
+    """Features divided by their length over the channels, as detectors do with their first scale."""
+
+    def __init__(self, affine: bool):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16, affine=affine)
+        self.scale, self.head = nn.Parameter(torch.rand(16) + 0.5), nn.Conv2d(16, 4, 1)
+
+    def forward(self, x):
+        x = F.relu(self.norm(self.conv(x)))
+        x = x / (x.pow(2).sum(1, keepdim=True).sqrt() + 1e-6)
+        return self.head(x * self.scale[:, None, None])
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_a_search_runs_where_a_sum_follows_a_batch_norm_and_its_statistics_move(affine):
+    space = traced(ScaledByNorm(affine), torch.randn(4, 3, 6, 6))
+    assert_exact(space)
+    before = space.model.norm.running_mean.clone()
+    small = searched(space, "60% params")
+    assert small.conv.out_channels < 16
+    assert not torch.equal(space.model.norm.running_mean, before)
+    assert not torch.equal(small.norm.running_mean, before[: small.norm.num_features])
+
+
+class MaskedWeight(nn.Conv2d):
+    """A causal convolution that zeroes its own weight, as PixelCNN is often written."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.register_buffer("mask", torch.ones_like(self.weight))
+        self.mask[:, :, self.weight.shape[2] // 2 + 1 :] = 0
+
+    def forward(self, x):
+        self.weight.data *= self.mask
+        return super().forward(x)
+
+
+def test_a_weight_that_its_forward_writes_to_is_gated_at_its_input():
+    torch.manual_seed(0)
+    masked = [MaskedWeight(1, 16, 5, padding=2), nn.ReLU(), MaskedWeight(16, 12, 3, padding=1), nn.ReLU()]
+    space = traced(nn.Sequential(*masked, nn.Conv2d(12, 3, 1)), torch.randn(2, 1, 8, 8))
+    assert {n: d.size for n, d in space.dimensions.items()} == {"0": 16, "2": 12}
+    assert_exact(space)
+    search_result = searched(space, "50% params")
+    assert float((search_result[2].weight * (1 - search_result[2].mask)).detach().abs().max()) == 0
+
+
+# -- sizes of one -----------------------------------------------------------------------------------------------------
+
+
+class Squeezed(nn.Module):
+    """A classifier over `squeeze()` of everything that is one."""
+
+    def __init__(self):
+        super().__init__()
+        self.features, self.head = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 12, 3)), nn.Linear(12, 4)
+
+    def forward(self, x):
+        return self.head(F.adaptive_avg_pool2d(self.features(x), 1).squeeze())
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_what_squeeze_would_take_away_keeps_two_elements(batch):
+    space = traced(Squeezed(), torch.randn(batch, 3, 6, 6))
+    assert {d.size: d.minimum for d in space.dimensions.values()} == {16: 1, 12: 2}
+    assert_exact(space)
+    wider = dmscale.expand(space.model, space.example_inputs, width=1.5)
+    assert wider.head.in_features == 18
+
+
+# -- what decides on branches -----------------------------------------------------------------------------------------
+
+
+class EarlyExit(nn.Module):
+    """Returns the answer of the first classifier that is sure."""
+
+    def __init__(self, sure: float):
+        super().__init__()
+        self.sure = sure
+        self.blocks = nn.ModuleList([nn.Linear(8, 16), nn.Linear(16, 12)])
+        self.exits = nn.ModuleList([nn.Linear(16, 5), nn.Linear(12, 5)])
+
+    def forward(self, x):
+        for block, leave in zip(self.blocks, self.exits):
+            x = F.relu(block(x))
+            answer = leave(x)
+            if not self.training and answer.softmax(-1).max() > self.sure:
+                break
+        return answer
+
+
+def test_classes_of_an_early_exit_that_the_example_does_not_take_stay():
+    space = traced(EarlyExit(sure=1.0), torch.randn(2, 8))
+    assert {d.size for d in space.dimensions.values()} == {16, 12}
+    assert "branch" in space.frozen["exits.0"]
+    space.model.sure = 0.0  # the exit is taken now
+    assert_exact(space)
+
+
+class InSlots(nn.Module):
+    __slots__ = ("width",)
+
+    def __init__(self):
+        super().__init__()
+        self.width = 16
+        self.body, self.head = nn.Linear(4, 16), nn.Linear(16, 2)
+
+    def forward(self, x):
+        return self.head(F.relu(self.body(x)) * self.width)
+
+
+def test_attributes_in_slots_are_copied():
+    space = traced(InSlots(), torch.randn(2, 4))
+    assert {d.size for d in space.dimensions.values()} == {16}
+    assert_exact(space)
+
+
+# -- what sizes decide ------------------------------------------------------------------------------------------------
+
+
+class BySize(nn.Module):
+    """A network of one width, which does `what` with its features and their number."""
+
+    def __init__(self, what):
+        super().__init__()
+        self.what = what
+        self.body, self.head = nn.Linear(6, 32), nn.Linear(32, 3)
+
+    def forward(self, x):
+        x = F.relu(self.body(x))
+        return self.head(self.what(x, x.shape[1]))
+
+
+def fails_unless_a_multiple_of_eight(x, n):
+    assert n % 8 == 0
+    return x
+
+
+DECIDED = {
+    "above": (lambda x, n: x * 2 if n > 8 else x, 9, 1),
+    "at least": (lambda x, n: x * 2 if n >= 8 else x, 8, 1),
+    "maximum": (lambda x, n: x * max(n, 5).bit_length() if n < 4 else x, 4, 1),
+    "another number": (lambda x, n: x * 2 if n == 11 else x, 12, 1),
+    "in steps": (fails_unless_a_multiple_of_eight, 8, 8),
+    "of a part": (lambda x, n: x * 2 if n // 2 > 7 else x, 16, 1),
+    "which does not matter": (lambda x, n: x * 1 if n == 1 else x, 1, 1),
+    "which is always so": (lambda x, n: x if n > 0 and n % 1 == 0 and n <= 32 else x * 2, 1, 1),
+}
+
+
+@pytest.mark.parametrize("name", DECIDED)
+def test_a_width_keeps_to_the_sizes_at_which_the_forward_decides_as_it_does(name):
+    what, minimum, multiple = DECIDED[name]
+    space = traced(BySize(what), torch.randn(3, 6))
+    (d,) = space.dimensions.values()
+    assert (d.lowest, d.multiple) == (minimum, multiple)
+    assert_exact(space, seeds=12)
+
+
+class Shortcut(nn.Module):
+    """A projection where the number of channels changes; where it does not the input itself is added."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.conv, self.project = nn.Conv2d(inputs, outputs, 3, padding=1), nn.Conv2d(inputs, outputs, 1)
+
+    def forward(self, x):
+        y = self.conv(x)
+        return F.relu(y + (self.project(x) if x.shape[1] != y.shape[1] else x))
+
+
+def test_two_widths_that_differ_never_become_equal():
+    space = traced(nn.Sequential(nn.Conv2d(3, 12, 1), Shortcut(12, 20), nn.Conv2d(20, 2, 1)), torch.randn(2, 3, 5, 5))
+    assert space.dimensions
+    assert_exact(space)
+    equal = space.structure({n: 8 for n in space.dimensions})
+    assert (
+        difference(outputs(space.export(equal), space.example_inputs), outputs(space.gate(equal), space.example_inputs))
+        <= 1e-4
+    )
+
+
+# -- operators of recommenders and of sequences of unlike lengths ------------------------------------------------------
+
+
+class Bags(nn.Module):
+    def __init__(self, mode: str):
+        super().__init__()
+        self.table, self.body, self.head = nn.EmbeddingBag(30, 12, mode=mode), nn.Linear(12, 10), nn.Linear(10, 3)
+
+    def forward(self, index, offsets):
+        return self.head(F.relu(self.body(self.table(index, offsets))))
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+def test_the_width_of_a_table_of_bags_is_free(mode):
+    space = traced(Bags(mode), torch.randint(0, 30, (9,)), torch.tensor([0, 4]))
+    assert {d.size for d in space.dimensions.values()} == {12, 10}
+    assert_exact(space)
+    assert searched(space, "60% params").table.embedding_dim < 12
+
+
+class Packed(nn.Module):
+    """A recurrent network on sequences of unlike lengths."""
+
+    def __init__(self, kind: type[nn.RNNBase]):
+        super().__init__()
+        self.table, self.rnn = nn.Embedding(20, 10), kind(10, 8, batch_first=True, bidirectional=True)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, tokens, lengths):
+        packed = nn.utils.rnn.pack_padded_sequence(self.table(tokens), lengths, batch_first=True, enforce_sorted=False)
+        out, _ = nn.utils.rnn.pad_packed_sequence(self.rnn(packed)[0], batch_first=True)
+        return self.head(out)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_packed_sequences_leave_both_widths_of_a_recurrent_network_free(kind):
+    space = traced(Packed(kind), torch.randint(0, 20, (3, 5)), torch.tensor([3, 5, 2]))
+    assert {d.size for d in space.dimensions.values()} == {10, 8}
+    assert_exact(space)
+    assert searched(space, "60% params").rnn.hidden_size < 8
