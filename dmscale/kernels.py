@@ -17,6 +17,7 @@ _LIMIT = 20_000  # results kept, about 1 kB each
 _results: dict[Any, Any] = {}
 _memorable: dict[Any, bool] = {}
 _FIRST = object()  # the first argument is the result: an operator in place
+_FLOATS = (torch.float32, torch.float64)
 _UNKNOWN: tuple[Any, tuple[Any, ...]] = (None, ())  # not to be made from these
 
 
@@ -73,7 +74,7 @@ def _like(x: Tensor) -> Tensor:
 def _plain(*tensors: Tensor) -> bool:
     """Whether what contiguous tensors of this one dtype give is contiguous and of that dtype too."""
     dtype = tensors[0].dtype
-    if dtype not in (torch.float32, torch.float64):
+    if dtype not in _FLOATS:
         return False
     return all([t.dtype is dtype and t.is_meta and t.is_contiguous() for t in tensors])
 
@@ -90,12 +91,10 @@ def _batch_norm(x: Tensor, weight: Any, bias: Any, mean: Any, var: Any, training
 
 
 def _layer_norm(x: Tensor, shape: Sequence[int], *rest: Any) -> Any:
-    channels_last = (0, x.dim() - 1, *range(1, x.dim() - 1))  # (B, *, C), a view of (B, C, *): convolutions made it
-    plain = _plain(x) or (x.dim() > 2 and len(shape) == 1 and 1 not in x.shape and _plain(x.permute(channels_last)))
-    if not plain:
+    if not x.is_meta or x.dtype not in _FLOATS:  # of the others the statistics are of another dtype
         return None
     each = [*x.shape[: x.dim() - len(shape)], *[1] * len(shape)]
-    return _empty(x.shape, x), _empty(each, x), _empty(each, x)
+    return _empty(x.shape, x), _empty(each, x), _empty(each, x)  # the kernel makes `x` contiguous
 
 
 def _group_norm(x: Tensor, weight: Any, bias: Any, n: int, c: int, places: int, groups: int, *rest: Any) -> Any:
@@ -190,7 +189,7 @@ _FORMULAS: dict[Any, Callable[..., Any]] = {
     **{p.Tensor: _binary for p in (aten.add, aten.mul, aten.sub)},
     **{p.default: _activation for p in (
         aten.relu, aten.gelu, aten.silu, aten.sigmoid, aten.tanh, aten.hardsigmoid, aten.hardswish, aten.hardtanh,
-        aten.leaky_relu, aten.elu, aten.mish, aten.softplus,
+        aten.leaky_relu, aten.elu, aten.mish, aten.softplus, aten.clamp_min,
     )},
     **{p.default: _activation_ for p in (
         aten.relu_, aten.silu_, aten.sigmoid_, aten.tanh_, aten.hardsigmoid_, aten.hardswish_, aten.hardtanh_,

@@ -469,6 +469,20 @@ class Tracer(TorchDispatchMode):
             instances.pop()
         instances.append(Instance(start, self.op, self.path, function.__name__, function, args, kwargs, self.dims(out)))
 
+    def repeat(self, start: int, times: int) -> None:
+        """Note that the operators since number `start` run `times` more: all that is counted, not what was unified."""
+        record, length = self.record, self.op - start
+        terms, written = (record.within(noted, start, self.op) for noted in (record.terms, record.activations))
+        instances = [i for i in record.instances[-len(terms) :] if i.start >= start] if terms else []
+        for shift in range(length, (times + 1) * length, length):
+            record.terms += [Term(t.op + shift, t.path, t.operator, t.dims) for t in terms]
+            record.activations += [Activation(op + shift, *rest) for op, *rest in written]
+            record.instances += [
+                Instance(i.start + shift, i.end + shift, i.path, i.operator, i.function, i.args, i.kwargs, i.dims)
+                for i in instances
+            ]
+        self.op += times * length
+
     def contracted(self, dim: Dim, operands: Sequence[tuple[Tensor, Dim]]) -> None:
         """Note that `dim` was summed over; each operand comes with its own dimension that was."""
         values = tuple((self.value(t), own) for t, own in operands)

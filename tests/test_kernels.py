@@ -122,6 +122,12 @@ CALLS = {
         F.layer_norm(x, (6,)), F.layer_norm(x, (5, 6), torch.randn(5, 6)), F.layer_norm(x.transpose(1, 3), (4,)),
         F.layer_norm(x.permute(0, 2, 3, 1), (4,)), F.layer_norm(x.permute(0, 2, 3, 1), (4,), torch.randn(4), torch.randn(4)),
         F.layer_norm(x.permute(1, 0, 2, 3), (6,)), F.layer_norm(x[:, :, :1].permute(0, 2, 3, 1), (4,)),
+        F.layer_norm(x[:1].permute(0, 2, 3, 1), (4,)), F.layer_norm(x[..., :1].permute(0, 2, 3, 1), (4,)),
+        F.layer_norm(torch.randn(1, 4, 7).transpose(1, 2), (4,)),
+    ],
+    "clamped": lambda x: [
+        F.normalize(x, dim=-1), F.normalize(x.transpose(1, 3), dim=1), F.normalize(x[:, :, :1], dim=1), x.clamp_min(0),
+        x.transpose(1, 2).clamp_min(0.5), x[..., :1].clamp_min(1), x.int().clamp_min(1),
     ],
     "group norms": lambda x: [
         F.group_norm(x, 2), F.group_norm(x, 4, torch.randn(4), torch.randn(4)), F.group_norm(x.transpose(1, 3), 3),
