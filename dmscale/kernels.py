@@ -79,6 +79,16 @@ def _plain(*tensors: Tensor) -> bool:
     return all([t.dtype is dtype and t.is_meta and t.is_contiguous() for t in tensors])
 
 
+def _is_dense(x: Tensor) -> bool:
+    """Whether the strides of `x` alone say in which order its elements lie, without gaps: what is like it is laid out so."""
+    step = 1
+    for stride, n in sorted(zip(x.stride(), x.shape)):
+        if stride != step or (n == 1 and step != x.numel()):
+            return False
+        step *= n
+    return True
+
+
 def _empty(shape: Sequence[int], x: Tensor) -> Tensor:
     return torch.empty(shape, dtype=x.dtype, device="meta")
 
@@ -136,8 +146,11 @@ def _addmm(bias: Tensor, a: Tensor, b: Tensor, *rest: Any) -> Any:
 def _binary(x: Any, y: Any, *rest: Any) -> Any:
     if not isinstance(y, Tensor):
         return _like(x) if type(y) in (int, float) and _plain(x) else None
-    if not isinstance(x, Tensor) or not _plain(x, y):
+    if not isinstance(x, Tensor):
         return None
+    if not _plain(x, y):
+        alike = x.dtype is y.dtype and x.dtype in _FLOATS and x.is_meta and y.is_meta and x.shape == y.shape
+        return _like(x) if alike and _is_dense(x) else None
     larger, other = (x, y) if x.dim() >= y.dim() else (y, x)
     if x.shape != y.shape:
         if x.dim() == y.dim() and x.numel() < y.numel():
@@ -186,7 +199,7 @@ _FORMULAS: dict[Any, Callable[..., Any]] = {
     aten.addmm.default: _addmm,
     aten.mean.dim: _mean,
     aten.cat.default: _cat,
-    **{p.Tensor: _binary for p in (aten.add, aten.mul, aten.sub)},
+    **{p.Tensor: _binary for p in (aten.add, aten.mul, aten.sub, aten.div)},
     **{p.default: _activation for p in (
         aten.relu, aten.gelu, aten.silu, aten.sigmoid, aten.tanh, aten.hardsigmoid, aten.hardswish, aten.hardtanh,
         aten.leaky_relu, aten.elu, aten.mish, aten.softplus, aten.clamp_min,
@@ -208,12 +221,12 @@ def _form(args: Any) -> tuple[Any, ...]:
     """What a kernel can tell of its arguments, hashable."""
     out: list[Any] = []
     for x in args:
-        if isinstance(x, Tensor):
+        if isinstance(x, (tuple, list)):
+            out.append(_form(x))
+        elif x is not None and isinstance(x, Tensor):
             if not x.is_meta or x.is_conj() or x.is_neg():
                 raise TypeError("its elements matter")
             out.append((x.shape, x.stride(), x.dtype))
-        elif isinstance(x, (tuple, list)):
-            out.append(_form(x))
         else:
             out.append((type(x), x))  # 1, 1.0 and True are equal, and not the same
     return tuple(out)

@@ -168,9 +168,11 @@ def _check_inputs(model: nn.Module, args: tuple, kwargs: dict) -> None:
 
 def _read(model: nn.Module, args: tuple, kwargs: dict, kind: str, cached: bool) -> Trace:
     meta = kind == "meta"
-    twin = clone(model, on_meta if meta else alias).eval()
-    twin = twin if cached else quiet(twin)
+    twin = clone(model, on_meta if meta else alias)
     modules = walk(twin)
+    if any([module.training for _, module in modules]):
+        twin.eval()
+    twin = twin if cached else quiet(twin)
     tracer = Tracer(meta)
     slots, aliases, parameters = _watch_parameters(tracer, twin)
     _tag_sizes(modules)
@@ -408,7 +410,6 @@ def _following_calls(tracer: Tracer, twin: nn.Module, examples: routing.Examples
 
     `examples` notes one call of each list of alternatives.
     """
-    paths = [""]
     open_calls: list[Call] = []
     handles = []
     slots = []  # modules whose calls come through `noted`
@@ -423,15 +424,13 @@ def _following_calls(tracer: Tracer, twin: nn.Module, examples: routing.Examples
             argument = _positions(args, kwargs).get(id(first))
         source = None if first is None else tracer.value(first)
         open_calls.append(Call(path, tracer.op, source, argument=argument))
-        paths.append(path)
         tracer.path = path
         tracer.counting.enter()
 
     def leave(module: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
-        paths.pop()
-        tracer.path = paths[-1]
-        tracer.counting.leave()
         call = open_calls.pop()
+        tracer.path = open_calls[-1].path if open_calls else ""
+        tracer.counting.leave()
         call.end = tracer.op
         if isinstance(out, Tensor):
             call.result, call.form = tracer.value(out), "x"

@@ -104,7 +104,10 @@ CALLS = {
     "sums": lambda x: [
         x + x, x * 2, x - 1.5, x + True, 3 - x, x * x[:, :, :1, :1], x[:, :, :1, :1] * x, x + x[0, 0, 0], x[0, 0, 0] - x,
         x[:, :1] * x[:1], torch.add(x, x, alpha=2), x * x.double(), x + x.int(), x * torch.tensor(2.0),
-        x.transpose(1, 3) + x.transpose(1, 3),
+        x.transpose(1, 3) + x.transpose(1, 3), x.transpose(1, 3) + x.transpose(1, 3).contiguous(), x / 2, x / x, x / 0.5,
+        x / x.norm(dim=1, keepdim=True).expand_as(x), x.transpose(1, 3) * x.transpose(1, 3)[:, :, :, :1].expand(2, 6, 5, 4),
+        x[:1] + x[:1].contiguous(), x[:1].transpose(1, 3) + x[:1].transpose(1, 3).contiguous(), x[:, :1] - x[:, :1].contiguous(),
+        x[..., :1].transpose(1, 3) + x[..., :1].transpose(1, 3).contiguous(), x[:, :2].transpose(2, 3) + x[:, :2].transpose(2, 3),
     ],
     "means": lambda x: [
         x.mean((2, 3)), x.mean(-1, keepdim=True), x.mean([0, 1, 2, 3]), x.mean(()), x.mean(1, dtype=torch.float64),
