@@ -69,8 +69,8 @@ def _copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
             state[key] = {n: None if m is None else _copy(m, memo) for n, m in value.items()}
         elif key in ("_parameters", "_buffers"):
             state[key] = {n: None if t is None else memo[id(t)] for n, t in value.items()}
-        elif kind is tuple and all([type(v) in _ATOMIC for v in value]):
-            state[key] = value
+        elif kind is tuple and _ATOMIC.issuperset(map(type, value)):
+            continue
         elif isinstance(value, nn.Module):
             state[key] = _copy(value, memo)
         elif key in CACHES:

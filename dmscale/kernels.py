@@ -170,8 +170,12 @@ def _mean(x: Tensor, dims: Any, keepdim: bool = False, *rest: Any) -> Any:
 
 def _cat(tensors: Sequence[Tensor], dim: int = 0) -> Any:
     first = tensors[0]
-    if not _plain(*tensors) or not first.dim() or any([t.dim() != first.dim() for t in tensors]):
+    if not first.dim() or any([t.dim() != first.dim() or t.dtype is not first.dtype for t in tensors]):
         return None
+    if not _plain(*tensors) and (
+        first.dim() > 3 or first.dtype not in _FLOATS or not all([t.is_meta for t in tensors])
+    ):
+        return None  # of pictures the result may be laid out by channels
     dim %= first.dim()
     shape = list(first.shape)
     shape[dim] = sum([t.shape[dim] for t in tensors])

@@ -6,6 +6,7 @@ no memory.  Where a forward looks at values (`if x.max() > 1`), it runs once mor
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import gc
 import types
@@ -35,7 +36,7 @@ _GEOMETRY = {
     "output_size",
 }  # never the size of an axis
 
-_NO_SIZES = {bool, float, str, type(None), types.FunctionType, type}
+_NO_SIZES = {bool, float, str, type(None), types.FunctionType, type, set, collections.OrderedDict}
 
 
 @dataclass
@@ -192,9 +193,10 @@ def _read(model: nn.Module, args: tuple, kwargs: dict, kind: str, cached: bool) 
                 axes.freeze(dim, "the forward never reads it")
     computed = {a for dim in touched for a in axes.atoms(dim)}
     for dims in slots.values():  # of a table of positions, the rows beyond the example's length are in no result
-        for a in {a for dim in dims for a in axes.atoms(dim)} - computed:
-            if not a.reasons:
-                axes.freeze((a,), "the forward never reads it")
+        for dim in dims:
+            for a in axes.atoms(dim):
+                if a not in computed and not a.reasons:
+                    axes.freeze((a,), "the forward never reads it")
     return trace
 
 

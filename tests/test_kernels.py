@@ -115,7 +115,9 @@ CALLS = {
     ],
     "joined": lambda x: [
         torch.cat([x, x]), torch.cat([x, x[:, :2], x], 1), torch.cat([x, x[..., :1]], -1), torch.cat([x, torch.empty(0)]),
-        torch.cat([x, x.double()]), torch.cat([x.transpose(1, 3), x.transpose(1, 3)], 1),
+        torch.cat([x, x.double()]), torch.cat([x[:, :, 0].mT, x[:, :, 0].mT], 1), torch.cat([x[:1, :, 0].mT, x[:1, :, 1].mT], 2),
+        torch.cat([x[0, 0, 0, :1].expand(2, 1, 4), x[:, :, 0].mT], 1), torch.cat([x[0, 0].t(), x[0, 1].t()]),
+        torch.cat([x[0].mT, x[0].double().mT]), torch.cat([x.transpose(1, 3), x.transpose(1, 3)], 1),
     ],
     "matrices": lambda x: [
         F.linear(x, torch.randn(7, 6), torch.randn(7)), torch.addmm(torch.randn(1), x[0, 0], torch.randn(6, 3)),
