@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from . import axes
+from . import axes, recurrent
 from .axes import Dim
 from .calls import SCALINGS, FunctionCall, counted_as
 from .numbering import Said, freeze_numbers
@@ -81,7 +81,10 @@ class Arrivals(TorchFunctionMode):
             self.tracer.freeze_dims(self.tracer.dims(args[0]), "its elements are read by Python")
             freeze_numbers(self.tracer, [self.tracer.value(args[0])])
         if handler is None:
-            out = func(*args, **kwargs)
+            if recurrent.is_layer(name, args, kwargs):
+                out = recurrent.layer(self.tracer, name, *args)
+            else:
+                out = func(*args, **kwargs)
             sized = _sized(args, kwargs)
             if sized and counted_as(name, args) not in SCALINGS:
                 _fix(self.tracer, sized)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import DmscaleError, SearchError
+from .tree import walk
 
 Optimizer = torch.optim.Optimizer
 
@@ -144,7 +145,7 @@ def _pairs(gated: nn.Module, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]
 
 def refuse_sharded(model: nn.Module, error: type[DmscaleError]) -> None:
     """Raise `error` if the user's model is sharded already: no full weight is there to trace, gate or slice."""
-    if any(_is_sharded(p) for p in model.parameters()):
+    if any([_is_sharded(p) for _, module in walk(model) for p in module._parameters.values() if p is not None]):
         raise error(
             f"the parameters of {type(model).__name__} are sharded already (DTensor). Trace and build the Search on the plain "
             "model, then fully_shard(search.model), and build the optimizer from search.model.parameters()."

@@ -63,7 +63,7 @@ class Axis:
         self.parent: Axis | None = None
         self.product: Dim | None = None
         self.sum: tuple[Dim, ...] | None = None
-        self.reasons: dict[str, None] = dict.fromkeys(reasons)
+        self.reasons: dict[str, None] = dict.fromkeys(reasons) if reasons else {}
 
     @property
     def is_atom(self) -> bool:

@@ -37,7 +37,7 @@ def clone(model: nn.Module, replace: Callable[[Tensor], Tensor] = same) -> nn.Mo
             if t is not None and id(t) not in memo:
                 memo[id(t)] = replace(t)
         for v in module.__dict__.values():
-            if isinstance(v, Tensor) and id(v) not in memo:
+            if type(v) not in _NO_TENSOR and isinstance(v, Tensor) and id(v) not in memo:
                 memo[id(v)] = v if replace is same else v.detach().clone()
     try:
         return _copy(model, memo)
@@ -58,20 +58,23 @@ def _copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     twin = cls.__new__(cls)
     memo[id(module)] = twin
     state = twin.__dict__
+    state.update(module.__dict__)
     for key, value in module.__dict__.items():
         kind = type(value)
         if kind in _ATOMIC:
-            state[key] = value
-        elif (kind in _EMPTY and not value) or key in CACHES:
+            continue
+        if kind in _EMPTY and not value:
             state[key] = kind()
         elif key == "_modules":
             state[key] = {n: None if m is None else _copy(m, memo) for n, m in value.items()}
         elif key in ("_parameters", "_buffers"):
             state[key] = {n: None if t is None else memo[id(t)] for n, t in value.items()}
-        elif kind is tuple and all([type(v) in _ATOMIC for v in value]):
-            state[key] = value
+        elif kind is tuple and _ATOMIC.issuperset(map(type, value)):
+            continue
         elif isinstance(value, nn.Module):
             state[key] = _copy(value, memo)
+        elif key in CACHES:
+            state[key] = kind()
         elif key != "_compiled_call_impl":
             state[key] = copy.deepcopy(value, memo)
     state.pop("_compiled_call_impl", None)
@@ -103,6 +106,8 @@ def _copies_itself(cls: Any) -> bool:
 _COPY_PROTOCOL = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__")
 _ATOMIC = {int, float, str, bool, type(None), bytes, torch.dtype, torch.device, type, types.FunctionType}
 _EMPTY = {dict, list, set, collections.OrderedDict}
+_NO_TENSOR = _ATOMIC | _EMPTY | {tuple}
+"""Types that are none: asking whether a value is a tensor takes longer than all else, for what is not."""
 
 
 def on_meta(t: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ _LIMIT = 20_000  # results kept, about 1 kB each
 _results: dict[Any, Any] = {}
 _memorable: dict[Any, bool] = {}
 _FIRST = object()  # the first argument is the result: an operator in place
+_FLOATS = (torch.float32, torch.float64)
 _UNKNOWN: tuple[Any, tuple[Any, ...]] = (None, ())  # not to be made from these
 
 
@@ -73,9 +74,19 @@ def _like(x: Tensor) -> Tensor:
 def _plain(*tensors: Tensor) -> bool:
     """Whether what contiguous tensors of this one dtype give is contiguous and of that dtype too."""
     dtype = tensors[0].dtype
-    if dtype not in (torch.float32, torch.float64):
+    if dtype not in _FLOATS:
         return False
     return all([t.dtype is dtype and t.is_meta and t.is_contiguous() for t in tensors])
+
+
+def _is_dense(x: Tensor) -> bool:
+    """Whether the strides of `x` alone say in which order its elements lie, without gaps: what is like it is laid out so."""
+    step = 1
+    for stride, n in sorted(zip(x.stride(), x.shape)):
+        if stride != step or (n == 1 and step != x.numel()):
+            return False
+        step *= n
+    return True
 
 
 def _empty(shape: Sequence[int], x: Tensor) -> Tensor:
@@ -90,12 +101,10 @@ def _batch_norm(x: Tensor, weight: Any, bias: Any, mean: Any, var: Any, training
 
 
 def _layer_norm(x: Tensor, shape: Sequence[int], *rest: Any) -> Any:
-    channels_last = (0, x.dim() - 1, *range(1, x.dim() - 1))  # (B, *, C), a view of (B, C, *): convolutions made it
-    plain = _plain(x) or (x.dim() > 2 and len(shape) == 1 and 1 not in x.shape and _plain(x.permute(channels_last)))
-    if not plain:
+    if not x.is_meta or x.dtype not in _FLOATS:  # of the others the statistics are of another dtype
         return None
     each = [*x.shape[: x.dim() - len(shape)], *[1] * len(shape)]
-    return _empty(x.shape, x), _empty(each, x), _empty(each, x)
+    return _empty(x.shape, x), _empty(each, x), _empty(each, x)  # the kernel makes `x` contiguous
 
 
 def _group_norm(x: Tensor, weight: Any, bias: Any, n: int, c: int, places: int, groups: int, *rest: Any) -> Any:
@@ -137,8 +146,11 @@ def _addmm(bias: Tensor, a: Tensor, b: Tensor, *rest: Any) -> Any:
 def _binary(x: Any, y: Any, *rest: Any) -> Any:
     if not isinstance(y, Tensor):
         return _like(x) if type(y) in (int, float) and _plain(x) else None
-    if not isinstance(x, Tensor) or not _plain(x, y):
+    if not isinstance(x, Tensor):
         return None
+    if not _plain(x, y):
+        alike = x.dtype is y.dtype and x.dtype in _FLOATS and x.is_meta and y.is_meta and x.shape == y.shape
+        return _like(x) if alike and _is_dense(x) else None
     larger, other = (x, y) if x.dim() >= y.dim() else (y, x)
     if x.shape != y.shape:
         if x.dim() == y.dim() and x.numel() < y.numel():
@@ -158,8 +170,12 @@ def _mean(x: Tensor, dims: Any, keepdim: bool = False, *rest: Any) -> Any:
 
 def _cat(tensors: Sequence[Tensor], dim: int = 0) -> Any:
     first = tensors[0]
-    if not _plain(*tensors) or not first.dim() or any([t.dim() != first.dim() for t in tensors]):
+    if not first.dim() or any([t.dim() != first.dim() or t.dtype is not first.dtype for t in tensors]):
         return None
+    if not _plain(*tensors) and (
+        first.dim() > 3 or first.dtype not in _FLOATS or not all([t.is_meta for t in tensors])
+    ):
+        return None  # of pictures the result may be laid out by channels
     dim %= first.dim()
     shape = list(first.shape)
     shape[dim] = sum([t.shape[dim] for t in tensors])
@@ -187,10 +203,10 @@ _FORMULAS: dict[Any, Callable[..., Any]] = {
     aten.addmm.default: _addmm,
     aten.mean.dim: _mean,
     aten.cat.default: _cat,
-    **{p.Tensor: _binary for p in (aten.add, aten.mul, aten.sub)},
+    **{p.Tensor: _binary for p in (aten.add, aten.mul, aten.sub, aten.div)},
     **{p.default: _activation for p in (
         aten.relu, aten.gelu, aten.silu, aten.sigmoid, aten.tanh, aten.hardsigmoid, aten.hardswish, aten.hardtanh,
-        aten.leaky_relu, aten.elu, aten.mish, aten.softplus,
+        aten.leaky_relu, aten.elu, aten.mish, aten.softplus, aten.clamp_min,
     )},
     **{p.default: _activation_ for p in (
         aten.relu_, aten.silu_, aten.sigmoid_, aten.tanh_, aten.hardsigmoid_, aten.hardswish_, aten.hardtanh_,
@@ -209,12 +225,12 @@ def _form(args: Any) -> tuple[Any, ...]:
     """What a kernel can tell of its arguments, hashable."""
     out: list[Any] = []
     for x in args:
-        if isinstance(x, Tensor):
+        if isinstance(x, (tuple, list)):
+            out.append(_form(x))
+        elif x is not None and isinstance(x, Tensor):
             if not x.is_meta or x.is_conj() or x.is_neg():
                 raise TypeError("its elements matter")
             out.append((x.shape, x.stride(), x.dtype))
-        elif isinstance(x, (tuple, list)):
-            out.append(_form(x))
         else:
             out.append((type(x), x))  # 1, 1.0 and True are equal, and not the same
     return tuple(out)

@@ -350,7 +350,12 @@ for _symbol, _name in {"+": "add", "-": "sub", "*": "mul", "//": "floordiv"}.ite
 
 def extent(dim: Dim) -> Poly:
     """The size of `dim` as a polynomial in its free atoms; frozen ones are constants."""
-    free = {a: Poly.variable(a) for a in axes.atoms(dim) if not a.reasons}
+    found = axes.atoms(dim)
+    free = {a: Poly.variable(a) for a in found if not a.reasons}
+    if not free:
+        return Poly.of(axes.size(dim))
+    if len(found) == 1 and axes.factors(dim) == found:
+        return free[found[0]]
     return Poly.of(axes.measure(dim, free, Poly.of(0)))
 
 

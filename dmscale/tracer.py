@@ -335,6 +335,9 @@ _LEAVES_ZERO = {
 }  # fmt: skip
 """Operators that do not give zero for zero: a row of zero weights does not stay zero behind them."""
 _NAME = "_dmscale_value"
+_PLAIN = frozenset(
+    {int, float, bool, str, type(None)}
+)  # to ask whether a number is a tensor takes longer than all else
 
 
 class _Kind(NamedTuple):
@@ -410,7 +413,8 @@ class Tracer(TorchDispatchMode):
 
     def watch(self, tensor: Tensor, name: str | None = None, frozen: str = "", data: bool = False) -> Tensor:
         """Give `tensor` axes of its own; `name` makes it a parameter, `frozen` fixes its axes for that reason."""
-        dims = tuple(axes.axis(n, *([frozen] if frozen else [])) for n in tensor.shape)
+        reasons = (frozen,) if frozen else ()
+        dims = tuple([axes.axis(n, *reasons) for n in tensor.shape])
         params = frozenset([name]) if name else frozenset()
         value = Value(dims, params, data, self._new_origin(), dtype=tensor.dtype)
         setattr(tensor, _NAME, value)
@@ -475,14 +479,15 @@ class Tracer(TorchDispatchMode):
         """Unify tensors as pointwise operators do; stretched dimensions of size one have no say."""
         out: list[Dim] = [()] * len(shape)
         for t in tensors:
-            dims = self.dims(t)
-            lead = len(shape) - len(dims)
-            for i, dim in enumerate(dims):
-                if t.shape[i] != 1:
-                    if not out[i + lead]:
-                        out[i + lead] = dim
-                    elif out[i + lead] is not dim:
-                        axes.unify(out[i + lead], dim)
+            own = t.shape
+            i = len(shape) - len(own)
+            for n, dim in zip(own, self.dims(t)):
+                if n != 1:
+                    if not out[i]:
+                        out[i] = dim
+                    elif out[i] is not dim:
+                        axes.unify(out[i], dim)
+                i += 1
         return tuple(out)
 
     def count_macs(self, dims: Sequence[Dim]) -> None:
@@ -496,6 +501,20 @@ class Tracer(TorchDispatchMode):
         while instances and instances[-1].start >= start:
             instances.pop()
         instances.append(Instance(start, self.op, self.path, function.__name__, function, args, kwargs, self.dims(out)))
+
+    def repeat(self, start: int, times: int) -> None:
+        """Note that the operators since number `start` run `times` more: all that is counted, not what was unified."""
+        record, length = self.record, self.op - start
+        terms, written = (record.within(noted, start, self.op) for noted in (record.terms, record.activations))
+        instances = [i for i in record.instances[-len(terms) :] if i.start >= start] if terms else []
+        for shift in range(length, (times + 1) * length, length):
+            record.terms += [Term(t.op + shift, t.path, t.operator, t.dims) for t in terms]
+            record.activations += [Activation(op + shift, *rest) for op, *rest in written]
+            record.instances += [
+                Instance(i.start + shift, i.end + shift, i.path, i.operator, i.function, i.args, i.kwargs, i.dims)
+                for i in instances
+            ]
+        self.op += times * length
 
     def contracted(self, dim: Dim, operands: Sequence[tuple[Tensor, Dim]]) -> None:
         """Note that `dim` was summed over; each operand comes with its own dimension that was."""
@@ -655,10 +674,19 @@ class Tracer(TorchDispatchMode):
                 self._store(o, Value(dims, origin=self._new_origin(), dtype=o.dtype))
             return
         values = [self.value(t) for t in tensors]
+        data, whole, silent, multiplied = False, True, True, False
         for v in values:
             if len(v.params) == 1:  # a parameter, or made of one; of what is made of several each was read before
                 for name in v.params:
                     record.read.setdefault(name, self.op)
+            if v.data:
+                data = True
+            else:
+                whole = False
+            if v.said is not NOTHING:
+                silent = False
+            if v.product is not None:
+                multiplied = True
         self._contracting = self._shifting = False
         if kind.mutable:
             self.writes(tensors[0])
@@ -670,16 +698,13 @@ class Tracer(TorchDispatchMode):
             before = {a for v in values for dim in v.dims for a in axes.atoms(dim)}
             new = {a for dims in found for dim in dims for a in axes.atoms(dim)} - before
             record.by_values.update(dict.fromkeys(new, self.path))
-        first, data, zeroed, silent = values[0], False, True, not self._said
+        first, zeroed = values[0], True
         params: frozenset[str] = frozenset()
         for v in values[:1] if kind.picks else values:  # numbers say where elements come from, not what they are
             if not (contracting and v.data):
                 zeroed = zeroed and v.zeroed
                 if v.params and not v.params <= params:
                     params = params | v.params if params else v.params
-        for v in values:
-            data = data or v.data
-            silent = silent and v.said is NOTHING
         origin = first.origin if kind.same_elements else None
         square = None
         if (kind.squares and args[1] == 2) or (
@@ -692,7 +717,7 @@ class Tracer(TorchDispatchMode):
         if adds:
             record.biases += [(self.op, n) for v in values if not v.data for n in v.params if len(v.params) == 1]
         zeroed = zeroed and not kind.leaves_zero and not self._shifting
-        if contracting and all([v.data for v in values]):
+        if contracting and whole:
             zeroed = False  # of two activations: nothing that is added to their product makes it zero
         if kind.times:
             zeroed = any(v.zeroed for v in values if v.params)
@@ -700,9 +725,11 @@ class Tracer(TorchDispatchMode):
         if kind.view or len(tensors) == 1:
             repeated = (*first.repeated, *repeated)
         product = None
-        if contracting or any([v.product is not None for v in values]):
+        if contracting or multiplied:
             product = self._attend(func, kind, args, tensors, values)
-        said = None if silent else heard(self, func, kwargs, values, [self._said.get(id(o)) for o in outs])
+        said = None
+        if self._said or not silent:
+            said = heard(self, func, kwargs, values, [self._said.get(id(o)) for o in outs])
         given = []
         for i, o in enumerate(outs):
             dims, numbers = tuple(found[i]), NOTHING if said is None else said[i]
@@ -784,7 +811,7 @@ def operands_of(tracer: Tracer, tree: Any) -> Any:
         return Operand(tracer.dims(tree), tree.dtype, tree.stride())
     if isinstance(tree, (tuple, list)):
         plain = all([type(x) is int for x in tree])
-        return tree if plain else type(tree)([operands_of(tracer, x) for x in tree])
+        return tree if plain else type(tree)([x if type(x) in _PLAIN else operands_of(tracer, x) for x in tree])
     if isinstance(tree, dict):
         return {k: operands_of(tracer, x) for k, x in tree.items()}
     return int(tree) if isinstance(tree, SizedInt) else tree
@@ -820,10 +847,13 @@ def _constant(n: int) -> Dim:
 
 def _tensors(tree: Any, out: list[Tensor]) -> list[Tensor]:
     for x in tree:
-        if isinstance(x, Tensor):
+        if type(x) in _PLAIN:
+            continue
+        if isinstance(x, (tuple, list)):
+            if not (x and type(x[0]) is type(x[-1]) is int):  # strides and the like
+                _tensors(x, out)
+        elif isinstance(x, Tensor):
             out.append(x)
-        elif isinstance(x, (tuple, list)) and not (x and type(x[0]) is type(x[-1]) is int):  # strides and the like
-            _tensors(x, out)
     return out
 
 

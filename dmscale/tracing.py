@@ -6,6 +6,7 @@ no memory.  Where a forward looks at values (`if x.max() > 1`), it runs once mor
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import gc
 import types
@@ -35,7 +36,7 @@ _GEOMETRY = {
     "output_size",
 }  # never the size of an axis
 
-_NO_SIZES = {bool, float, str, type(None), types.FunctionType, type}
+_NO_SIZES = {bool, float, str, type(None), types.FunctionType, type, set, collections.OrderedDict}
 
 
 @dataclass
@@ -168,9 +169,11 @@ def _check_inputs(model: nn.Module, args: tuple, kwargs: dict) -> None:
 
 def _read(model: nn.Module, args: tuple, kwargs: dict, kind: str, cached: bool) -> Trace:
     meta = kind == "meta"
-    twin = clone(model, on_meta if meta else alias).eval()
-    twin = twin if cached else quiet(twin)
+    twin = clone(model, on_meta if meta else alias)
     modules = walk(twin)
+    if any([module.training for _, module in modules]):
+        twin.eval()
+    twin = twin if cached else quiet(twin)
     tracer = Tracer(meta)
     slots, aliases, parameters = _watch_parameters(tracer, twin)
     _tag_sizes(modules)
@@ -192,9 +195,10 @@ def _read(model: nn.Module, args: tuple, kwargs: dict, kind: str, cached: bool) 
                 axes.freeze(dim, "the forward never reads it")
     computed = {a for dim in touched for a in axes.atoms(dim)}
     for dims in slots.values():  # of a table of positions, the rows beyond the example's length are in no result
-        for a in {a for dim in dims for a in axes.atoms(dim)} - computed:
-            if not a.reasons:
-                axes.freeze((a,), "the forward never reads it")
+        for dim in dims:
+            for a in axes.atoms(dim):
+                if a not in computed and not a.reasons:
+                    axes.freeze((a,), "the forward never reads it")
     return trace
 
 
@@ -410,7 +414,6 @@ def _following_calls(tracer: Tracer, twin: nn.Module, examples: routing.Examples
 
     `examples` notes one call of each list of alternatives.
     """
-    paths = [""]
     open_calls: list[Call] = []
     handles = []
     slots = []  # modules whose calls come through `noted`
@@ -425,15 +428,13 @@ def _following_calls(tracer: Tracer, twin: nn.Module, examples: routing.Examples
             argument = _positions(args, kwargs).get(id(first))
         source = None if first is None else tracer.value(first)
         open_calls.append(Call(path, tracer.op, source, argument=argument))
-        paths.append(path)
         tracer.path = path
         tracer.counting.enter()
 
     def leave(module: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
-        paths.pop()
-        tracer.path = paths[-1]
-        tracer.counting.leave()
         call = open_calls.pop()
+        tracer.path = open_calls[-1].path if open_calls else ""
+        tracer.counting.leave()
         call.end = tracer.op
         if isinstance(out, Tensor):
             call.result, call.form = tracer.value(out), "x"

@@ -16,11 +16,13 @@ def walk(model: nn.Module, again: bool = False) -> list[tuple[str, nn.Module]]:
     seen: set[int] = set()
     todo = [("", model)]
     while todo:
-        path, module = todo.pop()
-        if not again and id(module) in seen:
-            continue
-        seen.add(id(module))
-        found.append((path, module))
-        prefix = f"{path}." if path else ""
-        todo += [(prefix + name, child) for name, child in reversed(module._modules.items()) if child is not None]
+        place = path, module = todo.pop()
+        if not again:
+            if id(module) in seen:
+                continue
+            seen.add(id(module))
+        found.append(place)
+        if module._modules:  # most have none
+            prefix = f"{path}." if path else ""
+            todo += [(prefix + name, child) for name, child in reversed(module._modules.items()) if child is not None]
     return found

@@ -104,7 +104,10 @@ CALLS = {
     "sums": lambda x: [
         x + x, x * 2, x - 1.5, x + True, 3 - x, x * x[:, :, :1, :1], x[:, :, :1, :1] * x, x + x[0, 0, 0], x[0, 0, 0] - x,
         x[:, :1] * x[:1], torch.add(x, x, alpha=2), x * x.double(), x + x.int(), x * torch.tensor(2.0),
-        x.transpose(1, 3) + x.transpose(1, 3),
+        x.transpose(1, 3) + x.transpose(1, 3), x.transpose(1, 3) + x.transpose(1, 3).contiguous(), x / 2, x / x, x / 0.5,
+        x / x.norm(dim=1, keepdim=True).expand_as(x), x.transpose(1, 3) * x.transpose(1, 3)[:, :, :, :1].expand(2, 6, 5, 4),
+        x[:1] + x[:1].contiguous(), x[:1].transpose(1, 3) + x[:1].transpose(1, 3).contiguous(), x[:, :1] - x[:, :1].contiguous(),
+        x[..., :1].transpose(1, 3) + x[..., :1].transpose(1, 3).contiguous(), x[:, :2].transpose(2, 3) + x[:, :2].transpose(2, 3),
     ],
     "means": lambda x: [
         x.mean((2, 3)), x.mean(-1, keepdim=True), x.mean([0, 1, 2, 3]), x.mean(()), x.mean(1, dtype=torch.float64),
@@ -112,7 +115,9 @@ CALLS = {
     ],
     "joined": lambda x: [
         torch.cat([x, x]), torch.cat([x, x[:, :2], x], 1), torch.cat([x, x[..., :1]], -1), torch.cat([x, torch.empty(0)]),
-        torch.cat([x, x.double()]), torch.cat([x.transpose(1, 3), x.transpose(1, 3)], 1),
+        torch.cat([x, x.double()]), torch.cat([x[:, :, 0].mT, x[:, :, 0].mT], 1), torch.cat([x[:1, :, 0].mT, x[:1, :, 1].mT], 2),
+        torch.cat([x[0, 0, 0, :1].expand(2, 1, 4), x[:, :, 0].mT], 1), torch.cat([x[0, 0].t(), x[0, 1].t()]),
+        torch.cat([x[0].mT, x[0].double().mT]), torch.cat([x.transpose(1, 3), x.transpose(1, 3)], 1),
     ],
     "matrices": lambda x: [
         F.linear(x, torch.randn(7, 6), torch.randn(7)), torch.addmm(torch.randn(1), x[0, 0], torch.randn(6, 3)),
@@ -122,6 +127,12 @@ CALLS = {
         F.layer_norm(x, (6,)), F.layer_norm(x, (5, 6), torch.randn(5, 6)), F.layer_norm(x.transpose(1, 3), (4,)),
         F.layer_norm(x.permute(0, 2, 3, 1), (4,)), F.layer_norm(x.permute(0, 2, 3, 1), (4,), torch.randn(4), torch.randn(4)),
         F.layer_norm(x.permute(1, 0, 2, 3), (6,)), F.layer_norm(x[:, :, :1].permute(0, 2, 3, 1), (4,)),
+        F.layer_norm(x[:1].permute(0, 2, 3, 1), (4,)), F.layer_norm(x[..., :1].permute(0, 2, 3, 1), (4,)),
+        F.layer_norm(torch.randn(1, 4, 7).transpose(1, 2), (4,)),
+    ],
+    "clamped": lambda x: [
+        F.normalize(x, dim=-1), F.normalize(x.transpose(1, 3), dim=1), F.normalize(x[:, :, :1], dim=1), x.clamp_min(0),
+        x.transpose(1, 2).clamp_min(0.5), x[..., :1].clamp_min(1), x.int().clamp_min(1),
     ],
     "group norms": lambda x: [
         F.group_norm(x, 2), F.group_norm(x, 4, torch.randn(4), torch.randn(4)), F.group_norm(x.transpose(1, 3), 3),

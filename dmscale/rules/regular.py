@@ -40,10 +40,8 @@ def convolution(
     Places that a kernel of size one looks at one by one are as free as those of any pointwise operator.
     """
     trace.freeze_dims(trace.dims(weight)[2:], "kernel size")
-    moves = [
-        (k, *(n[min(i, len(n) - 1)] for n in (stride, padding, output_padding))) for i, k in enumerate(weight.shape[2:])
-    ]
-    pointwise = all(move == (1, 1, 0, 0) for move in moves)
+    still = all(n == 1 for n in stride) and not any(padding) and not any(output_padding)
+    pointwise = still and all(n == 1 for n in weight.shape[2:])
     spatial = list(trace.dims(x)[2:]) if pointwise else trace.spatial(out, x, 2)
     eq = _TRANSPOSED if transposed else _CONVOLUTION
     dims, _ = contract(trace, eq, (x, weight), sizes={"g": groups}, known={"y": spatial})
