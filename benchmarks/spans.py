@@ -1,7 +1,8 @@
 """python -m benchmarks.spans --seeds 5: over how many steps the default search averages what it compares dimensions by.
 
 The demo's networks and recipe, on a quarter of the training scans held out (another one for each seed), the test scans
-untouched: to choose `dmscale.methods.knapsack.RECENT`.  A span of 100 steps is that of importance itself: one average for all.
+untouched: to choose `RECENT` and `FEWEST` of `dmscale.methods.knapsack`.  A span of 100 steps is that of importance itself:
+one average for all.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def accuracies(name: str, seed: int, steps: int | None = None) -> dict[tuple[str
     for budget in BUDGETS:
         found["uniform", budget] = demo.accuracy(demo.scale_at_once(dense, "uniform", budget, job)[0], data)
         for span in SPANS:
-            with mock.patch.object(knapsack, "RECENT", span / recipe.search_steps):
+            with mock.patch.multiple(knapsack, RECENT=0.0, FEWEST=span):
                 small, *_ = demo.search_and_tune(dense, budget, job)
             found[f"{span} steps", budget] = demo.accuracy(small, data)
     return found

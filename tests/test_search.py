@@ -641,7 +641,7 @@ def test_elements_rank_by_the_long_average_and_dimensions_by_the_recent_one():
 
 
 @pytest.mark.parametrize(
-    "steps, momentum, pace", [(100, 0.99, 1 / 4), (1000, 0.99, 1 / 40), (10_000, 0.99, 1 / 100), (10, 0.0, 1.0)]
+    "steps, momentum, pace", [(100, 0.99, 1 / 5), (1000, 0.99, 1 / 40), (10_000, 0.99, 1 / 100), (10, 0.0, 1.0)]
 )
 def test_levels_follow_a_part_of_the_search_and_never_less_than_importance_does(steps, momentum, pace):
     model, inputs, _ = problem("mlp")

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dmscale import topk
+from dmscale.methods import knapsack
 from dmscale.strategies.base import Found, Strategy, Task
 from dmscale.strategies.search import search
 
@@ -27,6 +28,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "dmscale:activation": {"importance": "activation"},
     "dmscale:index": {"importance": "index"},
     "dmscale:no-average": {"momentum": 0.0},
+    "dmscale:one-average": {"fewest": 100},
     "dmscale:depth-by-residual": {"depth_importance": "residual"},
     "dmscale:early": {"decay": 0.5},
     "dmscale:half-length": {"length": 0.5},
@@ -54,7 +56,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
         for penalty in (0.1, 1.0, 10.0) for lr in (2e-1, 2e-2, 2e-3)
     },
 }  # fmt: skip
-"""Name -> the options of `Search` in which it differs; `length` is a share of the steps, `rank` the offset of a rank."""
+"""Name -> the options of `Search` in which it differs; `length` is a share of the steps, `rank` the offset of a rank, and
+`fewest` the number of steps over which dimensions are compared."""
 
 GROUPS = {
     "engines": (
@@ -63,7 +66,7 @@ GROUPS = {
     ),
     "structure-only": (*(n for n in VARIANTS if n.endswith(":frozen")), "taylor", "fisher", "knapsack"),
     "importances": ("dmscale", *(n for n in VARIANTS if n.partition(":")[2] in (
-        "snip", "fisher", "magnitude", "activation", "index", "no-average", "depth-by-residual")), "dms"),
+        "snip", "fisher", "magnitude", "activation", "index", "no-average", "one-average", "depth-by-residual")), "dms"),
     "lengths": ("dmscale", "dms", *(n for n in VARIANTS if n.endswith("length")), "dmscale:early"),
     "ranks": ("dms", "dms:strict-ranks", "dms:inclusive-ranks", "dms:hard", "dms:no-warm-up"),
     "lambdas": ("dms", "dms:balanced", "dms:lagrangian", *(n for n in VARIANTS if "lambda" in n)),
@@ -72,11 +75,12 @@ GROUPS = {
 
 
 def _strategy(name: str, options: dict[str, Any]) -> Strategy:
-    rest = {k: v for k, v in options.items() if k not in ("length", "rank")}
+    rest = {k: v for k, v in options.items() if k not in ("length", "rank", "fewest")}
 
     def find(task: Task) -> Found:
         shorter = dataclasses.replace(task, steps=max(1, round(task.steps * options.get("length", 1.0))))
-        with _ranked(options.get("rank", 0.5)):
+        fewest = mock.patch.object(knapsack, "FEWEST", options.get("fewest", knapsack.FEWEST))
+        with _ranked(options.get("rank", 0.5)), fewest:
             return search(shorter, **rest)
 
     about = ", ".join(f"{k}={v}" for k, v in options.items())

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 UPDATES = 400
 """About how often the knapsack is solved in a search: it takes some milliseconds, which a short step would feel."""
 
-RECENT = 1 / 25
-"""The share of a search over which the levels of dimensions are averaged, once shorter than the average of importance."""
+RECENT, FEWEST = 1 / 25, 5
+"""Levels of dimensions are averaged over this share of a search, over no fewer steps than these, no longer than importance."""
 
 
 class Knapsack(Method):
@@ -46,7 +46,7 @@ class Knapsack(Method):
         self.kept = torch.ones(self.layout.elements, device=search.device)
         self.every = max(1, search.steps // UPDATES)
         self.recent = torch.zeros_like(self.kept)  # importance by the short average
-        self.pace = max(1 - search.momentum, min(1.0, 1 / (RECENT * search.steps)))
+        self.pace = max(1 - search.momentum, 1 / max(RECENT * search.steps, FEWEST))
 
     def learn(self, gradient: Tensor) -> None:
         self.recent.lerp_(self.search.measured, self.pace)
