@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import functools
+import math
 import os
 import random
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -72,7 +73,9 @@ class SearchSpace:
     def hold(self, name: str, turn: decisions.Turn) -> None:
         """Keep a dimension to sizes at which the forward takes the branch that it takes now."""
         assert turn.minimum is not None
-        self.options.held[self.dimensions[name].axes[0]] = turn.minimum, turn.multiple or 1
+        axis = self.dimensions[name].axes[0]
+        size, step = self.options.held.get(axis, (1, 1))  # another branch may hold it already
+        self.options.held[axis] = max(size, turn.minimum), math.lcm(step, turn.multiple or 1)
         self._rebuild()
 
     def freeze(self, names: Iterable[str], reason: str) -> None:

@@ -335,9 +335,8 @@ _LEAVES_ZERO = {
 }  # fmt: skip
 """Operators that do not give zero for zero: a row of zero weights does not stay zero behind them."""
 _NAME = "_dmscale_value"
-_PLAIN = frozenset(
-    {int, float, bool, str, type(None)}
-)  # to ask whether a number is a tensor takes longer than all else
+_PLAIN = frozenset({int, float, bool, str, type(None)})
+"""Types that are no tensors: to ask that of a value takes longer than all else that is done with it."""
 
 
 class _Kind(NamedTuple):

@@ -183,12 +183,18 @@ def fails_unless_a_multiple_of_eight(x, n):
     return x
 
 
+def both_in_steps_and_above(x, n):
+    assert n % 8 == 0
+    return x * 2 if n > 20 else x
+
+
 DECIDED = {
     "above": (lambda x, n: x * 2 if n > 8 else x, 9, 1),
     "at least": (lambda x, n: x * 2 if n >= 8 else x, 8, 1),
     "maximum": (lambda x, n: x * max(n, 5).bit_length() if n < 4 else x, 4, 1),
     "another number": (lambda x, n: x * 2 if n == 11 else x, 12, 1),
     "in steps": (fails_unless_a_multiple_of_eight, 8, 8),
+    "in steps and above": (both_in_steps_and_above, 24, 8),
     "of a part": (lambda x, n: x * 2 if n // 2 > 7 else x, 16, 1),
     "which does not matter": (lambda x, n: x * 1 if n == 1 else x, 1, 1),
     "which is always so": (lambda x, n: x if n > 0 and n % 1 == 0 and n <= 32 else x * 2, 1, 1),
