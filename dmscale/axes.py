@@ -39,6 +39,7 @@ __all__ = [
     "freeze",
     "gathered",
     "is_free",
+    "is_multilinear",
     "kept",
     "measure",
     "reasons",
@@ -446,6 +447,17 @@ def coordinates(dim: Dim, a: Axis) -> torch.Tensor:
             own = torch.arange(f.size) if f is a else torch.full((f.size,), -1)
         out = torch.maximum(out[:, None], own[None, :]).reshape(-1)
     return out
+
+
+def is_multilinear(dim: Dim) -> bool:
+    """Whether no atom of `dim` meets itself in a product: a mask of `dim` is linear in that of each atom then."""
+    seen: set[Axis] = set()
+    for f in factors(dim):
+        own = set(atoms((f,)))
+        if seen & own or (f.sum is not None and not all(map(is_multilinear, f.sum))):
+            return False
+        seen |= own
+    return True
 
 
 def measure(dim: Dim, sizes: Mapping[Axis, object], zero: object = 0):

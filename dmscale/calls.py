@@ -327,7 +327,7 @@ def _attention(func: Any, args: Any, kwargs: Any, found: CallSite, masks: Any) -
     if found.zero:
         query = query * _along(query, found, masks).to(query.dtype)
     if _argument(args, kwargs, 6, "scale") is None:
-        scale, kept = torch.rsqrt(masks(dim).mean()), masks.count(dim)
+        scale, kept = masks.share(dim, -0.5), masks.count(dim)
         query = Scaled.apply(query, scale, kept is not None)
         if kept is not None and kept < axes.size(dim):  # the operator scales: no other query is made and kept
             kwargs["scale"] = (axes.size(dim) / kept / query.shape[-1]) ** 0.5
@@ -337,7 +337,7 @@ def _attention(func: Any, args: Any, kwargs: Any, found: CallSite, masks: Any) -
 def _rescaled(func: Any, args: Any, kwargs: Any, found: CallSite, masks: Any) -> Tensor:
     """A constant times n ** power is the factor: of k kept elements it is that of all N times (k / N) ** power."""
     ((_, dim),) = found.dims
-    return Scaled.apply(func(*args, **kwargs), masks(dim).mean() ** found.power, masks.is_whole(dim))
+    return Scaled.apply(func(*args, **kwargs), masks.share(dim, found.power), masks.is_whole(dim))
 
 
 class Scaled(torch.autograd.Function):
@@ -370,6 +370,9 @@ def slope(grad: Tensor, x: Tensor) -> Tensor:
 
 def inner(grad: Tensor, x: Tensor) -> Tensor:
     """The gradient of a scalar factor of `x`, (), in float32 at least."""
+    plain = x.dtype in (torch.float32, torch.float64) and grad.dtype == x.dtype
+    if plain and grad.is_contiguous() and x.is_contiguous() and not torch.is_autocast_enabled(x.device.type):
+        return torch.dot(grad.view(-1), x.view(-1))  # no tensor of the size of x
     return slope(grad, x).sum(dtype=PRECISE.get(x.dtype))
 
 

@@ -31,6 +31,7 @@ from .blocks import Blocks
 from .branches import formed
 from .calls import CallSite, FunctionCall, GatedForward
 from .clone import clone
+from .masking import Chosen, Kept, KeptInput, Masks, Product, along
 from .tracer import Call, Contraction, Normalisation, Value
 from .tracing import Trace
 
@@ -449,52 +450,12 @@ def _mask(
 # -- acting ------------------------------------------------------------------------------------------------------------
 
 
-class Masks(nn.Module):
-    """The masks of a gated model, one parameter for each free axis and each stack of blocks.
-
-    Being parameters they collect gradients over micro-batches, are reduced by DDP and unscaled by a GradScaler like all
-    others; a search reads them once per optimizer step.
-    """
-
-    def __init__(self, widths: Mapping[Axis, Tensor], depths: Mapping[str, Tensor], trainable: bool):
-        super().__init__()
-        self.widths = dict(zip(widths, (nn.Parameter(m, requires_grad=trainable) for m in widths.values())))
-        self.depths = dict(zip(depths, (nn.Parameter(m, requires_grad=trainable) for m in depths.values())))
-        self.decided: dict[str, list[bool]] = {}  # stacks whose gates are known to be zero or one
-        self.gone: dict[str, list[bool]] = {}  # stack -> which of its blocks are out for good
-        self.hard: dict[Axis, int] = {}  # axes whose masks are known to be zeros and ones -> how many ones
-        self._found: dict[Dim, dict[Axis, Tensor]] = {}
-        self._list = nn.ParameterList([*self.widths.values(), *self.depths.values()])
-
-    def forward(self, dim: Dim) -> Tensor:
-        """The mask of `dim`, (size(dim),)."""
-        return axes.kept(dim, self._of(dim))
-
-    def is_whole(self, dim: Dim) -> bool:
-        """Whether the mask of `dim` is known to be ones: a gate need not multiply with it then, only give its gradient."""
-        return self.count(dim) == axes.size(dim)
-
-    def count(self, dim: Dim) -> int | None:
-        """How many ones the mask of `dim` holds, where it is known to be zeros and ones."""
-        # a compiled model would be compiled anew at every change of what is known, and fuses the products anyway
-        if torch.compiler.is_compiling() or not all(a in self.hard for a in self._of(dim)):
-            return None
-        return int(axes.measure(dim, self.hard))  # type: ignore[call-overload]
-
-    def _of(self, dim: Dim) -> dict[Axis, Tensor]:
-        if torch.compiler.is_compiling():
-            return {a: self.widths[a] for a in axes.atoms(dim) if a in self.widths}
-        if dim not in self._found:
-            self._found[dim] = {a: self.widths[a] for a in axes.atoms(dim) if a in self.widths}
-        return self._found[dim]
-
-
 class MaskedWeight(nn.Module):
     """Parametrisation W * m along some dimensions, and a scale for the weight of a normalisation."""
 
     masks: Masks
 
-    def __init__(self, masks: Masks, dims: Sequence[tuple[int, Dim]], scale: NormScale | None = None):
+    def __init__(self, masks: Masks, dims: Sequence[tuple[int, Dim]], scale: Dim | None = None):
         super().__init__()
         self.__dict__["masks"] = masks  # no child of every masked layer: FSDP2 would shard it once for each
         self.dims, self.scale = list(dims), scale
@@ -505,90 +466,14 @@ class MaskedWeight(nn.Module):
         factors, ones = [self.masks(d) for _, d in self.dims], [self.masks.is_whole(d) for _, d in self.dims]
         if self.scale is not None:
             places.append(None)
-            factors.append(self.scale())
-            ones.append(self.masks.is_whole(self.scale.dim))
+            factors.append(self.masks.share(self.scale, 0.5))
+            ones.append(self.masks.is_whole(self.scale))
         if torch.compiler.is_compiling():  # which fuses the products
             for place, factor in zip(places, factors):
-                weight = weight * _along(factor, weight, place)
+                weight = weight * along(factor, weight, place)
             return weight
         with calls.unseen():
-            return remaking.note(_Product.apply(weight, places, ones, *factors))
-
-
-def _along(factor: Tensor, like: Tensor, place: int | None) -> Tensor:
-    """A mask that broadcasts along dimension `place` of `like`, a scalar where that is None; in its dtype."""
-    factor = factor.to(like.dtype)
-    return factor if place is None else factor.view([-1 if i == place else 1 for i in range(like.dim())])
-
-
-class _Product(remaking.Remade):
-    """x times masks along `places` (and a scalar, place None), of which those known to be `ones` only get their gradient.
-
-    Saves x and the masks alone, and makes one tensor, where a chain of products makes and saves one for each mask; none if
-    all are ones.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, places: list[int | None], ones: list[bool], *factors: Tensor) -> Tensor:
-        ctx.save_for_backward(x, *factors)
-        ctx.places, ctx.ones, ctx.remakes = places, ones, not all(ones)
-        return _times(x, places, ones, factors)
-
-    @staticmethod
-    def again(ctx: Any) -> Tensor:
-        x, *factors = ctx.saved_tensors
-        return _times(x, ctx.places, ctx.ones, factors)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:  # type: ignore[override]
-        x, *factors = ctx.saved_tensors
-        places, wanted = ctx.places, ctx.needs_input_grad
-        grads: list[Tensor | None] = [None] * len(factors)
-        if any(wanted[3:]):
-            masked = sorted(p for p in places if p is not None)
-            others = [i for i in range(x.dim()) if i not in masked]
-            product = calls.slope(grad, x)
-            product = product.sum(others, dtype=calls.PRECISE.get(x.dtype)) if others else product
-            for i, factor in enumerate(factors):
-                if wanted[3 + i]:
-                    grads[i] = _collected(product, masked, i, places, ctx.ones, factors).to(factor.dtype)
-        return _times(grad, places, ctx.ones, factors) if wanted[0] else None, None, None, *grads
-
-
-def _times(x: Tensor, places: Sequence[int | None], ones: Sequence[bool], factors: Sequence[Tensor]) -> Tensor:
-    """x times all factors that are not known to be ones; x itself if there are none."""
-    out = x
-    for place, one, factor in zip(places, ones, factors):
-        if not one:
-            by = _along(factor, x, place)
-            out = out * by if out is x or torch.is_grad_enabled() else out.mul_(by)
-    return out
-
-
-def _collected(
-    product: Tensor, masked: list[int], own: int, places: Sequence[int | None], ones: Sequence[bool],
-    factors: Sequence[Tensor],
-) -> Tensor:  # fmt: skip
-    """The gradient of factor `own`: `product` (its dimensions being `masked`) times all other factors, summed up."""
-    over = []
-    for i, (place, one, factor) in enumerate(zip(places, ones, factors)):
-        if i != own:
-            at = None if place is None else masked.index(place)
-            product = product if one else product * _along(factor, product, at)
-            over += [] if at is None else [at]
-    return product.sum(over) if over else product
-
-
-@dataclass(eq=False)
-class NormScale:
-    """sqrt(k / N) of a normalised axis: what its kept-count form multiplies the result with."""
-
-    masks: Masks
-    dim: Dim
-
-    def __call__(self) -> Tensor:
-        with calls.unseen():
-            return torch.sqrt(self.masks(self.dim).mean())
+            return remaking.note(Product.apply(weight, places, ones, *factors))
 
 
 def attach(
@@ -608,7 +493,7 @@ def attach(
     gated = clone(model)
     masks = Masks(widths, depths, trainable)
     _hold(gated, masks)
-    scales = {s.module: NormScale(masks, s.dim) for s in sites.norms}
+    scales = {s.module: s.dim for s in sites.norms}
     scaled = {(s.module, s.weight) for s in sites.norms if s.weight}
     dims = {(s.module, s.name): s.dims for s in sites.weights}
     for module, name in dims.keys() | scaled:
@@ -620,7 +505,7 @@ def attach(
         norm = gated.get_submodule(site.module)
         norm.register_forward_pre_hook(KeptCount(masks, site), with_kwargs=True)
         if site.weight is None:
-            norm.register_forward_hook(Rescale(scales[site.module], site.bias))
+            norm.register_forward_hook(Rescale(masks, site))
     block_gates: dict[str, BlockGate] = {}
     for stack in sites.blocks:
         for i, path in enumerate(stack.paths):
@@ -680,9 +565,9 @@ class MaskedInput:
     def apply(self, x: Tensor) -> Tensor:
         mask, at = self.masks(self.site.dim), self.site.position
         if torch.compiler.is_compiling():
-            return x * _along(mask, x, at)
+            return x * along(mask, x, at)
         with calls.unseen():
-            return _Product.apply(x, [at], [self.masks.is_whole(self.site.dim)], mask)
+            return Product.apply(x, [at], [self.masks.is_whole(self.site.dim)], mask)
 
 
 @dataclass
@@ -703,106 +588,23 @@ class KeptCount:
         if groups > 1:
             x, at = x.reshape(*shape[:at], groups, mask.numel(), *shape[at + 1 :]), at + 1
         with calls.unseen():
-            y = _KeptCount.apply(x, mask, at, site.centred, site.over_space, count, kept)
+            y = KeptInput.apply(x, mask, at, site.centred, site.over_space, count, kept)
         return y.reshape(shape) if groups > 1 else y
-
-
-class _KeptCount(remaking.Remade):
-    """m (x - mean of the kept) sqrt(N / k) along dimension `at`, saving its result only (which the operator saves too).
-
-    With `input_kept`, where x is kept anyway, it saves that, and the result is made again for the operator and for itself.
-    The gradient of a mask element that is exactly zero needs the input: it is zero here, and comes from the other places
-    where the axis is consumed.
-
-    `known` is the number of ones, if there is nothing else but zeros.  If all are ones x stays as it is: what follows
-    subtracts the mean itself.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, mask: Tensor, at: int, centred: bool, over_space: bool, known: int | None, input_kept: bool
-    ) -> Tensor:
-        over = [at, *range(at + 1, x.dim())] if over_space else [at]
-        ctx.at, ctx.over, ctx.centred, ctx.known = at, over, centred, known
-        ctx.places = x.shape[at + 1 :].numel() if over_space else 1
-        ctx.remakes, ctx.made = input_kept and known != mask.numel(), None
-        if known == mask.numel():
-            ctx.save_for_backward(x, mask)
-            return x
-        count = known or mask.sum()
-        factor = _along(mask * (mask.numel() / count) ** 0.5, x, at)
-        mean = _weighted(x, mask / (count * ctx.places), at, over) if centred else None
-        y = _rest(x, mean, factor)
-        if input_kept:
-            ctx.save_for_backward(x, mask, factor, mean)
-        else:
-            ctx.save_for_backward(y, mask, factor)
-        return y
-
-    @staticmethod
-    def again(ctx: Any) -> Tensor:
-        if ctx.made is None:  # kept until the backward of this function, which comes next
-            x, _, factor, mean = ctx.saved_tensors
-            ctx.made = _rest(x, mean, factor)
-        return ctx.made
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:  # type: ignore[override]
-        y, mask, *rest = ctx.saved_tensors
-        if ctx.known == mask.numel():
-            centred = y - y.mean(ctx.over, keepdim=True) if ctx.centred else y
-            along = _summed(grad, centred, ctx.at)
-            # what follows does not see a shift: the gradient of the mean is zero
-            return grad, (along - along.mean() / 2).to(mask.dtype), None, None, None, None, None
-        if ctx.remakes and torch.is_grad_enabled():  # for a second derivative
-            y = _KeptCount.apply(y, mask, ctx.at, ctx.centred, len(ctx.over) > 1, ctx.known, False)
-        elif ctx.remakes:
-            y, ctx.made = _rest(y, rest[1], rest[0]) if ctx.made is None else ctx.made, None
-        factor = rest[0]
-        count = ctx.known or mask.sum()
-        along = _summed(grad, y, ctx.at)  # (N,)
-        inverse = mask if ctx.known else torch.where(mask > 1e-6, 1 / mask.clamp(min=1e-6), 0)
-        grad_mask = along * inverse - along.sum() / (2 * count)
-        grad_x = grad * factor
-        if ctx.centred:
-            flat = factor.float().view(-1)
-            total = _weighted(grad, flat / (count * ctx.places), ctx.at, ctx.over)
-            grad_mask = grad_mask - _summed(total, y, ctx.at) * torch.where(flat > 0, 1 / flat.clamp(min=1e-6), 0)
-            grad_x = torch.addcmul(grad_x, total, _along(mask, y, ctx.at), value=-1)
-        return grad_x, grad_mask.to(mask.dtype), None, None, None, None, None
-
-
-def _rest(x: Tensor, mean: Tensor | None, factor: Tensor) -> Tensor:
-    """(x - mean) * factor, a new tensor."""
-    return x * factor if mean is None else (x - mean).mul_(factor)
-
-
-def _weighted(x: Tensor, weights: Tensor, at: int, over: Sequence[int]) -> Tensor:
-    """Sum of x * weights (N,) along dimension `at`, and over all of `over`, which are kept as ones."""
-    if list(over) == [x.dim() - 1] and x.dtype == weights.dtype and not torch.is_autocast_enabled(x.device.type):
-        return (x @ weights)[..., None]  # no tensor of the size of x
-    return (x * _along(weights, x, at)).sum(list(over), keepdim=True)
-
-
-def _summed(a: Tensor, b: Tensor, at: int) -> Tensor:
-    """Sum of a * b over all dimensions of `b` but `at`, (N,), in float32 at least."""
-    others = [i for i in range(b.dim()) if i != at]
-    return calls.slope(a, b).sum(others, dtype=calls.PRECISE.get(b.dtype))
 
 
 @dataclass
 class Rescale:
     """After a normalisation: times sqrt(k / N), all but the bias that was added."""
 
-    scale: NormScale
-    bias: str | None = None
+    masks: Masks
+    site: NormSite
 
     def __call__(self, module: nn.Module, args: tuple, out: Any) -> Any:
-        if self.bias is not None:
-            b = getattr(module, self.bias)
-            return replace_first(out, lambda y: torch.lerp(b.to(y.dtype), y, self.scale().to(y.dtype)))
-        whole = self.scale.masks.is_whole(self.scale.dim)
-        return replace_first(out, lambda y: calls.Scaled.apply(y, self.scale(), whole))
+        scale = self.masks.share(self.site.dim, 0.5)
+        if self.site.bias is not None:
+            b = getattr(module, self.site.bias)
+            return replace_first(out, lambda y: torch.lerp(b.to(y.dtype), y, scale.to(y.dtype)))
+        return replace_first(out, lambda y: calls.Scaled.apply(y, scale, self.masks.is_whole(self.site.dim)))
 
 
 @dataclass
@@ -840,8 +642,8 @@ class BlockGate:
             x = torch.zeros_like(x) if self.branch else x
             return replace_first(out, lambda y: torch.lerp(x, y, gate.to(y.dtype)))
         if self.branch:
-            return replace_first(out, lambda y: _Kept.apply(y, gate, decided[self.index]))
-        return replace_first(out, lambda y: _Chosen.apply(x, y, gate, decided[self.index]))
+            return replace_first(out, lambda y: Kept.apply(y, gate, decided[self.index]))
+        return replace_first(out, lambda y: Chosen.apply(x, y, gate, decided[self.index]))
 
 
 class SkippableForward(running.StandIn):
@@ -870,37 +672,6 @@ def _is_constant(x: Any) -> bool:
     if isinstance(x, tuple):
         return all(map(_is_constant, x))
     return x is None or isinstance(x, (Tensor, int, float, str, torch.dtype, torch.device))
-
-
-class _Kept(torch.autograd.Function):
-    """lerp(0, y, gate) for a gate known to be zero or one."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, gate: Tensor, keep: bool) -> Tensor:
-        ctx.save_for_backward(y)
-        ctx.keep, ctx.gate_dtype = keep, gate.dtype
-        return y if keep else torch.zeros_like(y)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:  # type: ignore[override]
-        (y,) = ctx.saved_tensors
-        return grad if ctx.keep else None, calls.inner(grad, y).to(ctx.gate_dtype), None
-
-
-class _Chosen(torch.autograd.Function):
-    """lerp(x, y, gate) for a gate known to be zero or one: hands on one of the two and so writes no tensor."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, gate: Tensor, keep: bool) -> Tensor:
-        ctx.save_for_backward(x, y)
-        ctx.keep, ctx.gate_dtype = keep, gate.dtype
-        return y if keep else x
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:  # type: ignore[override]
-        x, y = ctx.saved_tensors
-        slope = calls.inner(grad, y - x).to(ctx.gate_dtype)
-        return (None, grad, slope, None) if ctx.keep else (grad, None, slope, None)
 
 
 @dataclass
