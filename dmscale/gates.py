@@ -15,6 +15,7 @@ All of it lives on a clone of the module tree that shares the user's parameters.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -468,11 +469,13 @@ class MaskedWeight(nn.Module):
             places.append(None)
             factors.append(self.masks.share(self.scale, 0.5))
             ones.append(self.masks.is_whole(self.scale))
-        if torch.compiler.is_compiling():  # which fuses the products
-            for place, factor in zip(places, factors):
-                weight = weight * along(factor, weight, place)
-            return weight
-        with calls.unseen():
+        compiling = torch.compiler.is_compiling()  # which fuses the products
+        with contextlib.nullcontext() if compiling else calls.unseen():
+            # a vector's products cost less than a function of Python
+            if compiling or (weight.dim() < 2 and weight.dtype not in calls.PRECISE):
+                for place, factor in zip(places, factors):
+                    weight = weight * along(factor, weight, place)
+                return weight
             return remaking.note(Product.apply(weight, places, ones, *factors))
 
 
