@@ -206,7 +206,7 @@ class SearchSpace:
 
     def magnitudes(self) -> dict[str, Tensor]:
         """Member -> the L2 norm of all weights at each of its elements: a score without data."""
-        squares = {n: p.detach().abs().float().square() for n, p in self.model.named_parameters() if not p.is_meta}
+        squares = {n: p.detach().abs().float().square() for n, p in self.model.named_parameters()}
         return {m: s.sqrt() for m, s in self.project(squares).items()}
 
     def project(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -221,7 +221,7 @@ class SearchSpace:
         index = {a: (m, a.size) for d in self.dimensions.values() for m, a in zip(d.members, d.axes)}
         for name, dims in self.trace.slots.items():
             t = values.get(name)
-            if t is None or t.is_meta:
+            if t is None or t.device.type == "meta":
                 continue
             for position, dim in enumerate(dims):
                 inside = [a for a in axes.atoms(dim) if a in index]
