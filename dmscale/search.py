@@ -167,7 +167,7 @@ class Search:
         self.model = gates.attach(self.space.model, self.space.sites, ones, blocks, trainable=True)
         masks = gates.masks_of(self.model)
         self._masks = [*(masks.widths[a] for a in self.layout.axes), *(masks.depths[n] for n in self.space.stacks)]
-        self._tell(np.ones(self.layout.elements, dtype=np.float32))
+        self._tell(torch.ones(self.layout.elements))
 
     # -- in the loop --------------------------------------------------------------------------------------------------
 
@@ -323,17 +323,15 @@ class Search:
 
         Those are products with ones, and blends of blocks that are wholly in or out.
         """
-        values, masks = flat.cpu().numpy(), gates.masks_of(self.model)
-        if not np.array_equal(values, self._written):  # else what gates remember of them stays good
+        if not torch.equal(torch.cat([m.data for m in self._masks]).to(flat.dtype), flat):
             torch._foreach_copy_([m.data for m in self._masks], list(flat.split(self.layout.sizes)))
-            self._tell(values)
+            self._tell(flat)  # else what gates remember of the masks stays good
+        masks = gates.masks_of(self.model)
         final = self.method.final or self.done
         masks.gone = {n: [not kept for kept in blocks] for n, blocks in masks.decided.items()} if final else {}
 
-    def _tell(self, values: np.ndarray) -> None:
-        """Say which masks are zeros and ones; the masks (E,) were set to `values`."""
-        self._written = np.array(values)
-        parts = np.split(self._written, np.cumsum(self.layout.sizes)[:-1])
+    def _tell(self, flat: Tensor) -> None:
+        parts = np.split(flat.cpu().numpy(), np.cumsum(self.layout.sizes)[:-1])
         masks, widths = gates.masks_of(self.model), len(self.layout.axes)
         hard = [bool(((part == 0) | (part == 1)).all()) for part in parts]
         masks.hard = {a: int(part.sum()) for a, part, known in zip(self.layout.axes, parts, hard) if known}

@@ -462,6 +462,21 @@ def test_the_weights_settle_in_what_is_exported(net):
     assert search.done and torch.equal(torch.cat(list(search.masks)), settled)
 
 
+def test_masks_that_somebody_has_overwritten_are_set_again_at_the_next_step():
+    """By loading an earlier state of `search.model`, whose masks are among its parameters."""
+    model, inputs, batches = problem()
+    search = dmscale.Search(dmscale.trace(model, inputs), "50% macs", STEPS, decay=0.2)
+    optimizer = adamw(model.parameters())
+    search.attach(optimizer)
+    earlier = copy.deepcopy(search.model.state_dict())
+    train(search, optimizer, batches[: STEPS - 2])
+    settled = [m.detach().clone() for m in search.masks]
+    search.model.load_state_dict(earlier)
+    assert not all(torch.equal(m, n) for m, n in zip(search.masks, settled))
+    train(search, optimizer, batches[: STEPS - 1])
+    assert all(torch.equal(m, n) for m, n in zip(search.masks, settled))
+
+
 def test_multiples_hold_at_every_step_of_the_default_search():
     """They are learnt under, not rounded to after it."""
     torch.manual_seed(0)
