@@ -8,6 +8,7 @@ under a `TorchFunctionMode` which gives the numbered calls their kept-count form
     mean      sum(m x) / k                       variance   sum(m (x - mean)^2) / (k - correction)
     softmax   m exp(x) / sum(m exp(x))           attention  q sqrt(N / k), so that the default scale becomes 1 / sqrt(k)
     largest   of the kept, one or several        sums, norms and products   of m x
+    loss      mean of m loss(x, y) over k        distance   of m x and m y
     x c N^p   times (k / N)^p
     batch norm of a weight   of m (x - mean of the kept) sqrt(N / k), times sqrt(k / N), as in `gates.py`
 
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import inspect
 import math
 import sys
 from collections import Counter
@@ -42,6 +44,8 @@ NAMES = {
     "log_softmax": "log_softmax", "amax": "amax", "amin": "amin", "scaled_dot_product_attention": "attention",
     "sum": "sum", "nansum": "sum", "norm": "norm", "linalg_vector_norm": "norm", "vector_norm": "norm",
     "batch_norm": "batch_norm", "max": "max", "min": "min", "topk": "topk",
+    "mse_loss": "loss", "l1_loss": "loss", "smooth_l1_loss": "loss", "huber_loss": "loss", "logsumexp": "logsumexp",
+    "cdist": "distance", "dist": "distance",
     "argmax": "argmax", "argmin": "argmin", "matmul": "matmul", "__matmul__": "matmul", "bmm": "bmm", "einsum": "einsum",
 }  # fmt: skip
 """Name of a torch function or method -> what its calls are counted as."""
@@ -297,6 +301,33 @@ def _log_softmax(*call: Any) -> Tensor:
     return _softmax(*call).log()
 
 
+def _logsumexp(func: Any, args: Any, kwargs: Any, found: CallSite, masks: Any) -> Tensor:
+    x = args[0] if args else kwargs["input"]
+    m = _along(x, found, masks)
+    x = torch.where(m > 0, x + m.clamp(min=torch.finfo(m.dtype).tiny).log(), torch.finfo(x.dtype).min).to(x.dtype)
+    return func(x, *args[1:], **{k: v for k, v in kwargs.items() if k != "input"})
+
+
+def _loss(func: Any, args: Any, kwargs: Any, found: CallSite, masks: Any) -> Tensor:
+    bound = inspect.signature(func).bind(*args, **kwargs)
+    bound.apply_defaults()
+    given, reduction = bound.arguments, bound.arguments["reduction"]
+    if given.get("size_average") is not None or given.get("reduce") is not None:  # as it was said before `reduction`
+        reduction = nn.modules.loss._Loss(given.get("size_average"), given.get("reduce")).reduction
+        given.update(size_average=None, reduce=None)
+    given["reduction"] = "none"
+    each = func(*bound.args, **bound.kwargs)
+    m = _along(each, found, masks)
+    total = (each * m).sum()
+    return (total / _count(each, m, range(each.dim())) if reduction == "mean" else total).to(each.dtype)
+
+
+def _distance(func: Any, args: Any, kwargs: Any, found: CallSite, masks: Any) -> Tensor:
+    (a, b), rest = args[:2], args[2:]
+    m = _along(a, found, masks).to(a.dtype)
+    return func(a * m, b * m, *rest, **kwargs)
+
+
 def _extreme(func: Any, args: Any, kwargs: Any, found: CallSite, masks: Any) -> Any:
     x = args[0] if args else kwargs["input"]
     largest = "min" not in func.__name__
@@ -411,6 +442,7 @@ _FORMS: dict[str, Callable[..., Any]] = {
     "mean": _mean, "var": _variance, "std": _deviation, "var_mean": _moments, "std_mean": _deviation_and_mean,
     "softmax": _softmax, "log_softmax": _log_softmax, "amax": _extreme, "amin": _extreme, "max": _extreme, "min": _extreme,
     "topk": _extreme, "argmax": _extreme, "argmin": _extreme, "batch_norm": _standardised,
+    "loss": _loss, "logsumexp": _logsumexp, "distance": _distance,
     "sum": _masked, "norm": _masked, "attention": _attention, **dict.fromkeys(_PRODUCTS, _masked),
     **dict.fromkeys(SCALINGS, _rescaled),
 }  # fmt: skip

@@ -206,11 +206,9 @@ def _try(checked: Checked, masks: dict) -> str | None:
     references = []
     for i, own in touched:
         tensors = list(checked.originals)
-        for (
-            j,
-            other,
-        ) in touched:  # what one contraction removes is removed from one operand; two sums are two removals
-            if (j, other) == (i, own) or len(touched) == 1 or i == j:
+        for j, other in touched:
+            # what one contraction removes is removed from one operand; two sums, or contractions of two axes, remove both
+            if i == j or not axes.same(other, own):
                 tensors[j] = zeroed(tensors[j], checked.dims[j], other, masks)
         references.append(checked.run(tensors))
     for reference in references or [checked.outs]:

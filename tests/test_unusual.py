@@ -273,3 +273,95 @@ def test_packed_sequences_leave_both_widths_of_a_recurrent_network_free(kind):
     assert {d.size for d in space.dimensions.values()} == {10, 8}
     assert_exact(space)
     assert searched(space, "60% params").rnn.hidden_size < 8
+
+
+# -- losses and distances inside of a forward ---------------------------------------------------------------------------
+
+
+class Quantised(nn.Module):
+    """Features replaced by the nearest of a code book, and how far they were from it."""
+
+    def __init__(self, nearest, loss):
+        super().__init__()
+        self.encoder, self.codes, self.decoder = nn.Linear(8, 16), nn.Embedding(32, 16), nn.Linear(16, 4)
+        self.nearest, self.loss = nearest, loss
+
+    def forward(self, x):
+        z = self.encoder(x)
+        q = self.codes(self.nearest(z, self.codes.weight))
+        return self.decoder(z + (q - z).detach()) + self.loss(q, z)
+
+
+def by_products(z, codes):
+    return (z.square().sum(-1, keepdim=True) - 2 * z @ codes.t() + codes.square().sum(-1)).argmin(-1)
+
+
+LOSSES = {
+    "mse": F.mse_loss,
+    "l1": F.l1_loss,
+    "summed": lambda q, z: F.mse_loss(q, z, reduction="sum") / 100,
+    "each": lambda q, z: F.mse_loss(q, z, reduction="none").sum(-1, keepdim=True),
+    "as said before": lambda q, z: F.mse_loss(q, z, size_average=False) / 100,
+    "smooth": lambda q, z: F.smooth_l1_loss(q, z, beta=0.3),
+    "huber": lambda q, z: F.huber_loss(q, z, delta=0.3),
+    "module": nn.MSELoss(),
+    "dist": lambda q, z: torch.dist(q, z),
+    "dist of order 1": lambda q, z: torch.dist(q, z, 1),
+}
+
+
+@pytest.mark.filterwarnings("ignore:size_average")
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_loss_inside_of_a_forward_is_that_of_what_is_kept(loss):
+    space = traced(Quantised(by_products, LOSSES[loss]), torch.randn(6, 8))
+    assert sorted((d.size, d.kind) for d in space.dimensions.values()) == [(16, "width"), (32, "width")]
+    assert_exact(space)
+    assert not space.cost().uncounted
+    searched(space, "60% params")
+
+
+@pytest.mark.parametrize("rows", [6, 40])  # by differences, and, where there are many, by products
+@pytest.mark.parametrize("order", [2.0, 1.0])
+def test_distances_of_rows_are_those_of_what_is_kept(rows, order):
+    def nearest(z, codes):
+        return torch.cdist(z, codes, p=order).argmin(-1)
+
+    space = traced(Quantised(nearest, F.mse_loss), torch.randn(rows, 8))
+    assert sorted(d.size for d in space.dimensions.values()) == [16, 32]
+    assert_exact(space)
+    searched(space, "60% params")
+
+
+class LogSumExp(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.head = nn.Linear(8, 16), nn.Linear(16, 3)
+
+    def forward(self, x):
+        y = self.up(x)
+        return self.head(y) + y.logsumexp(-1, keepdim=True) + torch.logsumexp(y, dim=(0, 1))
+
+
+def test_a_log_sum_exp_over_a_width_is_that_of_what_is_kept():
+    space = traced(LogSumExp(), torch.randn(4, 8))
+    assert [d.size for d in space.dimensions.values()] == [16]
+    assert_exact(space)
+    searched(space, "50% params")
+
+
+class TwoInputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 16), nn.Linear(8, 12)
+        self.both, self.head = nn.Bilinear(16, 12, 10), nn.Linear(10, 3)
+
+    def forward(self, x):
+        return self.head(self.both(self.a(x), self.b(x)))
+
+
+def test_both_inputs_of_a_bilinear_layer_are_free():
+    space = traced(TwoInputs(), torch.randn(4, 8))
+    assert sorted(d.size for d in space.dimensions.values()) == [10, 12, 16]
+    assert_exact(space)
+    assert space.cost().macs == 4 * (8 * 16 + 8 * 12 + 10 * 16 * 12 + 10 * 3) and not space.cost().uncounted
+    searched(space, "40% macs")

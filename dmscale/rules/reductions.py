@@ -230,6 +230,31 @@ def norm(
     return _reduce(trace, out, x, dim, "sum" if order is None or order > 0 else "reduced")
 
 
+@rule(aten.mse_loss, aten.smooth_l1_loss, aten.huber_loss)
+def loss(trace: Tracer, out: Tensor, x: Tensor, target: Tensor, *args: Any, **kwargs: Any) -> Sequence[Dim]:
+    """Element by element, then the mean or the sum of all, unless asked for none."""
+    dims = trace.broadcast([x, target], torch.broadcast_shapes(x.shape, target.shape))
+    if out.dim() == len(dims):
+        return dims
+    trace.normalised("reduced", [d for d in dims if d], x)
+    return []
+
+
+@rule(aten._euclidean_dist, aten._cdist_forward, aten.dist)
+def distance(trace: Tracer, out: Tensor, a: Tensor, b: Tensor, *args: Any) -> Sequence[Dim]:
+    """Of every row to every row, or of all elements; what is zero in both does not matter."""
+    if not out.dim():
+        over = list(trace.broadcast([a, b], torch.broadcast_shapes(a.shape, b.shape)))
+        dims: list[Dim] = []
+    else:
+        (*batch, n, width), (*other, m, same) = trace.dims(a), trace.dims(b)
+        for one, two in zip((*reversed(batch), width), (*reversed(other), same)):
+            axes.unify(one, two)
+        over, dims = [width], [*batch, n, m]
+    trace.normalised("reduced", [d for d in over if d], a)
+    return dims
+
+
 @rule(aten._weight_norm_interface)
 def weight_norm(trace: Tracer, out: Sequence[Tensor], v: Tensor, g: Tensor, dim: int = 0) -> Sequence[Any]:
     """g * v / |v|, the norm over every dimension but `dim`: zeros of a masked `v` do not matter to it."""

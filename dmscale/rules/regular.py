@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,6 +49,33 @@ def convolution(
     if bias is not None:
         axes.unify(dims[1], trace.dims(bias)[0])
     return dims
+
+
+@rule(aten._trilinear)
+def trilinear(
+    trace: Tracer, out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor,
+    missing_a: Sequence[int], missing_b: Sequence[int], missing_c: Sequence[int], summed: Sequence[int], *args: Any,
+) -> list[Dim]:  # fmt: skip
+    """Three tensors with dimensions of one put in at `missing_*`, multiplied and summed over `summed`: `nn.Bilinear`."""
+    laid: list[list[tuple[torch.Tensor, Dim]]] = [[] for _ in range(a.dim() + len(missing_a))]
+    for t, missing in ((a, missing_a), (b, missing_b), (c, missing_c)):
+        places = [i for i in range(len(laid)) if i not in missing]
+        for i, n, dim in zip(places, t.shape, trace.dims(t)):
+            if n != 1:
+                laid[i].append((t, dim))
+    for met in laid:
+        for _, dim in met[1:]:
+            axes.unify(met[0][1], dim)
+    dims = [met[0][1] if met else () for met in laid]
+    trace.count_macs(dims)
+    for i in summed:
+        if laid[i]:
+            trace.contracted(dims[i], laid[i])
+    kept = [i for i in range(len(dims)) if i not in summed]
+    for i in kept:
+        if laid[i] and not any([trace.value(t).data for t, _ in laid[i]]):  # weights alone
+            trace.produced(dims[i])
+    return [dims[i] for i in kept]
 
 
 @rule(aten._grouped_mm)
