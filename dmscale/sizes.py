@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 from . import axes
@@ -545,7 +546,8 @@ def _freeze_unrelated(
 ) -> None:
     """Freeze what equations of three or more axes mention, where it still are so many when linked axes count as one.
 
-    Half of the channels against two quarters that are linked already is again a pair.
+    Half of the channels against two quarters that are linked already is again a pair.  So are two of three parts of which
+    two equations tell: those that are linear are solved together.
     """
     progress = True
     while progress:
@@ -559,9 +561,39 @@ def _freeze_unrelated(
             elif units.terms:
                 rest.append((eq, difference))
         related = rest
+        if not progress and len(related) > 1:
+            values, sizes = _units({v for _, difference in related for v in difference.variables}, links)
+            for solved in _eliminated([Poly.of(difference.evaluate(values)) for _, difference in related]):
+                pair = _proportional(solved, sizes)
+                if pair is not None:
+                    _join(links, pair)
+                    progress = True
     for eq, difference in related:
         if not any(v.reasons for v in difference.variables):  # type: ignore[attr-defined]
             _freeze(_least_to_fix(in_units(difference, links)[0], eq, known), f"its size is fixed in {eq.where}")
+
+
+def _eliminated(equations: list[Poly]) -> list[Poly]:
+    """The linear ones of `equations`, each `= 0`, solved for one another (Gauss-Jordan): the same ones in fewer variables."""
+    solved: list[tuple[Any, dict[Any, Fraction]]] = []  # a variable, and an equation in which it has the factor one
+
+    def without(row: dict[Any, Fraction], variable: Any, other: dict[Any, Fraction]) -> dict[Any, Fraction]:
+        factor = row.get(variable, Fraction(0))
+        left = {m: row.get(m, Fraction(0)) - factor * other.get(m, Fraction(0)) for m in {**row, **other}}
+        return {m: c for m, c in left.items() if c}
+
+    for p in equations:
+        if any(len(m) > 1 for m in p.terms):
+            continue
+        row = {m: Fraction(c) for m, c in p.terms.items()}
+        for variable, other in solved:
+            row = without(row, variable, other)
+        own = next((m for m in row if m), None)
+        if own is not None:
+            row = {m: c / row[own] for m, c in row.items()}
+            solved = [(variable, without(other, own, row)) for variable, other in solved] + [(own, row)]
+    common = [math.lcm(*(c.denominator for c in row.values())) for _, row in solved]
+    return [Poly({m: int(c * n) for m, c in row.items()}) for (_, row), n in zip(solved, common)]
 
 
 def _join(links: list[set[Axis]], pair: tuple[Axis, Axis]) -> None:

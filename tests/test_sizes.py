@@ -207,6 +207,18 @@ def test_multiples_link(any_order):
     assert is_free(narrow, wide, other) == [True] * 3
 
 
+def test_equations_of_three_axes_are_solved_together(any_order):
+    """Two eighths and the rest, cut at c // 8 and at twice that: each equation has three axes, and all keep one share."""
+    (a,), (b,), (rest,) = parts = [axis(4), axis(4), axis(24)]
+    eighth = Operation("//", Extent(concat(parts)), 8)
+    one, both = says(eighth, (a,)), says(Operation("*", eighth, 2), concat([(a,), (b,)]))
+    s = solve(any_order([one, both]))
+    assert s.links == [{a, b, rest}] and is_free(*parts) == [True] * 3
+    (a,), (b,), (rest,) = parts = [axis(4), axis(4), axis(24)]  # of the first alone two of the three could be chosen
+    solve([says(Operation("//", Extent(concat(parts)), 8), (a,))])
+    assert not any(is_free(*parts))
+
+
 def test_literals_freeze(any_order):
     x, y = axis(8), axis(8)
     s = solve(any_order([says(8, x), says(C, y)]))

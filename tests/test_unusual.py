@@ -365,3 +365,44 @@ def test_both_inputs_of_a_bilinear_layer_are_free():
     assert_exact(space)
     assert space.cost().macs == 4 * (8 * 16 + 8 * 12 + 10 * 16 * 12 + 10 * 3) and not space.cost().uncounted
     searched(space, "40% macs")
+
+
+# -- parts of a width that a forward cuts by a share of its size --------------------------------------------------------
+
+
+class Shifted(nn.Module):
+    """A temporal shift: an eighth of the channels comes from the next image, an eighth from the last one."""
+
+    def __init__(self, cut):
+        super().__init__()
+        self.a, self.b, self.head, self.cut = nn.Conv2d(3, 32, 3), nn.Conv2d(32, 12, 3), nn.Linear(12, 4), [cut]
+
+    def forward(self, x):
+        x = self.a(x)
+        return self.head(self.b(self.cut[0](x)).relu().mean((2, 3)))
+
+
+def shift(x):
+    nt, c, h, w = x.shape
+    x, fold = x.view(-1, 4, c, h, w), c // 8
+    out = torch.zeros_like(x)
+    out[:, :-1, :fold] = x[:, 1:, :fold]
+    out[:, 1:, fold : 2 * fold] = x[:, :-1, fold : 2 * fold]
+    out[:, :, 2 * fold :] = x[:, :, 2 * fold :]
+    return out.view(nt, c, h, w)
+
+
+def four_parts(x):
+    c = x.shape[1]
+    a, b, d = x[:, : c // 8], x[:, c // 8 : c // 4], x[:, c // 4 : c - c // 4]
+    return torch.cat([b.relu(), d, a, x[:, c - c // 4 :].sigmoid()], 1)
+
+
+@pytest.mark.parametrize("cut", [shift, four_parts])
+def test_parts_that_several_sizes_tell_of_keep_one_share(cut):
+    """Each equation relates three axes or more; together they say how all of them are related."""
+    space = traced(Shifted(cut), torch.randn(8, 3, 8, 8))
+    parts = [d for d in space.dimensions.values() if len(d.axes) > 2]
+    assert len(parts) == 1 and parts[0].size == 4 and sum(a.size for a in parts[0].axes) == 32
+    assert_exact(space)
+    searched(space, "50% macs")
