@@ -363,7 +363,7 @@ def _kind(func: Any) -> _Kind:
         func._overloadpacket.__name__,
         func in POINTWISE or torch.Tag.pointwise in func.tags,
         func in _SAME_ELEMENTS,
-        func in _VIEWS,
+        func in _VIEWS or torch.Tag.inplace_view in func.tags,
         func in _REPEATING,
         func in PICKS,
         func in (aten.add.Tensor, aten.add_.Tensor),

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import dmscale
 from dmscale import recurrent, tracing
 from dmscale.tracing import Trace
 
@@ -81,3 +82,13 @@ def test_a_layer_whose_dropout_is_on_or_whose_sequence_is_packed_runs_as_it_is()
     assert not recurrent.is_layer("gru", (x, h, [], True, 1, 0.5, True, False, False), {})
     assert not recurrent.is_layer("gru", (x, sizes, h, [], True, 1, 0.5, False, False), {})
     assert not recurrent.is_layer("gru", (torch.empty(3, 2, 6), h, [], True, 1, 0.0, False, False, False), {})
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_the_order_of_batch_and_time_writes_nothing(kind):
+    """Transposing, in place too, is a view: not one of the activations that a forward writes."""
+    costs = []
+    for batch_first in (True, False):
+        model, x = kind(6, 10, batch_first=batch_first), torch.randn(3, 5, 6)
+        costs.append(dmscale.trace(model, x if batch_first else x.transpose(0, 1)).cost())
+    assert costs[0] == costs[1]
