@@ -9,6 +9,8 @@ the CPU, and so may indices and what is copied, as on CUDA; everything else rais
 
 from __future__ import annotations
 
+from unittest import mock
+
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -118,7 +120,8 @@ class Elsewhere:
     """Inside, `DEVICE` exists; models must have been traced before."""
 
     def __init__(self):
-        self.modes = [_Made(), _Named()]
+        waits = mock.patch.object(torch.accelerator, "synchronize", lambda device=None: None)
+        self.modes = [_Made(), _Named(), waits]
 
     def __enter__(self):
         for mode in self.modes:

@@ -5,10 +5,13 @@ No GPU is needed: what would raise on one raises here.  The arithmetic is the CP
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from elsewhere import DEVICE, Elsewhere, There, move
 from nets import NETS, floats_of, non_trivial, run
+from torch import nn
 
 import dmscale
 
@@ -60,9 +63,25 @@ def test_all_in_one_call_stays_on_the_device_of_the_model(distill):
     with Elsewhere():
         model, inputs = move(model), move(inputs)
         labels = torch.zeros(len(inputs), dtype=torch.long, device=DEVICE)
-        batches, criterion = [(inputs, labels)] * 4, torch.nn.functional.cross_entropy
+        batches, criterion = [(inputs, labels)] * 4, nn.functional.cross_entropy
         result = dmscale.scale(model, inputs, batches, criterion, budget="60% macs", steps=8, distill=distill)
     assert all(isinstance(p, There) for p in result.model.state_dict().values())
+
+
+def test_every_kind_of_strategy_stays_on_the_device_of_the_model(tmp_path):
+    torch.manual_seed(0)
+    model, inputs = NETS["residual_stack"]()
+    non_trivial(model)
+    names = ["lamp", "knapsack-exact", "skip-similar"]
+    with Elsewhere():
+        inputs, labels = move(inputs), torch.zeros(len(inputs), dtype=torch.long, device=DEVICE)
+        result = dmscale.compare(
+            lambda: move(copy.deepcopy(model)), inputs, lambda seed: [(inputs, labels)] * 20, nn.functional.cross_entropy,
+            lambda net: net(inputs).sum().item(), budget="60% macs", out=tmp_path, strategies=names, seeds=1, search_steps=4,
+            recovery_steps=2,
+        )  # fmt: skip
+    assert {row.strategy for row in result.rows} >= set(names)
+    assert not [(row.strategy, row.problem) for row in result.rows if row.problem or not row.values]
 
 
 def test_the_pretended_device_refuses_to_mix():
