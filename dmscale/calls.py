@@ -323,9 +323,9 @@ def _loss(func: Any, args: Any, kwargs: Any, found: CallSite, masks: Any) -> Ten
 
 
 def _distance(func: Any, args: Any, kwargs: Any, found: CallSite, masks: Any) -> Tensor:
-    (a, b), rest = args[:2], args[2:]
-    m = _along(a, found, masks).to(a.dtype)
-    return func(a * m, b * m, *rest, **kwargs)
+    for operand in (0, 1):
+        args, kwargs = _with_masked((tuple(args), dict(kwargs)), found, masks, [operand])
+    return func(*args, **kwargs)
 
 
 def _extreme(func: Any, args: Any, kwargs: Any, found: CallSite, masks: Any) -> Any:

@@ -206,7 +206,9 @@ class SearchSpace:
 
     def magnitudes(self) -> dict[str, Tensor]:
         """Member -> the L2 norm of all weights at each of its elements: a score without data."""
-        squares = {n: p.detach().abs().float().square() for n, p in self.model.named_parameters()}
+        squares = {
+            n: p.detach().abs().float().square() for n, p in self.model.named_parameters() if p.device.type != "meta"
+        }
         return {m: s.sqrt() for m, s in self.project(squares).items()}
 
     def project(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:

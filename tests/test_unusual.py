@@ -307,6 +307,7 @@ LOSSES = {
     "module": nn.MSELoss(),
     "dist": lambda q, z: torch.dist(q, z),
     "dist of order 1": lambda q, z: torch.dist(q, z, 1),
+    "by keyword": lambda q, z: torch.dist(input=q, other=z) + F.mse_loss(input=q, target=z),
 }
 
 
@@ -330,6 +331,14 @@ def test_distances_of_rows_are_those_of_what_is_kept(rows, order):
     assert sorted(d.size for d in space.dimensions.values()) == [16, 32]
     assert_exact(space)
     searched(space, "60% params")
+
+
+def test_what_is_compared_with_a_tensor_of_another_rank_stays():
+    """The mask of the one would lie across other dimensions of the other."""
+    space = traced(Quantised(by_products, lambda q, z: torch.dist(q[0], z)), torch.randn(6, 8))
+    assert [d.size for d in space.dimensions.values()] == [32]
+    assert "of another rank" in str(space)
+    assert_exact(space)
 
 
 class LogSumExp(nn.Module):

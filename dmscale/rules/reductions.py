@@ -236,8 +236,16 @@ def loss(trace: Tracer, out: Tensor, x: Tensor, target: Tensor, *args: Any, **kw
     dims = trace.broadcast([x, target], torch.broadcast_shapes(x.shape, target.shape))
     if out.dim() == len(dims):
         return dims
-    trace.normalised("reduced", [d for d in dims if d], x)
+    _over_pairs(trace, dims, x, target)
     return []
+
+
+def _over_pairs(trace: Tracer, over: Sequence[Dim], a: Tensor, b: Tensor) -> None:
+    """What is computed of `a` and `b`, element by element, is summed up over these dimensions, at the same place in both."""
+    if a.dim() == b.dim():
+        trace.normalised("reduced", [d for d in over if d], a)
+    else:
+        trace.freeze_dims(over, "compared with a tensor of another rank")
 
 
 @rule(aten._euclidean_dist, aten._cdist_forward, aten.dist)
@@ -251,7 +259,7 @@ def distance(trace: Tracer, out: Tensor, a: Tensor, b: Tensor, *args: Any) -> Se
         for one, two in zip((*reversed(batch), width), (*reversed(other), same)):
             axes.unify(one, two)
         over, dims = [width], [*batch, n, m]
-    trace.normalised("reduced", [d for d in over if d], a)
+    _over_pairs(trace, over, a, b)
     return dims
 
 
