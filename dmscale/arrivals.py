@@ -11,15 +11,15 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from . import axes, recurrent
+from . import axes, direct, recurrent
 from .axes import Dim
-from .calls import SCALINGS, FunctionCall, counted_as
+from .calls import SCALINGS, FunctionCall, counted_as, is_counted
 from .numbering import Said, freeze_numbers
 from .sizes import Expression, Extent, Operation, SizedFloat, SizedInt, square_root
 from .tracer import Scale, Tracer, _constant, _tensors, operands_of, shape_of
@@ -38,30 +38,32 @@ class Arrivals(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        kind, name, handler = _route(func)
-        if kind == "shape":
+        route = _route(func)
+        how = route.how
+        if how == "call":
+            if route.counts:
+                counted = counted_as(route.name, args)
+                if counted is not None:
+                    return self._counted(counted, func, route, args, kwargs)
+            return self._call(func, route, args, kwargs)
+        if how == "shape":
             return shape_of(self.tracer, args[0])
-        if kind == "property":
+        if how == "property":
             return func(*args, **kwargs)
-        if kind == "size":
+        if how == "size":
             shape = shape_of(self.tracer, args[0])
             position = args[1] if len(args) > 1 else kwargs.get("dim")
             return shape if position is None else shape[position]
-        if kind == "numel":
-            return _numel(self.tracer, args[0])
-        counted = counted_as(name, args)
-        if counted is not None:
-            return self._counted(counted, func, name, handler, args, kwargs)
-        return self._call(func, name, handler, args, kwargs)
+        return _numel(self.tracer, args[0])
 
-    def _counted(self, counted: str, func: Any, name: str, handler: _Handler | None, args: Any, kwargs: Any) -> Any:
+    def _counted(self, counted: str, func: Any, route: _Route, args: Any, kwargs: Any) -> Any:
         """A call that a gate may have to find again."""
         tracer = self.tracer
         number, start = tracer.counting.count(counted), tracer.op
-        operands = tuple(tracer.value(t) for t in _tensors((*args, *kwargs.values()), []))
-        out = self._call(func, name, handler, args, kwargs)
+        operands = tuple([tracer.value(t) for t in _tensors((*args, *kwargs.values()), [])])
+        out = self._call(func, route, args, kwargs)
         if number is not None and tracer.op > start:
-            first = next(iter(_tensors([out], [])), None)
+            first = out if isinstance(out, Tensor) else next(iter(_tensors([out], [])), None)
             result = None if first is None else tracer.value(first)
             call = FunctionCall(tracer.path, counted, number, start, tracer.op, operands, result)
             tracer.record.functions.append(call)
@@ -71,31 +73,39 @@ class Arrivals(TorchFunctionMode):
                 args[1].escape(counted)
         return out
 
-    def _call(self, func: Any, name: str, handler: _Handler | None, args: Any, kwargs: Any) -> Any:
+    def _call(self, func: Any, route: _Route, args: Any, kwargs: Any) -> Any:
+        tracer, handler = self.tracer, route.handler
+        if route.plan is not None:
+            out = direct.result(tracer, func, route.plan, args, kwargs)
+            if out is not None:  # its arguments were tensors and plain numbers, but for those of the handler
+                if handler is not None:
+                    handler(tracer, out, *args, **kwargs)
+                return out
         if func is F.scaled_dot_product_attention:
-            return _attention(self.tracer, *args, **kwargs)
+            return _attention(tracer, *args, **kwargs)
         if func is F.one_hot:
-            return _one_hot(self.tracer, *args, **kwargs)
+            return _one_hot(tracer, *args, **kwargs)
+        name = route.name
         if name in _TO_PYTHON:
-            self.tracer._operator = name
-            self.tracer.freeze_dims(self.tracer.dims(args[0]), "its elements are read by Python")
-            freeze_numbers(self.tracer, [self.tracer.value(args[0])])
+            tracer._operator = name
+            tracer.freeze_dims(tracer.dims(args[0]), "its elements are read by Python")
+            freeze_numbers(tracer, [tracer.value(args[0])])
         if handler is None:
             if recurrent.is_layer(name, args, kwargs):
-                out = recurrent.layer(self.tracer, name, *args)
+                out = recurrent.layer(tracer, name, *args)
             else:
                 out = func(*args, **kwargs)
             sized = _sized(args, kwargs)
             if sized and counted_as(name, args) not in SCALINGS:
-                _fix(self.tracer, sized)
+                _fix(tracer, sized)
             return out
         makes = handler in (_created, _unpacked)
-        self.tracer.making_sized = makes or (handler is _numbered and _counts_to(args, kwargs))
+        tracer.making_sized = makes or (handler is _numbered and _counts_to(args, kwargs))
         try:
             out = func(*args, **kwargs)
         finally:
-            self.tracer.making_sized = False
-        handler(self.tracer, out, *args, **kwargs)
+            tracer.making_sized = False
+        handler(tracer, out, *args, **kwargs)
         return out
 
 
@@ -103,17 +113,34 @@ _Handler = Callable[..., None]
 _HANDLERS: dict[str, _Handler] = {}
 
 
+class _Route(NamedTuple):
+    """What to do with a torch function.
+
+    how: what is asked of a tensor, or "call".
+    handler: of the sizes that arrive.
+    counts: whether its calls may be counted.
+    plan: the operator that it is, if it is one (`direct.py`).
+    """
+
+    how: str
+    name: str
+    handler: _Handler | None
+    counts: bool
+    plan: direct.Plan | None
+
+
 @functools.lru_cache(maxsize=4096)
-def _route(func: Any) -> tuple[str, str, _Handler | None]:
-    """What to do with a torch function: (how, its name, the handler of its sizes)."""
+def _route(func: Any) -> _Route:
     name = getattr(func, "__name__", "")
     if getattr(func, "__self__", None) is _SHAPE:
-        return "shape", name, None
-    if func is torch.Tensor.size:
-        return "size", name, None
-    if func is torch.Tensor.numel or func is torch.Tensor.nelement:
-        return "numel", name, None
-    return "property" if name == "__get__" else "call", name, _HANDLERS.get(name)
+        how = "shape"
+    elif func is torch.Tensor.size:
+        how = "size"
+    elif func is torch.Tensor.numel or func is torch.Tensor.nelement:
+        how = "numel"
+    else:
+        how = "property" if name == "__get__" else "call"
+    return _Route(how, name, _HANDLERS.get(name), is_counted(name), direct.OPERATORS.get(func))
 
 
 def _scaled(tracer: Tracer, factor: SizedFloat, sign: int) -> bool:
@@ -212,7 +239,7 @@ def _attention(
         key, value = (
             t.unsqueeze(-3).expand(*t.shape[:-2], repeats, *t.shape[-2:]).flatten(-4, -3) for t in (key, value)
         )
-    scores = query @ key.transpose(-2, -1) * scale
+    scores = _product(tracer, query, key.transpose(-2, -1)) * scale
     if by_size:  # sliced to fewer head dims the kernel scales by the new size
         tracer._operator = "scaled_dot_product_attention"
         tracer.normalised("attention scale", [tracer.dims(query)[-1]], query)
@@ -222,9 +249,15 @@ def _attention(
     if attn_mask is not None:
         mask_bool = attn_mask.dtype == torch.bool
         scores = torch.where(attn_mask, scores, float("-inf")) if mask_bool else scores + attn_mask
-    out = torch.softmax(scores, dim=-1).to(value.dtype) @ value
+    weights = torch.softmax(scores, dim=-1).to(value.dtype)
+    out = _product(tracer, weights, value)
     tracer.fuse(start, F.scaled_dot_product_attention, *as_called, out)
     return out
+
+
+def _product(tracer: Tracer, a: Tensor, b: Tensor) -> Tensor:
+    out = direct.result(tracer, torch.matmul, direct.OPERATORS[torch.matmul], (a, b), {})
+    return a @ b if out is None else out
 
 
 def _one_hot(tracer: Tracer, tensor: Tensor, num_classes: int = -1) -> Tensor:

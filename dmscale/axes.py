@@ -27,6 +27,7 @@ from math import gcd
 import torch
 
 __all__ = [
+    "Atoms",
     "Axis",
     "Conflict",
     "Dim",
@@ -71,7 +72,9 @@ class Axis:
         return self.product is None and self.sum is None
 
     def root(self) -> Axis:
-        node = self
+        if self.parent is None:
+            return self
+        node = self.parent
         while node.parent is not None:
             node = node.parent
         while self.parent is not None and self.parent is not node:  # path compression
@@ -121,6 +124,14 @@ def atoms(dim: Dim) -> list[Axis]:
     """The atoms below `dim`, in row-major order, each once."""
     found = _leaves(dim)
     return found if len(found) < 2 else list(dict.fromkeys(found))
+
+
+class Atoms(dict[Dim, list[Axis]]):
+    """`atoms` of any dimension, found once: to be asked when everything has been unified, and axes are only frozen."""
+
+    def __missing__(self, dim: Dim) -> list[Axis]:
+        found = self[dim] = atoms(dim)
+        return found
 
 
 def _leaves(dim: Iterable[Axis]) -> list[Axis]:
@@ -212,6 +223,13 @@ def unify(p: Dim, q: Dim) -> None:
     """
     if p == q:
         return
+    if len(p) == len(q) == 1:  # most are
+        a, b = p[0].root(), q[0].root()
+        if a is b:
+            return
+        if a.size == b.size and a.product is None and b.product is None:
+            _merge(a, b)
+            return
     if size(p) != size(q):
         raise Conflict(f"{size(p)} against {size(q)}")
     left, right = factors(p), factors(q)
@@ -264,10 +282,10 @@ def _two_views(m: int, n: int, where: str = "") -> str:
 
 def _merge(a: Axis, b: Axis) -> None:
     """Union of two different roots of one size; neither is a product."""
-    if not b.is_atom:
+    if b.sum is not None:
         a, b = b, a
-    if b.is_atom:
-        if any(leaf is b for leaf in _leaves((a,))):
+    if b.sum is None:
+        if a.sum is not None and any(leaf is b for leaf in _leaves((a,))):
             raise Conflict(f"an axis of {a.size} would contain itself")
         b.parent = a
         for reason in b.reasons:

@@ -64,6 +64,11 @@ def counted_as(name: str, args: Sequence[Any]) -> str | None:
     return NAMES.get(name)
 
 
+def is_counted(name: str) -> bool:
+    """Whether there are calls of the function `name` that are counted."""
+    return name in NAMES or name in _SCALED
+
+
 @dataclass(eq=False, slots=True)
 class FunctionCall:
     """Call number `number` of functions counted as `name` in one call of module `path`; it ran operators start+1 to end.

@@ -6,7 +6,7 @@ import collections
 import copy
 import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,17 +22,19 @@ def same(t: Tensor) -> Tensor:
     return t
 
 
-def clone(model: nn.Module, replace: Callable[[Tensor], Tensor] = same) -> nn.Module:
+def clone(
+    model: nn.Module, replace: Callable[[Tensor], Tensor] = same, modules: Sequence[tuple[str, nn.Module]] | None = None
+) -> nn.Module:
     """A deep copy of `model` in which every parameter and buffer `t` is `replace(t)`; by default `t` itself.
 
     Tensors that a module holds as plain attributes are shared where parameters are, else copied.  Tied parameters stay
-    tied.  Of a module that was compiled in place the copy is not.
+    tied.  Of a module that was compiled in place the copy is not.  `modules` is `walk(model)`, where that is known already.
 
     Raises:
         TraceError: an attribute of the model cannot be copied.
     """
     memo: dict[int, Any] = {}
-    for _, module in walk(model):
+    for _, module in walk(model) if modules is None else modules:
         for t in (*module._parameters.values(), *module._buffers.values()):
             if t is not None and id(t) not in memo:
                 memo[id(t)] = replace(t)
@@ -65,12 +67,12 @@ def _copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
             continue
         if kind in _EMPTY and not value:
             state[key] = kind()
+        elif kind is tuple and _ATOMIC.issuperset(map(type, value)):
+            continue
         elif key == "_modules":
             state[key] = {n: None if m is None else _copy(m, memo) for n, m in value.items()}
         elif key in ("_parameters", "_buffers"):
             state[key] = {n: None if t is None else memo[id(t)] for n, t in value.items()}
-        elif kind is tuple and _ATOMIC.issuperset(map(type, value)):
-            continue
         elif isinstance(value, nn.Module):
             state[key] = _copy(value, memo)
         elif key in CACHES:
@@ -110,14 +112,20 @@ _NO_TENSOR = _ATOMIC | _EMPTY | {tuple}
 """Types that are none: asking whether a value is a tensor takes longer than all else, for what is not."""
 
 
+_META = torch.device("meta")
+
+
 def on_meta(t: Tensor) -> Tensor:
     """`t` without its elements: same shape, strides and dtype, on the meta device; a parameter stays one.
 
     Integers keep their elements: they are few (ids, positions, indices), and forwards look at them.
     """
-    if not (t.is_floating_point() or t.is_complex()):
+    dtype = t.dtype
+    if not (dtype.is_floating_point or dtype.is_complex):
         return t.detach().clone()
-    twin = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+    twin = torch.empty_strided(t.shape, t.stride(), dtype=dtype, device=_META)
+    if type(t) is nn.Parameter:  # most are, and their constructor takes longer
+        return torch.Tensor._make_subclass(nn.Parameter, twin, False)
     return nn.Parameter(twin, requires_grad=False) if isinstance(t, nn.Parameter) else twin
 
 

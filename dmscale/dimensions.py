@@ -18,7 +18,7 @@ from torch import nn
 from . import axes, blocks, branches, calls, gates, naming, tracing
 from .axes import Axis
 from .polynomial import Poly, Quotient
-from .sizes import Attribute, Solution, solve
+from .sizes import Attribute, Solution, free_atoms, solve
 from .tracer import Record
 
 
@@ -93,24 +93,35 @@ class Resolved:
 
 def resolve(trace: tracing.Trace, model: nn.Module, options: Options) -> Resolved:
     """Plan gates and solve size equations until neither freezes anything more."""
-    parameters = [dim for dims in trace.slots.values() for dim in dims]
+    indexing = {a for dims in trace.slots.values() for dim in dims for a in trace.atoms[dim]}
+    stacks = _stacks(trace, model, options)
+    watched = indexing.union(*(free_atoms(equation) for equation in trace.record.equations))
+    solution, solved, free = None, -1, _count_free(watched)
     while True:
-        before = _count_free(parameters)
-        stacks = blocks.find(model, trace.record)
-        if options.branches:
-            stacks = branches.find(model, trace.record, stacks, options.no_depth)
-        options.no_depth |= {s.name: reason for s in stacks if (reason := options.refuses(s.name))}
-        stacks = [s for s in stacks if s.name not in options.no_depth]
+        before = free
         sites = gates.plan(trace, stacks)
-        solution = solve(trace.record.equations)
-        if options.freeze or options.only:
-            for a, name in naming.name_axes(trace).items():
-                reason = options.refuses(name)
-                if reason and not a.reasons:
-                    axes.freeze((a,), reason)
-        if _count_free(parameters) == before:
-            indexing = {a for dim in parameters for a in axes.atoms(dim)}
+        free = _count_free(watched)
+        if solution is None or free != solved:  # a solution is one for what was free then
+            solution = solve(trace.record.equations)
+            if options.freeze or options.only:
+                for a, name in naming.name_axes(trace).items():
+                    reason = options.refuses(name)
+                    if reason and not a.reasons:
+                        axes.freeze((a,), reason)
+            free = solved = _count_free(watched)
+        if free == before:
             return Resolved(replace(solution, attributes=_by_parameters(solution, indexing)), sites, stacks)
+
+
+def _stacks(trace: tracing.Trace, model: nn.Module, options: Options) -> list[blocks.Blocks]:
+    """The stacks of blocks, or of branches, that the user wants."""
+    whole = blocks.find(model, trace.record)
+    while True:
+        stacks = branches.find(model, trace.record, whole, options.no_depth) if options.branches else whole
+        refused = {s.name: reason for s in stacks if (reason := options.refuses(s.name))}
+        if refused.keys() <= options.no_depth.keys():
+            return [s for s in stacks if s.name not in options.no_depth]
+        options.no_depth |= refused  # where a branch is not wanted, whole blocks may be
 
 
 def _by_parameters(solution: Solution, indexing: set[Axis]) -> dict[Attribute, Quotient]:
@@ -131,8 +142,8 @@ def _by_parameters(solution: Solution, indexing: set[Axis]) -> dict[Attribute, Q
     }
 
 
-def _count_free(dims: Iterable[axes.Dim]) -> int:
-    return len({a for dim in dims for a in axes.atoms(dim) if not a.reasons})
+def _count_free(found: Iterable[Axis]) -> int:
+    return sum([not a.reasons for a in found])
 
 
 def dimensions(
@@ -140,7 +151,7 @@ def dimensions(
 ) -> tuple[dict[str, Dimension], dict[str, str]]:
     """The dimensions by name, in the order of the forward, and the frozen axes of parameters, each with its reasons."""
     names = naming.name_axes(trace)
-    heads = {a for dim in trace.record.batched for a in axes.atoms(dim)}
+    heads = {a for dim in trace.record.batched for a in trace.atoms[dim]}
     groups = _groups([a for a in names if not a.reasons], resolved.solution.links)
     steps = _steps(trace.record.multiples)
     least = _least(trace.record.least)

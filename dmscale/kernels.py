@@ -58,6 +58,12 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     return outs[0] if made is Tensor else made(outs)
 
 
+def told(func: Any, args: Any) -> Any:
+    """What `func` gives, where a formula tells that from the form of its arguments; else None."""
+    formula = _FORMULAS.get(func)
+    return None if formula is None else formula(*args)
+
+
 def _is_memorable(func: Any) -> bool:
     """Whether `func` gives new tensors, or writes into its first argument and gives that."""
     returned = [r.alias_info for r in func._schema.returns]
@@ -126,12 +132,14 @@ def _convolution(
     more: Any,
     groups: int,
 ) -> Any:
-    if transposed or x.dim() != weight.dim() or x.shape[1] != groups * weight.shape[1] or not _plain(x, weight):
+    taken, kernel = x.shape, weight.shape
+    rank = len(kernel) - 2
+    if transposed or len(taken) != len(kernel) or taken[1] != groups * kernel[1] or not _plain(x, weight):
         return None
-    shape = [x.shape[0], weight.shape[0]]
-    for i, (n, kernel) in enumerate(zip(x.shape[2:], weight.shape[2:])):
-        s, p, d = (many[i] if len(many) > 1 else many[0] for many in (stride, padding, dilation))
-        shape.append((n + 2 * p - d * (kernel - 1) - 1) // s + 1)
+    shape = [taken[0], kernel[0]]
+    for i in range(rank):
+        s, p, d = (stride[i], padding[i], dilation[i]) if len(stride) == rank else (stride[0], padding[0], dilation[0])
+        shape.append((taken[i + 2] + 2 * p - d * (kernel[i + 2] - 1) - 1) // s + 1)
     return _empty(shape, x) if min(shape) > 0 else None  # the kernel says what is wrong
 
 
@@ -141,6 +149,30 @@ def _addmm(bias: Tensor, a: Tensor, b: Tensor, *rest: Any) -> Any:
         return None
     fits = a.shape[1] == b.shape[0] and bias.shape == b.shape[1:]
     return _empty((a.shape[0], b.shape[1]), a) if fits else None
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Any = None) -> Any:
+    if x.dim() < 2 or weight.dim() != 2 or not _plain(x) or weight.dtype is not x.dtype or x.shape[-1] != weight.shape[1]:
+        return None  # what is not contiguous is copied first, or multiplied in batches
+    return _empty((*x.shape[:-1], weight.shape[0]), x)
+
+
+def _matmul(a: Tensor, b: Tensor) -> Any:
+    rank = a.dim()
+    if a.dtype not in _FLOATS or b.dtype is not a.dtype or rank < 2 or a.shape[-1] != b.shape[-2]:
+        return None
+    if b.dim() == 2:
+        return _empty((*a.shape[:-1], b.shape[-1]), a) if rank > 2 and a.is_contiguous() else None
+    if a.shape[:-2] != b.shape[:-2] or not _is_batch(a) or not _is_batch(b):
+        return None  # one is stretched or copied first
+    return _empty((*a.shape[:-1], b.shape[-1]), a)
+
+
+def _is_batch(x: Tensor) -> bool:
+    """Whether the matrices in the last two dimensions of `x` lie at equal distances."""
+    shape, stride = x.shape, x.stride()
+    lead = [(n, s) for n, s in zip(shape[:-2], stride) if n != 1]
+    return all([s == m * t for (_, s), (m, t) in zip(lead, lead[1:])])
 
 
 def _binary(x: Any, y: Any, *rest: Any) -> Any:
@@ -159,6 +191,11 @@ def _binary(x: Any, y: Any, *rest: Any) -> Any:
         if any([n not in (1, larger.shape[lead + i]) for i, n in enumerate(other.shape)]):
             return None  # both are stretched
     return _like(larger)
+
+
+def _binary_(x: Tensor, y: Any, *rest: Any) -> Any:
+    fits = isinstance(y, Tensor) and x.is_meta and y.is_meta and x.dtype is y.dtype and x.shape == y.shape
+    return x if fits else None
 
 
 def _mean(x: Tensor, dims: Any, keepdim: bool = False, *rest: Any) -> Any:
@@ -201,9 +238,12 @@ _FORMULAS: dict[Any, Callable[..., Any]] = {
     )},
     aten.convolution.default: _convolution,
     aten.addmm.default: _addmm,
+    aten.linear.default: _linear,
+    aten.matmul.default: _matmul,
     aten.mean.dim: _mean,
     aten.cat.default: _cat,
     **{p.Tensor: _binary for p in (aten.add, aten.mul, aten.sub, aten.div)},
+    aten.add_.Tensor: _binary_,
     **{p.default: _activation for p in (
         aten.relu, aten.gelu, aten.silu, aten.sigmoid, aten.tanh, aten.hardsigmoid, aten.hardswish, aten.hardtanh,
         aten.leaky_relu, aten.elu, aten.mish, aten.softplus, aten.clamp_min,

@@ -27,23 +27,23 @@ CACHES = frozenset({"attention_bias_cache"})
 transformers, by device): a copy starts without them, or it would go on with elements that it no longer has."""
 
 
-def quiet(model: nn.Module) -> nn.Module:
-    """Switch off the key-value cache of a transformers model, on a copy of it.
+def quiet(model: nn.Module, modules: Sequence[tuple[str, nn.Module]] | None = None) -> nn.Module:
+    """Switch off the key-value cache of a transformers model, on a copy of it; `modules` is its `walk`, where that is known.
 
     A cache is an output that holds keys by head; as an output it would fix the heads, which nobody wants to fix.
     """
-    for config in _caching(model):
+    for config in _caching(walk(model) if modules is None else modules):
         config.use_cache = False
     return model
 
 
 def keeps_cache(model: nn.Module) -> bool:
     """Whether a forward of `model` makes a key-value cache by default."""
-    return bool(_caching(model))
+    return bool(_caching(walk(model)))
 
 
-def _caching(model: nn.Module) -> list[Any]:
-    having = [m for _, m in walk(model) if "config" in m.__dict__ or hasattr(type(m), "config")]
+def _caching(modules: Sequence[tuple[str, nn.Module]]) -> list[Any]:
+    having = [m for _, m in modules if "config" in m.__dict__ or hasattr(type(m), "config")]
     return [c for c in (getattr(module, "config", None) for module in having) if getattr(c, "use_cache", False)]
 
 

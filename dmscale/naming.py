@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from . import axes
 from .axes import Axis
@@ -18,31 +18,32 @@ def name_axes(trace: Trace) -> dict[Axis, str]:
     gated MLP) has the path that they share, and 'width'.  Heads and head dims are named after the attention module, experts
     after the module of router and matrices.
     """
-    in_parameters = {a for dims in trace.slots.values() for dim in dims for a in axes.atoms(dim)}
-    heads = {a for dim in trace.record.batched for a in axes.atoms(dim)}
+    atoms = trace.atoms
+    in_parameters = {a for dims in trace.slots.values() for dim in dims for a in atoms[dim]}
+    heads = {a for dim in trace.record.batched for a in atoms[dim]}
     makers: dict[Axis, dict[str, None]] = {}
     siblings: dict[Axis, list[Axis]] = {}
     for _, path, dim in trace.record.produced:
         for factors in products(dim):
             for a in factors:
                 siblings.setdefault(a, factors)
-        for a in axes.atoms(dim):
+        for a in atoms[dim]:
             if a in in_parameters:
                 makers.setdefault(a, {})[path] = None
     for name, dims in trace.slots.items():  # what no operator makes from a weight: a table that is only indexed
         for dim in dims:
-            for a in axes.atoms(dim):
+            for a in atoms[dim]:
                 if not a.reasons and a not in makers:
                     makers[a] = {name.rpartition(".")[0] or name: None}
     experts: set[Axis] = set()
     for lookup in trace.record.lookups:
         if not lookup.source.data and len(lookup.source.dims) > 2:  # one matrix for each number
-            for a in axes.atoms(lookup.dim):
+            for a in atoms[lookup.dim]:
                 experts.add(a)
                 makers.get(a, {})[lookup.path] = None
     names: dict[Axis, str] = {}
-    whole = {f[0] for dims in trace.slots.values() for dim in dims for f in products(dim) if len(f) == 1}
-    makers = {a: paths for a, paths in makers.items() if not _is_constant(a, a in whole)}
+    numbers = _numbers(trace, makers)
+    makers = {a: paths for a, paths in makers.items() if a not in numbers}
     for a, paths in makers.items():
         near = siblings.get(a, [a])
         if a in experts:
@@ -52,10 +53,13 @@ def name_axes(trace: Trace) -> dict[Axis, str]:
     return _unique(names, makers)
 
 
-def _is_constant(a: Axis, whole: bool) -> bool:
-    """Whether a fixed axis is a mere number in the layout of a parameter; all outputs of a layer are none."""
-    constants = _CONSTANTS if whole else (*_CONSTANTS, "selected by index")
-    return any(r.startswith(constants) for r in a.reasons)
+def _numbers(trace: Trace, found: Iterable[Axis]) -> set[Axis]:
+    """Fixed axes that are mere numbers in the layout of a parameter; all outputs of a layer are none."""
+    numbers = {a for a in found if any([r.startswith(_CONSTANTS) for r in a.reasons])}
+    picked = {a for a in found if any([r.startswith("selected by index") for r in a.reasons])}
+    if picked:
+        picked -= {f[0] for dims in trace.slots.values() for dim in dims for f in products(dim) if len(f) == 1}
+    return numbers | picked
 
 
 def products(dim: axes.Dim) -> list[list[Axis]]:

@@ -445,9 +445,9 @@ def solve(equations: list[Equation]) -> Solution:
     """
     kept: dict[Attribute, Quotient] = {}
     while True:
-        before = {a for eq in equations for a in _free_atoms(eq)}
+        before = {a for eq in equations for a in free_atoms(eq)}
         solution = _solve_once(equations, kept)
-        if before != {a for eq in equations for a in _free_atoms(eq)}:
+        if before != {a for eq in equations for a in free_atoms(eq)}:
             continue
         rounded = [a for a, q in solution.attributes.items() if not _is_whole(q, solution.links)]
         if not rounded:
@@ -463,7 +463,8 @@ def _is_whole(q: Quotient, links: list[set[Axis]]) -> bool:
     return Quotient(Poly.of(q.numerator.evaluate(units)), Poly.of(q.denominator.evaluate(units))).denominator == 1
 
 
-def _free_atoms(eq: Equation) -> set[Axis]:
+def free_atoms(eq: Equation) -> set[Axis]:
+    """The atoms that an equation tells of and that may still change."""
     return {a for dim in (eq.dim, *_extents(eq.expression)) for a in axes.atoms(dim) if not a.reasons}
 
 
@@ -508,11 +509,14 @@ def _solve_once(equations: list[Equation], kept: Mapping[Attribute, Quotient]) -
             progress = True
     links: list[set[Axis]] = []
     related: list[tuple[Equation, Poly]] = []
+    fixed = False  # as long as nothing is, sizes are what they were
     for eq in reversed(todo):
         try:
-            difference = (evaluate(eq.expression, known) - Quotient(extent(eq.dim))).numerator
+            size = Quotient(extent(eq.dim)) if fixed else sizes[id(eq)]
+            difference = (evaluate(eq.expression, known) - size).numerator
         except (Inexact, Unknown):
             _freeze(_mentioned(eq, known), f"a size computed in {eq.where} cannot follow it")
+            fixed = True
             continue
         if not difference.terms:
             continue
@@ -642,7 +646,7 @@ def _proportional(difference: Poly, sizes: Mapping[Axis, int]) -> tuple[Axis, Ax
 
 def _mentioned(eq: Equation, known: dict[Attribute, Quotient]) -> set[Axis]:
     """The free axes in an equation, and in what is known of its attributes."""
-    found = _free_atoms(eq)
+    found = free_atoms(eq)
     for attribute in attributes_of(eq.expression):
         if attribute in known:
             found |= {a for a in known[attribute].variables if isinstance(a, Axis)}

@@ -460,7 +460,8 @@ def trace(
     while isinstance(model, nn.Module) and type(model).__name__ == "OptimizedModule":
         model = model.get_submodule("_orig_mod")
     options = Options(_globs(freeze), _globs(only), _by_glob(minimum), _by_glob(multiple), branches=branches)
-    space = SearchSpace(model, example_inputs, tracing.read(model, example_inputs), options)
+    with tracing.uncollected():
+        space = SearchSpace(model, example_inputs, tracing.read(model, example_inputs), options)
     _check_globs(space)
     if verify and space.dimensions and not any(p.is_meta for p in model.parameters()):
         certify.certify(space)

@@ -425,7 +425,9 @@ class Tracer(TorchDispatchMode):
     def value(self, tensor: Tensor) -> Value:
         """What is known of `tensor`; one never seen is a constant, and its axes are frozen."""
         value = tensor.__dict__.get(_NAME)
-        if value is None and (found := self._adopted.get(id(tensor))):
+        if value is not None:
+            return value
+        if found := self._adopted.get(id(tensor)):
             value = found[1]
         if value is None:
             dims = tuple(axes.axis(n, "a constant") for n in tensor.shape)
@@ -435,7 +437,7 @@ class Tracer(TorchDispatchMode):
 
     def dims(self, tensor: Tensor) -> tuple[Dim, ...]:
         """The dimensions of `tensor`."""
-        return self.value(tensor).dims
+        return (tensor.__dict__.get(_NAME) or self.value(tensor)).dims
 
     def _store(self, tensor: Tensor, value: Value) -> None:
         if id(tensor) in self._adopted:
@@ -648,6 +650,15 @@ class Tracer(TorchDispatchMode):
             return real[id(out)]
         return out
 
+    def apply(self, func: Any, args: tuple[Any, ...]) -> Any:
+        """What the ATen overload `func` gives on meta tensors, inferred; None where its kernel alone can tell (`direct.py`)."""
+        tensors = _tensors(args, [])
+        out = kernels.told(func, args) if all([t.is_meta for t in tensors]) else None
+        if out is not None:
+            self.op += 1
+            self._infer(func, args, {}, tensors, out, [out] if isinstance(out, Tensor) else list(out))
+        return out
+
     def _to_meta(self, tree: Any, real: dict[int, Tensor]) -> Any:
         if isinstance(tree, Tensor):
             if tree.is_meta:
@@ -672,7 +683,7 @@ class Tracer(TorchDispatchMode):
                 dims = tuple(axes.axis(n, *reason) for n in o.shape)
                 self._store(o, Value(dims, origin=self._new_origin(), dtype=o.dtype))
             return
-        values = [self.value(t) for t in tensors]
+        values = [t.__dict__.get(_NAME) or self.value(t) for t in tensors]
         data, whole, silent, multiplied = False, True, True, False
         for v in values:
             if len(v.params) == 1:  # a parameter, or made of one; of what is made of several each was read before
@@ -691,7 +702,7 @@ class Tracer(TorchDispatchMode):
             self.writes(tensors[0])
         if self._said:
             self._said.clear()
-        found = self._apply_rule(func, args, kwargs, tensors, out, outs)
+        found = self._apply_rule(func, kind, args, kwargs, tensors, out, outs)
         contracting = self._contracting
         if kind.by_values:
             before = {a for v in values for dim in v.dims for a in axes.atoms(dim)}
@@ -721,7 +732,7 @@ class Tracer(TorchDispatchMode):
         if kind.times:
             zeroed = any(v.zeroed for v in values if v.params)
         repeated = _repetitions(func, tensors[0], outs[0], found[0]) if kind.repeats else ()
-        if kind.view or len(tensors) == 1:
+        if first.repeated and (kind.view or len(tensors) == 1):
             repeated = (*first.repeated, *repeated)
         product = None
         if contracting or multiplied:
@@ -731,18 +742,21 @@ class Tracer(TorchDispatchMode):
             said = heard(self, func, kwargs, values, [self._said.get(id(o)) for o in outs])
         given = []
         for i, o in enumerate(outs):
-            dims, numbers = tuple(found[i]), NOTHING if said is None else said[i]
-            made = Value(
-                dims, params, data, origin or self._new_origin(), square, repeated, product, zeroed, numbers, o.dtype
-            )  # fmt: skip
-            self._store(o, made)
-            given.append(made.origin)
+            dims, numbers, own = tuple(found[i]), NOTHING if said is None else said[i], origin
+            if own is None:
+                own = self._origins = self._origins + 1
+            made = Value(dims, params, data, own, square, repeated, product, zeroed, numbers, o.dtype)
+            if self._adopted:
+                self._store(o, made)
+            else:
+                setattr(o, _NAME, made)
+            given.append(own)
             if adds:
                 record.additions.append(Addition(self.op, (first, values[1]), made))
             if data and not kind.view:
                 record.activations.append(Activation(self.op, o.element_size(), dims, self.path))
         if contracting:
-            own, named = operands_of(self, args), operands_of(self, kwargs)
+            own, named = operands_of(self, args), operands_of(self, kwargs) if kwargs else {}
             record.instances.append(
                 Instance(self.op - 1, self.op, self.path, kind.name, func, own, named, tuple(found[0]))
             )
@@ -774,20 +788,20 @@ class Tracer(TorchDispatchMode):
         return Product(tuple(elements))
 
     def _apply_rule(
-        self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor], out: Any, outs: list[Tensor]
+        self, func: Any, kind: _Kind, args: Any, kwargs: Any, tensors: list[Tensor], out: Any, outs: list[Tensor]
     ) -> list[Sequence[Dim]]:
         rule = RULES.get(func)
         try:
             if rule is not None:
                 result = rule(self, out, *args, **kwargs)
                 found = [result] if isinstance(out, Tensor) else list(result)
-            elif _kind(func).pointwise:
+            elif kind.pointwise:
                 found = [self.broadcast(tensors, o.shape) for o in outs]
             else:
                 self._no_rule(tensors)
                 return [self.fresh(o, f"no rule for {self._operator}") for o in outs]
             for o, dims in zip(outs, found):
-                if [axes.size(d) for d in dims] != list(o.shape):
+                if tuple([axes.size(d) for d in dims]) != o.shape:
                     raise Conflict(f"the rule gave {[axes.size(d) for d in dims]} for {list(o.shape)}")
             return found
         except (Conflict, RecursionError) as error:
@@ -809,8 +823,15 @@ def operands_of(tracer: Tracer, tree: Any) -> Any:
     if isinstance(tree, Tensor):
         return Operand(tracer.dims(tree), tree.dtype, tree.stride())
     if isinstance(tree, (tuple, list)):
-        plain = all([type(x) is int for x in tree])
-        return tree if plain else type(tree)([x if type(x) in _PLAIN else operands_of(tracer, x) for x in tree])
+        out: list[Any] = []
+        for x in tree:
+            kind = type(x)
+            if kind is Tensor or kind is torch.nn.Parameter:
+                x = Operand(tracer.dims(x), x.dtype, x.stride())
+            elif kind not in _PLAIN and not (kind is list and x and type(x[0]) is type(x[-1]) is int):  # strides and such
+                x = operands_of(tracer, x)
+            out.append(x)
+        return type(tree)(out)
     if isinstance(tree, dict):
         return {k: operands_of(tracer, x) for k, x in tree.items()}
     return int(tree) if isinstance(tree, SizedInt) else tree
@@ -846,9 +867,12 @@ def _constant(n: int) -> Dim:
 
 def _tensors(tree: Any, out: list[Tensor]) -> list[Tensor]:
     for x in tree:
-        if type(x) in _PLAIN:
+        kind = type(x)
+        if kind in _PLAIN:
             continue
-        if isinstance(x, (tuple, list)):
+        if kind is Tensor or kind is torch.nn.Parameter:
+            out.append(x)
+        elif isinstance(x, (tuple, list)):
             if not (x and type(x[0]) is type(x[-1]) is int):  # strides and the like
                 _tensors(x, out)
         elif isinstance(x, Tensor):

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import gc
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from . import attachment, axes, routing, running
+from . import attachment, axes, direct, routing, running
 from .arrivals import Arrivals, transparent_functional
 from .axes import Dim
 from .clone import alias, clone, on_meta
@@ -25,7 +26,7 @@ from .errors import TraceError
 from .known import is_by_product, is_result, quiet
 from .sizes import Attribute, SizedInt, listed, with_entries
 from .tracer import Call, Contraction, Normalisation, Record, Tracer
-from .tree import walk
+from .tree import once, walk
 
 _GEOMETRY = {
     "stride",
@@ -58,6 +59,7 @@ class Trace:
     cached: bool = False
     unread: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    atoms: axes.Atoms = field(default_factory=axes.Atoms, repr=False)  # nothing is unified any more
 
 
 def read(model: nn.Module, example_inputs: Any, cached: bool = False) -> Trace:
@@ -74,15 +76,15 @@ def read(model: nn.Module, example_inputs: Any, cached: bool = False) -> Trace:
     if not isinstance(model, nn.Module):
         what = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
         raise TraceError(f"model is {what}; give an instance of torch.nn.Module")
-    _check_model(model)
+    modules = walk(model)
+    _check_model(model, modules)
     args, kwargs = running.arguments(example_inputs)
-    attachment.refuse_sharded(model, TraceError)
-    _check_inputs(model, args, kwargs)
+    _check_inputs(modules, args, kwargs)
     failure: Exception | None = None
     for kind in ("meta", "values"):
         try:
-            with _uncollected():
-                return _read(model, args, kwargs, kind, cached)
+            with uncollected():
+                return _read(model, modules, args, kwargs, kind, cached)
         except TraceError:
             raise
         except Exception as error:
@@ -92,7 +94,7 @@ def read(model: nn.Module, example_inputs: Any, cached: bool = False) -> Trace:
 
 
 @contextlib.contextmanager
-def _uncollected() -> Iterator[None]:
+def uncollected() -> Iterator[None]:
     """No garbage collection inside: a trace makes many small objects to keep, and every pass over them frees next to none."""
     enabled = gc.isenabled()
     gc.disable()
@@ -113,23 +115,20 @@ def failed_forward(model: nn.Module, failure: Exception) -> TraceError:
     )
 
 
-def _check_model(model: nn.Module) -> None:
+def _check_model(model: nn.Module, modules: Sequence[tuple[str, nn.Module]]) -> None:
     """Refuse what can be traced in another form only, with that form."""
-    for path, module in walk(model):
-        where = f"module '{path}'" if path else "the model"
-        kind = type(module).__name__
-        parallel = isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel))
-        if parallel or kind == "FullyShardedDataParallel":
-            raise TraceError(
-                f"{where} is a {kind}; trace the module inside it ({path or 'model'}.module) and wrap search.model"
-            )
-        if isinstance(module, torch.jit.ScriptModule):
-            raise TraceError(
-                f"{where} is a TorchScript module, which cannot be resized; use the Python module it was made of"
-            )
+    bare = True
+    for path, module in modules:
+        if wrapped := _refused(type(module)):
+            where = f"module '{path}'" if path else "the model"
+            raise TraceError(f"{where} {wrapped.format(kind=type(module).__name__, inside=path or 'model')}")
         for name, p in module._parameters.items():
             if p is None:
                 continue
+            bare = False
+            if type(p) is nn.Parameter and not p.is_inference():
+                continue
+            where, kind = f"module '{path}'" if path else "the model", type(module).__name__
             if torch.nn.parameter.is_lazy(p):
                 raise TraceError(
                     f"{where} ({kind}) is lazy and its {name} has no shape yet; call model(*example_inputs) once before"
@@ -139,8 +138,8 @@ def _check_model(model: nn.Module) -> None:
                     f"{name} of {where} was made under torch.inference_mode and can neither be trained nor masked; build or "
                     "load the model outside of it"
                 )
-    bare = next(model.parameters(), None) is None
-    packed = [path for path, module in walk(model) if hasattr(module, "_packed_params")] if bare else []
+            attachment.refuse_sharded(model, TraceError)
+    packed = [path for path, module in modules if hasattr(module, "_packed_params")] if bare else []
     if packed:
         raise TraceError(
             f"the weights of {type(model).__name__} are packed by quantisation (module '{packed[0]}'); trace the float model "
@@ -148,18 +147,27 @@ def _check_model(model: nn.Module) -> None:
         )
 
 
-def _check_inputs(model: nn.Module, args: tuple, kwargs: dict) -> None:
+@functools.cache
+def _refused(cls: type[nn.Module]) -> str | None:
+    """What a module of such a class is, and the remedy, where none can be traced."""
+    parallel = issubclass(cls, (nn.DataParallel, nn.parallel.DistributedDataParallel))
+    if parallel or cls.__name__ == "FullyShardedDataParallel":
+        return "is a {kind}; trace the module inside it ({inside}.module) and wrap search.model"
+    if issubclass(cls, torch.jit.ScriptModule):
+        return "is a TorchScript module, which cannot be resized; use the Python module it was made of"
+    return None
+
+
+def _check_inputs(modules: Sequence[tuple[str, nn.Module]], args: tuple, kwargs: dict) -> None:
     tensors = running.tensors_in((args, kwargs))
     if not any(t.numel() for t in tensors):
         raise TraceError(
             f"example_inputs hold no element (shape {tuple(tensors[0].shape)}); give at least one example, so that an export "
             "can be compared"
         )
-    own = {
-        t.device for _, module in walk(model) for t in (*module._parameters.values(), *module._buffers.values())
-        if t is not None
-    }  # fmt: skip
     given = {t.device for t in tensors}
+    held = [h for _, module in modules for h in (module._parameters, module._buffers) if h]
+    own = {t.device for tensors in held for t in tensors.values() if t is not None}
     if len(own) == 1 and given and given != own:
         raise TraceError(
             f"the model is on {next(iter(own))} and example_inputs on {', '.join(sorted(map(str, given)))}; "
@@ -167,15 +175,18 @@ def _check_inputs(model: nn.Module, args: tuple, kwargs: dict) -> None:
         )
 
 
-def _read(model: nn.Module, args: tuple, kwargs: dict, kind: str, cached: bool) -> Trace:
+def _read(
+    model: nn.Module, modules: Sequence[tuple[str, nn.Module]], args: tuple, kwargs: dict, kind: str, cached: bool
+) -> Trace:
     meta = kind == "meta"
-    twin = clone(model, on_meta if meta else alias)
-    modules = walk(twin)
+    twin = clone(model, on_meta if meta else alias, modules)
+    places = walk(twin, again=True)
+    modules = once(places)
     if any([module.training for _, module in modules]):
         twin.eval()
-    twin = twin if cached else quiet(twin)
+    twin = twin if cached else quiet(twin, modules)
     tracer = Tracer(meta)
-    slots, aliases, parameters = _watch_parameters(tracer, twin)
+    slots, aliases, parameters = _watch_parameters(tracer, places)
     _tag_sizes(modules)
     examples = None if meta else routing.Examples(twin)  # without values none is chosen by them
     _run(tracer, twin, args, kwargs, meta, examples)
@@ -193,10 +204,11 @@ def _read(model: nn.Module, args: tuple, kwargs: dict, kind: str, cached: bool) 
                 trace.unread.append(name)
             for dim in slots[name]:
                 axes.freeze(dim, "the forward never reads it")
-    computed = {a for dim in touched for a in axes.atoms(dim)}
+    atoms = trace.atoms
+    computed = {a for dim in touched for a in atoms[dim]}
     for dims in slots.values():  # of a table of positions, the rows beyond the example's length are in no result
         for dim in dims:
-            for a in axes.atoms(dim):
+            for a in atoms[dim]:
                 if a not in computed and not a.reasons:
                     axes.freeze((a,), "the forward never reads it")
     return trace
@@ -241,7 +253,7 @@ def _free_of_cost(record: Record) -> Iterator[set[Dim]]:
 
 def _read_others(tracer: Tracer, twin: nn.Module, examples: routing.Examples, trace: Trace) -> set[Dim]:
     """Experts that the example does not reach follow those that it does.  Returns the dimensions of what was computed."""
-    with _free_of_cost(tracer.record) as touched, _following(tracer, twin):
+    with _free_of_cost(tracer.record) as touched, _following(tracer, walk(twin)):
         try:
             routing.call_others(tracer, twin, examples)
         except Exception as error:  # what it takes depends on which one it is: it stays as it is
@@ -267,12 +279,15 @@ def _new(noted: list[_Noted], old: int, dims_of: Callable[[_Noted], list[Dim]]) 
 
 
 @contextlib.contextmanager
-def _following(tracer: Tracer, twin: nn.Module, examples: routing.Examples | None = None) -> Iterator[None]:
-    """Everything that must be on while modules of `twin` run."""
+def _following(
+    tracer: Tracer, modules: Sequence[tuple[str, nn.Module]], examples: routing.Examples | None = None
+) -> Iterator[None]:
+    """Everything that must be on while `modules` run."""
     generators = [] if tracer.meta else [d for d in range(torch.cuda.device_count())]
+    arrivals = Arrivals(tracer)
     with (
-        torch.random.fork_rng(generators), torch.no_grad(), _following_calls(tracer, twin, examples),
-        transparent_functional(), running.uncompiled(), tracer, Arrivals(tracer),
+        torch.random.fork_rng(generators), torch.no_grad(), _following_calls(tracer, modules, arrivals, examples),
+        transparent_functional(), running.uncompiled(), tracer, arrivals,
     ):  # fmt: skip
         yield
 
@@ -287,7 +302,7 @@ def _run(
 
     args, kwargs = running.map_tensors(own, args), running.map_tensors(own, kwargs)
     try:
-        with _following(tracer, twin, examples):
+        with _following(tracer, walk(twin), examples):
             out = twin(*args, **kwargs)
     except Exception as error:
         error._dmscale_path = tracer.path  # type: ignore[attr-defined]
@@ -314,13 +329,17 @@ def _run(
                 axes.freeze(dim, "an axis of the model's output")
 
 
-def _watch_parameters(tracer: Tracer, twin: nn.Module) -> tuple[dict[str, tuple[Dim, ...]], dict[str, str], set[str]]:
-    """The dimensions of parameters and buffers, the other names of those that are tied, and which are parameters."""
+def _watch_parameters(
+    tracer: Tracer, places: Sequence[tuple[str, nn.Module]]
+) -> tuple[dict[str, tuple[Dim, ...]], dict[str, str], set[str]]:
+    """The dimensions of parameters and buffers, the other names of those that are tied, and which are parameters.
+
+    `places` are all modules of a model, each wherever it stands.
+    """
     slots: dict[str, tuple[Dim, ...]] = {}
     aliases: dict[str, str] = {}
     parameters: set[str] = set()
     first: dict[int, str] = {}
-    places = walk(twin, again=True)
     for kind in ("_parameters", "_buffers"):
         for path, module in places:
             for key, t in getattr(module, kind).items():
@@ -409,7 +428,9 @@ def _form(out: Any, first: Tensor, taken: Mapping[int, int | str]) -> Any:
 
 
 @contextlib.contextmanager
-def _following_calls(tracer: Tracer, twin: nn.Module, examples: routing.Examples | None) -> Iterator[None]:
+def _following_calls(
+    tracer: Tracer, modules: Sequence[tuple[str, nn.Module]], arrivals: Arrivals, examples: routing.Examples | None
+) -> Iterator[None]:
     """Know at every operator which module runs, and note what each module call takes and gives.
 
     `examples` notes one call of each list of alternatives.
@@ -463,13 +484,38 @@ def _following_calls(tracer: Tracer, twin: nn.Module, examples: routing.Examples
 
         return call
 
+    def plain(path: str, plan: Callable[[Tensor], direct.Call | None], call: Any) -> Any:
+        """`call` of a layer that calls no other one, without PyTorch's way to the operator that it is."""
+
+        def call_plain(x: Any, *args: Any, **kwargs: Any) -> Any:
+            if args or kwargs or not isinstance(x, Tensor):
+                return call(x, *args, **kwargs)
+            with torch._C.DisableTorchFunction():
+                found = plan(x)
+                if found is None:
+                    return call(x)
+                noted = Call(path, tracer.op, tracer.value(x), argument=0, form="x")
+                around, tracer.path = tracer.path, path
+                tracer.counting.enter()
+                function, given = found
+                out = x if function is None else arrivals.__torch_function__(function, (), given)
+            tracer.path = around
+            tracer.counting.leave()
+            noted.end, noted.result = tracer.op, tracer.value(out)
+            tracer.record.calls.append(noted)
+            return out
+
+        return call_plain
+
     try:
-        for path, module in walk(twin):
+        for path, module in modules:
             if module._forward_hooks or module._forward_pre_hooks:  # what these do belongs to the call, as it did
                 handles.append(module.register_forward_pre_hook(hook(path), with_kwargs=True))
                 handles.append(module.register_forward_hook(leave, with_kwargs=True))
             else:  # where PyTorch looks for a compiled call first; hooks would take a third of the time of a trace
-                module.__dict__["_compiled_call_impl"] = noted(path, module)
+                call = noted(path, module)
+                plan = direct.layer(module) if tracer.meta else None
+                module.__dict__["_compiled_call_impl"] = call if plan is None else plain(path, plan, call)
                 slots.append(module)
         yield
     finally:

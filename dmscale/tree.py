@@ -26,3 +26,11 @@ def walk(model: nn.Module, again: bool = False) -> list[tuple[str, nn.Module]]:
             prefix = f"{path}." if path else ""
             todo += [(prefix + name, child) for name, child in reversed(module._modules.items()) if child is not None]
     return found
+
+
+def once(places: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
+    """Of `walk(model, again=True)` what `walk(model)` gives: each module at its first place."""
+    first: dict[int, tuple[str, nn.Module]] = {}
+    for place in places:
+        first.setdefault(id(place[1]), place)
+    return list(first.values())

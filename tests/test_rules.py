@@ -101,6 +101,11 @@ def by_hand():
         (aten.constant_pad_nd.default, volume, [0, 0, 2, 1]), (aten.constant_pad_nd.default, volume, [-2, -1], 0.0),
         (aten.unfold.default, volume, -1, 3, 2), (aten.unfold.default, volume, 1, 3, 2),
         # contractions
+        *((aten.linear.default, torch.randn(*rows, 6), torch.randn(4, 6), b)
+          for rows in [(3,), (2, 3), (2, 5, 3)] for b in (None, torch.randn(4))),
+        (aten.matmul.default, volume, torch.randn(8, 5)), (aten.matmul.default, torch.randn(2, 3, 6, 8), torch.randn(8, 5)),
+        (aten.matmul.default, volume, volume.transpose(1, 2)),
+        (aten.matmul.default, torch.randn(2, 3, 6, 8), torch.randn(2, 3, 8, 4)),
         (aten._grouped_mm.default, torch.randn(8, 16).bfloat16(), torch.randn(2, 16, 16).bfloat16(),
          torch.tensor([3, 8], dtype=torch.int32)),
         *((aten.convolution.default, torch.randn(2, i, *[5] * n), torch.randn(o, i // g, *[3] * n), b, [1] * n, [1] * n,

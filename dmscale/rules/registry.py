@@ -74,7 +74,7 @@ class Equation:
             letter: self._positions(letter)
             for letter in letters if letter not in in_result and len(self._mentioning(letter)) > 1
         }  # fmt: skip
-        alone = [x for token in self.result for x in (token if isinstance(token, tuple) else (token,))]
+        alone = [x.lstrip("*") for token in self.result for x in (token if isinstance(token, tuple) else (token,))]
         self.makers = [(x, which) for x in alone if (which := self._mentioning(x))]
         self._plans: dict[tuple[int, ...], list[tuple[Any, int, int, int]]] = {}
 
@@ -88,19 +88,24 @@ class Equation:
         Returns:
             letter -> Dim, and `*` letter -> list of Dim.
         """
-        bound: dict[str, Any] = {letter: axes.axis(n) for letter, n in sizes.items()} | dict(known)
+        bound: dict[str, Any] = dict(known)
+        for letter, n in sizes.items():
+            bound[letter] = axes.axis(n)
         products: list[tuple[tuple[str, ...], Dim]] = []
         for token, which, start, end in self._plan(tuple([len(dims) for dims in operands])):
-            dims = operands[which]
-            if isinstance(token, tuple):
+            dims, old = operands[which], bound.get(token)
+            if end >= 0:
+                if old is None:
+                    bound[token] = list(dims[start:end])
+                else:
+                    for p, q in zip(old, dims[start:end]):
+                        axes.unify(p, q)
+            elif token.__class__ is tuple:
                 products.append((token, dims[start]))
-            elif end >= 0:
-                for old, new in zip(bound.setdefault(token, list(dims[start:end])), dims[start:end]):
-                    axes.unify(old, new)
-            elif token in bound:
-                axes.unify(bound[token], dims[start])
-            else:
+            elif old is None:
                 bound[token] = dims[start]
+            else:
+                axes.unify(old, dims[start])
         for letters, dim in products:
             unknown = [letter for letter in letters if letter not in bound]
             if len(unknown) > 1:
@@ -134,12 +139,13 @@ class Equation:
         return [i for i, tokens in enumerate(self.operands) if _mentions(tokens, letter)]
 
     def _positions(self, letter: str) -> list[tuple[int, int]]:
-        """(operand, dimension) wherever `letter` stands; `*x` stands behind every letter that is contracted."""
+        """(operand, dimension) wherever `letter` stands; from the end where a `*x` stands before it, never behind as well."""
         found = []
         for which, tokens in enumerate(self.operands):
             at = next((i for i, token in enumerate(tokens) if letter == token or letter in token), None)
             if at is not None:
-                found.append((which, at))
+                behind = any(isinstance(token, str) and token.startswith("*") for token in tokens[:at])
+                found.append((which, at - len(tokens) if behind else at))
         return found
 
     def output(self, bound: Mapping[str, Any]) -> list[Dim]:
@@ -177,19 +183,25 @@ def contract(
     bound = eq.bind([v.dims for v in values], sizes or {}, known or {})
     macs: list[Dim] = []
     for letter in eq.macs:
-        value = bound[letter]
-        macs += value if isinstance(value, list) else [value]
+        macs += _several(bound[letter])
     trace.count_macs(macs)
     for letter, positions in eq.contracted.items():
         met = [(operands[i], values[i].dims[at]) for i, at in positions if values[i].dims[at]]
         trace.contracted(bound[letter], met)
     data = [v.data for v in values]
     if all(data) and "b" in bound:
-        trace.batched(bound["b"])
+        for dim in _several(bound["b"]):
+            trace.batched(dim)
     for letter, makers in eq.makers:
         if not any([data[i] for i in makers]):  # weights alone
-            trace.produced(bound[letter])
+            for dim in _several(bound[letter]):
+                trace.produced(dim)
     return eq.output(bound), bound
+
+
+def _several(bound: Any) -> Sequence[Dim]:
+    """The dimensions that a letter is bound to: those of a `*` letter, or its own."""
+    return bound if isinstance(bound, list) else [bound]
 
 
 def equation(operator: Any, text: str, *, bias: bool = False) -> None:

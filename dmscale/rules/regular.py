@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import axes
-from ..axes import Dim
+from ..axes import Conflict, Dim
 from .registry import Equation, contract, equation, rule
 
 if TYPE_CHECKING:
@@ -25,9 +25,33 @@ equation(aten.addmm, "n k, k m -> n m", bias=True)
 equation(aten.addmv, "n k, k -> n", bias=True)
 equation(aten.baddbmm, "b n k, b k m -> b n m", bias=True)
 
-# One line is the plain, the grouped and the depthwise convolution: with one group `(g i)` is `i`, in a depthwise one
-# `i` has size one.  The letters of the MACs are those of `torch.utils.flop_counter`.
-_CONVOLUTION = Equation("b (g i) *x, (g o) i *k -> b (g o) *y", macs="b g i o k y")
+_LINEAR = Equation("*n k, m k -> *n m")
+_ROWS = Equation("*n k, k m -> *n m")
+_BATCHED = Equation("*b n k, *b k m -> *b n m")
+
+
+@rule(aten.linear)
+def linear(trace: Tracer, out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: Any = None) -> list[Dim]:
+    """(..., K) with (M, K), and a bias."""
+    dims, _ = contract(trace, _LINEAR, (x, weight))
+    if bias is not None:
+        axes.unify(dims[-1], trace.dims(bias)[0])
+    return dims
+
+
+@rule(aten.matmul)
+def matmul(trace: Tracer, out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> list[Dim]:
+    """(..., N, K) with (K, M), or with one matrix for each of the same leading dimensions."""
+    if b.dim() != 2 and a.shape[:-2] != b.shape[:-2]:
+        raise Conflict("matrices in batches of different shapes")
+    return contract(trace, _ROWS if b.dim() == 2 else _BATCHED, (a, b))[0]
+
+
+# One line is the grouped and the depthwise convolution: in a depthwise one `i` has size one.  The plain one would be that line
+# too, with one group; most are plain, so they have a shorter one.  The letters of the MACs are those of
+# `torch.utils.flop_counter`.
+_CONVOLUTION = Equation("b i *x, o i *k -> b o *y", macs="b i o k y")
+_GROUPED = Equation("b (g i) *x, (g o) i *k -> b (g o) *y", macs="b g i o k y")
 _TRANSPOSED = Equation("b (g i) *x, (g i) o *k -> b (g o) *y", macs="b g i o k x")
 
 
@@ -40,12 +64,16 @@ def convolution(
 
     Places that a kernel of size one looks at one by one are as free as those of any pointwise operator.
     """
-    trace.freeze_dims(trace.dims(weight)[2:], "kernel size")
-    still = all(n == 1 for n in stride) and not any(padding) and not any(output_padding)
-    pointwise = still and all(n == 1 for n in weight.shape[2:])
+    kernel = trace.dims(weight)[2:]
+    trace.freeze_dims(kernel, "kernel size")
+    still = set(stride) == {1} and not any(padding) and not any(output_padding)
+    pointwise = still and not any(kernel)  # a dimension of size one has no axis
     spatial = list(trace.dims(x)[2:]) if pointwise else trace.spatial(out, x, 2)
-    eq = _TRANSPOSED if transposed else _CONVOLUTION
-    dims, _ = contract(trace, eq, (x, weight), sizes={"g": groups}, known={"y": spatial})
+    if transposed or groups > 1:
+        eq, sizes = _TRANSPOSED if transposed else _GROUPED, {"g": groups}
+    else:
+        eq, sizes = _CONVOLUTION, {}
+    dims, _ = contract(trace, eq, (x, weight), sizes=sizes, known={"y": spatial})
     if bias is not None:
         axes.unify(dims[1], trace.dims(bias)[0])
     return dims

@@ -1,0 +1,205 @@
+"""Operators without PyTorch's way to them: nine of ten microseconds of a convolution on meta tensors go into getting there.
+
+A layer's call, its forward, the torch function that this calls and the dispatcher between that and an ATen operator do nothing
+that a trace has not to do itself, where one operator is all there is.  So the tables here say of a few layers and functions
+which operator that is, and with which arguments; its result is told from the form of these (`kernels.py`).  Whatever is not
+plain goes the way of all others.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as hooks
+
+from . import kernels
+
+aten, _F = torch.ops.aten, torch._C._nn
+Call = tuple[Any, tuple[Any, ...]]
+"""A function and its arguments."""
+Plan = Callable[..., Call | None]
+"""What tells of the arguments of a function which operator it comes to, and with which."""
+
+
+def _many(value: Any, n: int) -> list[int]:
+    """A stride or the like for `n` dimensions, as the dispatcher hands it on."""
+    if isinstance(value, int):
+        return [int(value)] * n
+    return [int(v) for v in value] if len(value) == n else [int(value[0])] * n
+
+
+def _convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1,
+    groups: int = 1,
+) -> Call | None:  # fmt: skip
+    if isinstance(padding, str):
+        return None
+    n = weight.dim() - 2
+    strides, paddings, dilations = _many(stride, n), _many(padding, n), _many(dilation, n)
+    return aten.convolution.default, (x, weight, bias, strides, paddings, dilations, False, [0] * n, int(groups))
+
+
+def _batch_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, var: Tensor | None, training: bool,
+    momentum: float, eps: float, cudnn: bool,
+) -> Call | None:  # fmt: skip
+    if training or mean is None or mean.shape[0] != x.shape[1]:
+        return None
+    return aten.native_batch_norm.default, (x, weight, bias, mean, var, False, momentum, eps)
+
+
+def _layer_norm(
+    x: Tensor, shape: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5,
+    cudnn: bool = True,
+) -> Call | None:  # fmt: skip
+    shape = [int(n) for n in shape]
+    if list(x.shape[x.dim() - len(shape) :]) != shape:
+        return None
+    return aten.native_layer_norm.default, (x, shape, weight, bias, eps)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Call:
+    return aten.linear.default, (x, weight, bias)
+
+
+def _matmul(a: Tensor, b: Tensor) -> Call | None:
+    return (aten.matmul.default, (a, b)) if a.dim() > 1 and b.dim() > 1 else None
+
+
+def _alike(operator: Any) -> Plan:
+    def plan(x: Any, y: Any = None, *rest: Any) -> Call | None:
+        if rest or not isinstance(y, Tensor) or not isinstance(x, Tensor) or x.dtype is not y.dtype:
+            return None
+        return operator, (x, y)
+
+    return plan
+
+
+def _joined(tensors: Any, dim: int = 0) -> Call | None:
+    return (aten.cat.default, (list(tensors), dim)) if type(dim) is int and all([t.dim() for t in tensors]) else None
+
+
+def _mean(x: Tensor, dim: Any = None, keepdim: bool = False) -> Call | None:
+    dims = [dim] if type(dim) is int else list(dim) if type(dim) in (tuple, list) else []
+    plain = dims and all([type(d) is int for d in dims])
+    return (aten.mean.dim, (x, dims, keepdim) if keepdim else (x, dims)) if plain else None
+
+
+def _of_one(operator: Any) -> Plan:
+    return lambda x: (operator, (x,))
+
+
+OPERATORS: dict[Any, Plan] = {
+    **dict.fromkeys((torch.conv1d, torch.conv2d, torch.conv3d), _convolution),
+    torch.batch_norm: _batch_norm,
+    torch.layer_norm: _layer_norm,
+    _F.linear: _linear,
+    **dict.fromkeys((torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__), _matmul),
+    torch.Tensor.add: _alike(aten.add.Tensor),
+    **dict.fromkeys((torch.Tensor.add_, torch.Tensor.__iadd__), _alike(aten.add_.Tensor)),
+    **dict.fromkeys((torch.mean, torch.Tensor.mean), _mean),
+    torch.Tensor.mul: _alike(aten.mul.Tensor),
+    torch.cat: _joined,
+    **{f: _of_one(op.default) for f, op in {
+        torch.relu: aten.relu, torch.relu_: aten.relu_, _F.silu: aten.silu, _F.silu_: aten.silu_,
+        torch.sigmoid: aten.sigmoid, torch.Tensor.sigmoid: aten.sigmoid, _F.hardswish: aten.hardswish,
+        _F.hardswish_: aten.hardswish_, _F.hardsigmoid: aten.hardsigmoid,
+        _F.hardsigmoid_: aten.hardsigmoid_,
+    }.items()},
+}  # fmt: skip
+"""Torch function -> the one operator that it comes to; None for arguments with which it may come to another one."""
+
+_PARTS = {torch.batch_norm, torch.layer_norm}
+"""Functions that give the first only of what the operator gives."""
+
+
+NAMED = {torch.cat: {"dim"}, torch.mean: {"dim", "keepdim"}, torch.Tensor.mean: {"dim", "keepdim"}}
+"""Function -> arguments that its plan takes by name."""
+
+
+def result(tracer: Any, function: Any, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a function gives, inferred; None where it has to go PyTorch's way.  `plan` is that of `OPERATORS`."""
+    if not tracer.meta or torch._C._is_any_autocast_enabled() or (kwargs and not kwargs.keys() <= NAMED.get(function, ())):
+        return None
+    with torch._C._DisableTorchDispatch():
+        call = plan(*args, **kwargs)
+        out = None if call is None else tracer.apply(*call)
+    return out[0] if out is not None and function in _PARTS else out
+
+
+LayerPlan = Callable[[Any, Tensor], Call | None]
+"""What tells of a layer and a tensor which torch function its forward calls, and with what; no function: it gives the tensor."""
+
+
+# -- layers -----------------------------------------------------------------------------------------------------------
+
+
+def _conv(function: Any) -> LayerPlan:
+    def plan(layer: Any, x: Tensor) -> Call | None:
+        held, state = layer._parameters, layer.__dict__
+        if not _WEIGHTS <= held.keys() or state["padding_mode"] != "zeros":
+            return None
+        given = (x, held["weight"], held["bias"], state["stride"], state["padding"], state["dilation"], state["groups"])
+        return function, given
+
+    return plan
+
+
+def _batch_norm_layer(layer: Any, x: Tensor) -> Call | None:
+    held, kept, state = layer._parameters, layer._buffers, layer.__dict__
+    if state["training"] or not _WEIGHTS <= held.keys() or not _STATISTICS <= kept.keys():
+        return None
+    given = (x, held["weight"], held["bias"], kept["running_mean"], kept["running_var"], False)
+    return torch.batch_norm, (*given, state["momentum"] or 0.0, state["eps"], torch.backends.cudnn.enabled)
+
+
+def _linear_layer(layer: Any, x: Tensor) -> Call | None:
+    held = layer._parameters
+    return (_F.linear, (x, held["weight"], held["bias"])) if _WEIGHTS <= held.keys() else None
+
+
+def _layer_norm_layer(layer: Any, x: Tensor) -> Call | None:
+    held = layer._parameters
+    if not _WEIGHTS <= held.keys():
+        return None
+    given = (x, layer.normalized_shape, held["weight"], held["bias"], layer.eps)
+    return torch.layer_norm, (*given, torch.backends.cudnn.enabled)
+
+
+def _in_place(plain: Any, in_place: Any) -> LayerPlan:
+    return lambda layer, x: (in_place if layer.inplace else plain, (x,))
+
+
+def _nothing(layer: Any, x: Tensor) -> Call | None:
+    return None if layer.training else (None, (x,))
+
+
+_WEIGHTS, _STATISTICS = {"weight", "bias"}, {"running_mean", "running_var"}
+"""Where a layer has them; code that puts plain tensors in their place takes them away from there."""
+
+_LAYERS: dict[Any, tuple[Any, LayerPlan]] = {
+    kind: (kind.forward, plan) for kind, plan in {
+        nn.Conv1d: _conv(torch.conv1d), nn.Conv2d: _conv(torch.conv2d), nn.Conv3d: _conv(torch.conv3d),
+        **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), _batch_norm_layer),
+        nn.Linear: _linear_layer, nn.LayerNorm: _layer_norm_layer,
+        nn.ReLU: _in_place(torch.relu, torch.relu_), nn.SiLU: _in_place(_F.silu, _F.silu_),
+        nn.Hardswish: _in_place(_F.hardswish, _F.hardswish_), nn.Hardsigmoid: _in_place(_F.hardsigmoid, _F.hardsigmoid_),
+        nn.Sigmoid: lambda layer, x: (torch.sigmoid, (x,)),
+        nn.Identity: lambda layer, x: (None, (x,)), nn.Dropout: _nothing, nn.Dropout2d: _nothing,
+    }.items()
+}  # fmt: skip
+"""Layer -> its forward, as PyTorch has it, and the one torch function, with its arguments, that it calls; None: none."""
+
+
+def layer(module: nn.Module) -> Callable[[Tensor], Call | None] | None:
+    """What tells of a tensor which torch function a plain layer of PyTorch's calls on it; None for any other module."""
+    cls: Any = type(module)
+    forward, plan = _LAYERS.get(cls, (None, None))
+    changed = cls.forward is not forward or "forward" in module.__dict__ or hooks._has_any_global_hook()
+    if plan is None or changed or module._backward_hooks or module._backward_pre_hooks:
+        return None
+    return functools.partial(plan, module)
