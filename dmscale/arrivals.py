@@ -239,7 +239,8 @@ def _attention(
         key, value = (
             t.unsqueeze(-3).expand(*t.shape[:-2], repeats, *t.shape[-2:]).flatten(-4, -3) for t in (key, value)
         )
-    scores = _product(tracer, query, key.transpose(-2, -1)) * scale
+    run = functools.partial(direct.call, tracer)
+    scores = run(torch.Tensor.mul, run(torch.matmul, query, run(torch.transpose, key, -2, -1)), scale)
     if by_size:  # sliced to fewer head dims the kernel scales by the new size
         tracer._operator = "scaled_dot_product_attention"
         tracer.normalised("attention scale", [tracer.dims(query)[-1]], query)
@@ -249,15 +250,9 @@ def _attention(
     if attn_mask is not None:
         mask_bool = attn_mask.dtype == torch.bool
         scores = torch.where(attn_mask, scores, float("-inf")) if mask_bool else scores + attn_mask
-    weights = torch.softmax(scores, dim=-1).to(value.dtype)
-    out = _product(tracer, weights, value)
+    out = run(torch.matmul, run(torch.softmax, scores, -1).to(value.dtype), value)
     tracer.fuse(start, F.scaled_dot_product_attention, *as_called, out)
     return out
-
-
-def _product(tracer: Tracer, a: Tensor, b: Tensor) -> Tensor:
-    out = direct.result(tracer, torch.matmul, direct.OPERATORS[torch.matmul], (a, b), {})
-    return a @ b if out is None else out
 
 
 def _one_hot(tracer: Tracer, tensor: Tensor, num_classes: int = -1) -> Tensor:

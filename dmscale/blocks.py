@@ -7,6 +7,7 @@ with the same axes form one depth dimension.
 
 from __future__ import annotations
 
+import bisect
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,6 @@ from torch import nn
 from . import axes
 from .sizes import Attribute
 from .tracer import Call, Record, Value
-from .tree import walk
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,12 +41,15 @@ class Blocks:
 
 def find(model: nn.Module, record: Record) -> list[Blocks]:
     """The depth dimensions of `model`, outermost first; no block lies inside another."""
-    times = Counter(call.path for call in record.calls)
-    removable = {call.path: call for call in record.calls if times[call.path] == 1 and _is_residual(call, record)}
+    times = Counter([call.path for call in record.calls])
+    called = {call.path: call for call in record.calls if times[call.path] == 1}
+    sums = [addition.op for addition in record.additions]
+    adding = [c for c in called.values() if bisect.bisect_right(sums, c.start) < bisect.bisect_right(sums, c.end)]
+    removable = {call.path: call for call in adding if _is_residual(call, record)}
     runs: list[tuple[str, list[Call]]] = []
     reached = _reached_into(record, removable)
-    called = {call.path: call for call in record.calls if times[call.path] == 1}
-    for path, module in walk(model):
+    for path in dict.fromkeys([_parent(path) for path in removable]):
+        module = model.get_submodule(path)
         if isinstance(module, (nn.ModuleList, nn.Sequential)):
             counts = isinstance(module, nn.ModuleList) and _counts_its_blocks(path, module, called, removable, record)
             if path not in reached and not counts:
@@ -79,14 +82,23 @@ def _reached_into(record: Record, removable: dict[str, Call]) -> set[str]:
     With a block gone, that would be a part of another one.
     """
     found: set[str] = set()
+    around: dict[str, list[Call]] = {"": []}  # path -> the blocks that it and what it is inside of are
+
+    def blocks_at(path: str) -> list[Call]:
+        if path not in around:
+            outer, block = blocks_at(_parent(path)), removable.get(path)
+            around[path] = outer if block is None else [*outer, block]
+        return around[path]
+
     for call in record.calls if removable else ():
-        path = call.path.rpartition(".")[0]
-        while path:
-            block = removable.get(path)
-            if block is not None and not (block.start <= call.start and call.end <= block.end):
-                found.add(path.rpartition(".")[0])
-            path = path.rpartition(".")[0]
+        for block in blocks_at(_parent(call.path)):
+            if not (block.start <= call.start and call.end <= block.end):
+                found.add(_parent(block.path))
     return found
+
+
+def _parent(path: str) -> str:
+    return path.rpartition(".")[0]
 
 
 def _counts_its_blocks(

@@ -9,6 +9,7 @@ plain goes the way of all others.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -70,13 +71,76 @@ def _matmul(a: Tensor, b: Tensor) -> Call | None:
     return (aten.matmul.default, (a, b)) if a.dim() > 1 and b.dim() > 1 else None
 
 
-def _alike(operator: Any) -> Plan:
+_NUMBERS = (int, float)
+"""Not those that remember sizes, which are for `arrivals.py` to follow."""
+
+
+def _arithmetic(operator: Any) -> Plan:
     def plan(x: Any, y: Any = None, *rest: Any) -> Call | None:
-        if rest or not isinstance(y, Tensor) or not isinstance(x, Tensor) or x.dtype is not y.dtype:
+        if rest or not isinstance(x, Tensor):
             return None
-        return operator, (x, y)
+        alike = x.dtype is y.dtype if isinstance(y, Tensor) else type(y) in _NUMBERS
+        return (operator, (x, y)) if alike else None
 
     return plan
+
+
+def _power(x: Any, exponent: Any) -> Call | None:
+    plain = isinstance(x, Tensor) and type(exponent) in _NUMBERS
+    return (aten.pow.Tensor_Scalar, (x, exponent)) if plain else None
+
+
+def _ints(values: Sequence[Any]) -> list[int] | None:
+    """Sizes or dimensions, given one by one or as a list; None where they are something else."""
+    if len(values) == 1 and isinstance(values[0], (tuple, list)):
+        values = values[0]
+    return [int(v) for v in values] if all([isinstance(v, int) for v in values]) else None
+
+
+def _view(x: Tensor, *sizes: Any) -> Call | None:
+    wanted = _ints(sizes)
+    return None if wanted is None else (aten.view.default, (x, wanted))
+
+
+def _reshape(x: Tensor, *sizes: Any) -> Call | None:
+    return _view(x, *sizes) if x.is_contiguous() else None  # it may be copied
+
+
+def _flatten(x: Tensor, start: Any = 0, end: Any = -1) -> Call | None:
+    rank = x.dim()
+    if not rank or type(start) is not int or type(end) is not int or start % rank >= end % rank or not x.is_contiguous():
+        return None
+    start, end = start % rank, end % rank
+    shape = list(x.shape)
+    return aten.view.default, (x, [*shape[:start], math.prod(shape[start : end + 1]), *shape[end + 1 :]])
+
+
+def _permute(x: Tensor, *order: Any) -> Call | None:
+    wanted = _ints(order)
+    return None if wanted is None else (aten.permute.default, (x, wanted))
+
+
+def _transpose(x: Tensor, i: Any, j: Any) -> Call | None:
+    return (aten.transpose.int, (x, int(i), int(j))) if isinstance(i, int) and isinstance(j, int) else None
+
+
+def _unbind(x: Tensor, dim: int = 0) -> Call | None:
+    if type(dim) is not int:
+        return None
+    return aten.unbind.int, (x, dim) if dim else (x,)
+
+
+def _softmax(x: Tensor, dim: Any, dtype: Any = None) -> Call | None:
+    return (aten._softmax.default, (x, dim, False)) if type(dim) is int and dtype is None else None
+
+
+def _gelu(x: Tensor, approximate: str = "none") -> Call:
+    return aten.gelu.default, (x,)
+
+
+def _pooled(x: Tensor, size: Any) -> Call | None:
+    one = size == 1 or (isinstance(size, (tuple, list)) and all([n == 1 for n in size]))
+    return (aten.mean.dim, (x, [-1, -2], True)) if one else None
 
 
 def _joined(tensors: Any, dim: int = 0) -> Call | None:
@@ -99,14 +163,21 @@ OPERATORS: dict[Any, Plan] = {
     torch.layer_norm: _layer_norm,
     _F.linear: _linear,
     **dict.fromkeys((torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__), _matmul),
-    torch.Tensor.add: _alike(aten.add.Tensor),
-    **dict.fromkeys((torch.Tensor.add_, torch.Tensor.__iadd__), _alike(aten.add_.Tensor)),
+    **{f: _arithmetic(op) for op, names in {
+        aten.add.Tensor: ("add", "__add__"), aten.sub.Tensor: ("sub", "__sub__"), aten.mul.Tensor: ("mul", "__mul__"),
+        aten.div.Tensor: ("div", "true_divide", "__truediv__"), aten.add_.Tensor: ("add_", "__iadd__"),
+    }.items() for f in [getattr(torch.Tensor, name) for name in names]},
+    **dict.fromkeys((torch.pow, torch.Tensor.pow, torch.Tensor.__pow__), _power),
+    torch.Tensor.view: _view, torch.Tensor.reshape: _reshape, torch.flatten: _flatten, torch.Tensor.flatten: _flatten,
+    torch.permute: _permute, torch.Tensor.permute: _permute,
+    torch.transpose: _transpose, torch.Tensor.transpose: _transpose, torch.Tensor.unbind: _unbind,
+    **dict.fromkeys((torch.softmax, torch.Tensor.softmax), _softmax),
+    _F.gelu: _gelu, _F.adaptive_avg_pool2d: _pooled,
     **dict.fromkeys((torch.mean, torch.Tensor.mean), _mean),
-    torch.Tensor.mul: _alike(aten.mul.Tensor),
     torch.cat: _joined,
     **{f: _of_one(op.default) for f, op in {
         torch.relu: aten.relu, torch.relu_: aten.relu_, _F.silu: aten.silu, _F.silu_: aten.silu_,
-        torch.sigmoid: aten.sigmoid, torch.Tensor.sigmoid: aten.sigmoid, _F.hardswish: aten.hardswish,
+        torch.rsqrt: aten.rsqrt, torch.Tensor.rsqrt: aten.rsqrt, torch.sigmoid: aten.sigmoid, torch.Tensor.sigmoid: aten.sigmoid, _F.hardswish: aten.hardswish,
         _F.hardswish_: aten.hardswish_, _F.hardsigmoid: aten.hardsigmoid,
         _F.hardsigmoid_: aten.hardsigmoid_,
     }.items()},
@@ -117,18 +188,24 @@ _PARTS = {torch.batch_norm, torch.layer_norm}
 """Functions that give the first only of what the operator gives."""
 
 
-NAMED = {torch.cat: {"dim"}, torch.mean: {"dim", "keepdim"}, torch.Tensor.mean: {"dim", "keepdim"}}
+NAMED = {torch.cat: {"dim"}, torch.softmax: {"dim"}, torch.Tensor.softmax: {"dim"}, _F.gelu: {"approximate"}, torch.mean: {"dim", "keepdim"}, torch.Tensor.mean: {"dim", "keepdim"}}
 """Function -> arguments that its plan takes by name."""
 
 
 def result(tracer: Any, function: Any, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What a function gives, inferred; None where it has to go PyTorch's way.  `plan` is that of `OPERATORS`."""
-    if not tracer.meta or torch._C._is_any_autocast_enabled() or (kwargs and not kwargs.keys() <= NAMED.get(function, ())):
+    if not tracer.meta or torch._C._is_any_autocast_enabled() or (kwargs and not kwargs.keys() <= NAMED.get(function, frozenset())):
         return None
     with torch._C._DisableTorchDispatch():
         call = plan(*args, **kwargs)
         out = None if call is None else tracer.apply(*call)
     return out[0] if out is not None and function in _PARTS else out
+
+
+def call(tracer: Any, function: Any, *args: Any) -> Any:
+    """`function(*args)`, of a function of `OPERATORS`, by whichever way."""
+    out = result(tracer, function, OPERATORS[function], args, {})
+    return function(*args) if out is None else out
 
 
 LayerPlan = Callable[[Any, Tensor], Call | None]
@@ -188,7 +265,7 @@ _LAYERS: dict[Any, tuple[Any, LayerPlan]] = {
         nn.Linear: _linear_layer, nn.LayerNorm: _layer_norm_layer,
         nn.ReLU: _in_place(torch.relu, torch.relu_), nn.SiLU: _in_place(_F.silu, _F.silu_),
         nn.Hardswish: _in_place(_F.hardswish, _F.hardswish_), nn.Hardsigmoid: _in_place(_F.hardsigmoid, _F.hardsigmoid_),
-        nn.Sigmoid: lambda layer, x: (torch.sigmoid, (x,)),
+        nn.GELU: lambda layer, x: (_F.gelu, (x,)), nn.Sigmoid: lambda layer, x: (torch.sigmoid, (x,)),
         nn.Identity: lambda layer, x: (None, (x,)), nn.Dropout: _nothing, nn.Dropout2d: _nothing,
     }.items()
 }  # fmt: skip

@@ -194,8 +194,9 @@ def _binary(x: Any, y: Any, *rest: Any) -> Any:
 
 
 def _binary_(x: Tensor, y: Any, *rest: Any) -> Any:
-    fits = isinstance(y, Tensor) and x.is_meta and y.is_meta and x.dtype is y.dtype and x.shape == y.shape
-    return x if fits else None
+    if isinstance(y, Tensor):
+        return x if x.is_meta and y.is_meta and x.dtype is y.dtype and x.shape == y.shape else None
+    return x if type(y) in (int, float) and x.is_meta and x.is_floating_point() else None
 
 
 def _mean(x: Tensor, dims: Any, keepdim: bool = False, *rest: Any) -> Any:
@@ -218,6 +219,10 @@ def _cat(tensors: Sequence[Tensor], dim: int = 0) -> Any:
     shape[dim] = sum([t.shape[dim] for t in tensors])
     fits = all([n == m for t in tensors for i, (n, m) in enumerate(zip(t.shape, shape)) if i != dim])
     return _empty(shape, first) if fits else None
+
+
+def _softmax(x: Tensor, dim: int, half_to_float: bool) -> Any:
+    return _like(x) if _plain(x) and not half_to_float else None
 
 
 def _activation(x: Tensor, *rest: Any) -> Any:
@@ -243,11 +248,17 @@ _FORMULAS: dict[Any, Callable[..., Any]] = {
     aten.mean.dim: _mean,
     aten.cat.default: _cat,
     **{p.Tensor: _binary for p in (aten.add, aten.mul, aten.sub, aten.div)},
+    aten._softmax.default: _softmax,
     aten.add_.Tensor: _binary_,
+    aten.view.default: torch.Tensor.view,
+    aten.permute.default: torch.Tensor.permute,
+    aten.transpose.int: torch.Tensor.transpose,
+    aten.unbind.int: torch.Tensor.unbind,
     **{p.default: _activation for p in (
         aten.relu, aten.gelu, aten.silu, aten.sigmoid, aten.tanh, aten.hardsigmoid, aten.hardswish, aten.hardtanh,
-        aten.leaky_relu, aten.elu, aten.mish, aten.softplus, aten.clamp_min,
+        aten.leaky_relu, aten.elu, aten.mish, aten.softplus, aten.clamp_min, aten.rsqrt,
     )},
+    aten.pow.Tensor_Scalar: _activation,
     **{p.default: _activation_ for p in (
         aten.relu_, aten.silu_, aten.sigmoid_, aten.tanh_, aten.hardsigmoid_, aten.hardswish_, aten.hardtanh_,
         aten.leaky_relu_, aten.elu_, aten.mish_,
