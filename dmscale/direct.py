@@ -1,9 +1,10 @@
-"""Operators without PyTorch's way to them: nine of ten microseconds of a convolution on meta tensors go into getting there.
+"""Operators without PyTorch's way to them: most of the time of a convolution on meta tensors goes into getting there.
 
 A layer's call, its forward, the torch function that this calls and the dispatcher between that and an ATen operator do nothing
-that a trace has not to do itself, where one operator is all there is.  So the tables here say of a few layers and functions
-which operator that is, and with which arguments; its result is told from the form of these (`kernels.py`).  Whatever is not
-plain goes the way of all others.
+that a trace has to see, where one operator is all there is.  So the tables here say of some layers and functions which operator
+that is, and with which arguments; what it gives is told from the form of these (`kernels.py`).  Whatever is not plain goes the
+way of all others, and what is noted is the same either way (tests/test_direct.py), but for products of matrices: PyTorch makes
+views and a product of two or three dimensions of them, and here they are one.
 """
 
 from __future__ import annotations
@@ -11,19 +12,26 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 
-from . import kernels
+if TYPE_CHECKING:
+    from .tracer import Tracer
 
 aten, _F = torch.ops.aten, torch._C._nn
+
 Call = tuple[Any, tuple[Any, ...]]
-"""A function and its arguments."""
+"""A function, and its arguments."""
 Plan = Callable[..., Call | None]
-"""What tells of the arguments of a function which operator it comes to, and with which."""
+"""What tells of the arguments of a torch function which operator it comes to, with which; None where that is not plain."""
+LayerPlan = Callable[[Any, Tensor], Call | None]
+"""What tells of a layer and a tensor which torch function its forward calls, with which; with none it gives the tensor."""
+
+
+# -- functions --------------------------------------------------------------------------------------------------------
 
 
 def _many(value: Any, n: int) -> list[int]:
@@ -72,7 +80,7 @@ def _matmul(a: Tensor, b: Tensor) -> Call | None:
 
 
 _NUMBERS = (int, float)
-"""Not those that remember sizes, which are for `arrivals.py` to follow."""
+"""Plain ones: those that remember sizes are for `arrivals.py` to follow."""
 
 
 def _arithmetic(operator: Any) -> Plan:
@@ -103,15 +111,20 @@ def _view(x: Tensor, *sizes: Any) -> Call | None:
 
 
 def _reshape(x: Tensor, *sizes: Any) -> Call | None:
-    return _view(x, *sizes) if x.is_contiguous() else None  # it may be copied
+    return _view(x, *sizes) if x.is_contiguous() else None  # else it may be copied
 
 
 def _flatten(x: Tensor, start: Any = 0, end: Any = -1) -> Call | None:
     rank = x.dim()
-    if not rank or type(start) is not int or type(end) is not int or start % rank >= end % rank or not x.is_contiguous():
+    if (
+        not rank
+        or type(start) is not int
+        or type(end) is not int
+        or start % rank >= end % rank
+        or not x.is_contiguous()
+    ):
         return None
-    start, end = start % rank, end % rank
-    shape = list(x.shape)
+    start, end, shape = start % rank, end % rank, list(x.shape)
     return aten.view.default, (x, [*shape[:start], math.prod(shape[start : end + 1]), *shape[end + 1 :]])
 
 
@@ -130,6 +143,11 @@ def _unbind(x: Tensor, dim: int = 0) -> Call | None:
     return aten.unbind.int, (x, dim) if dim else (x,)
 
 
+def _joined(tensors: Any, dim: int = 0) -> Call | None:
+    plain = type(dim) is int and all([t.dim() for t in tensors])
+    return (aten.cat.default, (list(tensors), dim)) if plain else None
+
+
 def _softmax(x: Tensor, dim: Any, dtype: Any = None) -> Call | None:
     return (aten._softmax.default, (x, dim, False)) if type(dim) is int and dtype is None else None
 
@@ -138,63 +156,80 @@ def _gelu(x: Tensor, approximate: str = "none") -> Call:
     return aten.gelu.default, (x,)
 
 
+def _mean(x: Tensor, dim: Any = None, keepdim: bool = False) -> Call | None:
+    dims = [dim] if type(dim) is int else list(dim) if type(dim) in (tuple, list) else []
+    if not dims or not all([type(d) is int for d in dims]):
+        return None
+    return aten.mean.dim, (x, dims, keepdim) if keepdim else (x, dims)
+
+
 def _pooled(x: Tensor, size: Any) -> Call | None:
     one = size == 1 or (isinstance(size, (tuple, list)) and all([n == 1 for n in size]))
     return (aten.mean.dim, (x, [-1, -2], True)) if one else None
-
-
-def _joined(tensors: Any, dim: int = 0) -> Call | None:
-    return (aten.cat.default, (list(tensors), dim)) if type(dim) is int and all([t.dim() for t in tensors]) else None
-
-
-def _mean(x: Tensor, dim: Any = None, keepdim: bool = False) -> Call | None:
-    dims = [dim] if type(dim) is int else list(dim) if type(dim) in (tuple, list) else []
-    plain = dims and all([type(d) is int for d in dims])
-    return (aten.mean.dim, (x, dims, keepdim) if keepdim else (x, dims)) if plain else None
 
 
 def _of_one(operator: Any) -> Plan:
     return lambda x: (operator, (x,))
 
 
+def _methods(*names: str) -> list[Any]:
+    """Functions of `torch` and methods of tensors of these names: a method, or an operator in Python, is called by its own."""
+    return [getattr(holder, name) for name in names for holder in (torch, Tensor) if hasattr(holder, name)]
+
+
 OPERATORS: dict[Any, Plan] = {
-    **dict.fromkeys((torch.conv1d, torch.conv2d, torch.conv3d), _convolution),
-    torch.batch_norm: _batch_norm,
-    torch.layer_norm: _layer_norm,
-    _F.linear: _linear,
-    **dict.fromkeys((torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__), _matmul),
-    **{f: _arithmetic(op) for op, names in {
-        aten.add.Tensor: ("add", "__add__"), aten.sub.Tensor: ("sub", "__sub__"), aten.mul.Tensor: ("mul", "__mul__"),
-        aten.div.Tensor: ("div", "true_divide", "__truediv__"), aten.add_.Tensor: ("add_", "__iadd__"),
-    }.items() for f in [getattr(torch.Tensor, name) for name in names]},
-    **dict.fromkeys((torch.pow, torch.Tensor.pow, torch.Tensor.__pow__), _power),
-    torch.Tensor.view: _view, torch.Tensor.reshape: _reshape, torch.flatten: _flatten, torch.Tensor.flatten: _flatten,
-    torch.permute: _permute, torch.Tensor.permute: _permute,
-    torch.transpose: _transpose, torch.Tensor.transpose: _transpose, torch.Tensor.unbind: _unbind,
-    **dict.fromkeys((torch.softmax, torch.Tensor.softmax), _softmax),
-    _F.gelu: _gelu, _F.adaptive_avg_pool2d: _pooled,
-    **dict.fromkeys((torch.mean, torch.Tensor.mean), _mean),
-    torch.cat: _joined,
-    **{f: _of_one(op.default) for f, op in {
-        torch.relu: aten.relu, torch.relu_: aten.relu_, _F.silu: aten.silu, _F.silu_: aten.silu_,
-        torch.rsqrt: aten.rsqrt, torch.Tensor.rsqrt: aten.rsqrt, torch.sigmoid: aten.sigmoid, torch.Tensor.sigmoid: aten.sigmoid, _F.hardswish: aten.hardswish,
-        _F.hardswish_: aten.hardswish_, _F.hardsigmoid: aten.hardsigmoid,
-        _F.hardsigmoid_: aten.hardsigmoid_,
-    }.items()},
+    function: plan for functions, plan in (
+        ((torch.conv1d, torch.conv2d, torch.conv3d), _convolution),
+        ((torch.batch_norm,), _batch_norm),
+        ((torch.layer_norm,), _layer_norm),
+        ((_F.linear,), _linear),
+        (_methods("matmul", "__matmul__"), _matmul),
+        ((Tensor.add, Tensor.__add__), _arithmetic(aten.add.Tensor)),
+        ((Tensor.sub, Tensor.__sub__), _arithmetic(aten.sub.Tensor)),
+        ((Tensor.mul, Tensor.__mul__), _arithmetic(aten.mul.Tensor)),
+        ((Tensor.div, Tensor.true_divide, Tensor.__truediv__), _arithmetic(aten.div.Tensor)),
+        ((Tensor.add_, Tensor.__iadd__), _arithmetic(aten.add_.Tensor)),
+        (_methods("pow", "__pow__"), _power),
+        ((Tensor.view,), _view),
+        ((Tensor.reshape,), _reshape),
+        (_methods("flatten"), _flatten),
+        (_methods("permute"), _permute),
+        (_methods("transpose"), _transpose),
+        ((Tensor.unbind,), _unbind),
+        ((torch.cat,), _joined),
+        (_methods("softmax"), _softmax),
+        (_methods("mean"), _mean),
+        ((_F.adaptive_avg_pool2d,), _pooled),
+        ((_F.gelu,), _gelu),
+        (_methods("rsqrt"), _of_one(aten.rsqrt.default)),
+        (_methods("sigmoid"), _of_one(aten.sigmoid.default)),
+        ((torch.relu,), _of_one(aten.relu.default)),
+        ((torch.relu_,), _of_one(aten.relu_.default)),
+        ((_F.silu,), _of_one(aten.silu.default)),
+        ((_F.silu_,), _of_one(aten.silu_.default)),
+        ((_F.hardswish,), _of_one(aten.hardswish.default)),
+        ((_F.hardswish_,), _of_one(aten.hardswish_.default)),
+        ((_F.hardsigmoid,), _of_one(aten.hardsigmoid.default)),
+        ((_F.hardsigmoid_,), _of_one(aten.hardsigmoid_.default)),
+    ) for function in functions
 }  # fmt: skip
-"""Torch function -> the one operator that it comes to; None for arguments with which it may come to another one."""
+"""Torch function -> the operator that it comes to."""
+
+_NAMED: dict[Any, set[str]] = {
+    torch.cat: {"dim"}, _F.gelu: {"approximate"},
+    **dict.fromkeys(_methods("softmax"), {"dim"}), **dict.fromkeys(_methods("mean"), {"dim", "keepdim"}),
+}  # fmt: skip
+"""Function -> what its plan takes by name."""
 
 _PARTS = {torch.batch_norm, torch.layer_norm}
 """Functions that give the first only of what the operator gives."""
 
 
-NAMED = {torch.cat: {"dim"}, torch.softmax: {"dim"}, torch.Tensor.softmax: {"dim"}, _F.gelu: {"approximate"}, torch.mean: {"dim", "keepdim"}, torch.Tensor.mean: {"dim", "keepdim"}}
-"""Function -> arguments that its plan takes by name."""
-
-
-def result(tracer: Any, function: Any, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def result(tracer: Tracer, function: Any, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What a function gives, inferred; None where it has to go PyTorch's way.  `plan` is that of `OPERATORS`."""
-    if not tracer.meta or torch._C._is_any_autocast_enabled() or (kwargs and not kwargs.keys() <= NAMED.get(function, frozenset())):
+    if not tracer.meta or torch._C._is_any_autocast_enabled():
+        return None
+    if kwargs and not kwargs.keys() <= _NAMED.get(function, set()):
         return None
     with torch._C._DisableTorchDispatch():
         call = plan(*args, **kwargs)
@@ -202,23 +237,22 @@ def result(tracer: Any, function: Any, plan: Plan, args: tuple[Any, ...], kwargs
     return out[0] if out is not None and function in _PARTS else out
 
 
-def call(tracer: Any, function: Any, *args: Any) -> Any:
+def call(tracer: Tracer, function: Any, *args: Any) -> Any:
     """`function(*args)`, of a function of `OPERATORS`, by whichever way."""
     out = result(tracer, function, OPERATORS[function], args, {})
     return function(*args) if out is None else out
 
 
-LayerPlan = Callable[[Any, Tensor], Call | None]
-"""What tells of a layer and a tensor which torch function its forward calls, and with what; no function: it gives the tensor."""
-
-
 # -- layers -----------------------------------------------------------------------------------------------------------
+
+_WEIGHTS, _STATISTICS = {"weight", "bias"}, {"running_mean", "running_var"}
+"""Where a layer has them; code that puts plain tensors in their place takes them away from there."""
 
 
 def _conv(function: Any) -> LayerPlan:
     def plan(layer: Any, x: Tensor) -> Call | None:
         held, state = layer._parameters, layer.__dict__
-        if not _WEIGHTS <= held.keys() or state["padding_mode"] != "zeros":
+        if not held.keys() >= _WEIGHTS or state["padding_mode"] != "zeros":
             return None
         given = (x, held["weight"], held["bias"], state["stride"], state["padding"], state["dilation"], state["groups"])
         return function, given
@@ -228,7 +262,7 @@ def _conv(function: Any) -> LayerPlan:
 
 def _batch_norm_layer(layer: Any, x: Tensor) -> Call | None:
     held, kept, state = layer._parameters, layer._buffers, layer.__dict__
-    if state["training"] or not _WEIGHTS <= held.keys() or not _STATISTICS <= kept.keys():
+    if state["training"] or not held.keys() >= _WEIGHTS or not kept.keys() >= _STATISTICS:
         return None
     given = (x, held["weight"], held["bias"], kept["running_mean"], kept["running_var"], False)
     return torch.batch_norm, (*given, state["momentum"] or 0.0, state["eps"], torch.backends.cudnn.enabled)
@@ -236,47 +270,43 @@ def _batch_norm_layer(layer: Any, x: Tensor) -> Call | None:
 
 def _linear_layer(layer: Any, x: Tensor) -> Call | None:
     held = layer._parameters
-    return (_F.linear, (x, held["weight"], held["bias"])) if _WEIGHTS <= held.keys() else None
+    return (_F.linear, (x, held["weight"], held["bias"])) if held.keys() >= _WEIGHTS else None
 
 
 def _layer_norm_layer(layer: Any, x: Tensor) -> Call | None:
     held = layer._parameters
-    if not _WEIGHTS <= held.keys():
+    if not held.keys() >= _WEIGHTS:
         return None
     given = (x, layer.normalized_shape, held["weight"], held["bias"], layer.eps)
     return torch.layer_norm, (*given, torch.backends.cudnn.enabled)
 
 
-def _in_place(plain: Any, in_place: Any) -> LayerPlan:
-    return lambda layer, x: (in_place if layer.inplace else plain, (x,))
+def _calls(plain: Any, in_place: Any = None) -> LayerPlan:
+    """An activation: a function of one tensor, `in_place` where the layer says so."""
+    return lambda layer, x: (in_place if in_place is not None and layer.inplace else plain, (x,))
 
 
 def _nothing(layer: Any, x: Tensor) -> Call | None:
+    """A dropout, or nothing at all."""
     return None if layer.training else (None, (x,))
 
 
-_WEIGHTS, _STATISTICS = {"weight", "bias"}, {"running_mean", "running_var"}
-"""Where a layer has them; code that puts plain tensors in their place takes them away from there."""
-
-_LAYERS: dict[Any, tuple[Any, LayerPlan]] = {
-    kind: (kind.forward, plan) for kind, plan in {
-        nn.Conv1d: _conv(torch.conv1d), nn.Conv2d: _conv(torch.conv2d), nn.Conv3d: _conv(torch.conv3d),
-        **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), _batch_norm_layer),
-        nn.Linear: _linear_layer, nn.LayerNorm: _layer_norm_layer,
-        nn.ReLU: _in_place(torch.relu, torch.relu_), nn.SiLU: _in_place(_F.silu, _F.silu_),
-        nn.Hardswish: _in_place(_F.hardswish, _F.hardswish_), nn.Hardsigmoid: _in_place(_F.hardsigmoid, _F.hardsigmoid_),
-        nn.GELU: lambda layer, x: (_F.gelu, (x,)), nn.Sigmoid: lambda layer, x: (torch.sigmoid, (x,)),
-        nn.Identity: lambda layer, x: (None, (x,)), nn.Dropout: _nothing, nn.Dropout2d: _nothing,
-    }.items()
+_PLANS: dict[type[nn.Module], LayerPlan] = {
+    nn.Conv1d: _conv(torch.conv1d), nn.Conv2d: _conv(torch.conv2d), nn.Conv3d: _conv(torch.conv3d),
+    nn.BatchNorm1d: _batch_norm_layer, nn.BatchNorm2d: _batch_norm_layer, nn.BatchNorm3d: _batch_norm_layer,
+    nn.Linear: _linear_layer, nn.LayerNorm: _layer_norm_layer, nn.GELU: _calls(_F.gelu), nn.Sigmoid: _calls(torch.sigmoid),
+    nn.ReLU: _calls(torch.relu, torch.relu_), nn.SiLU: _calls(_F.silu, _F.silu_),
+    nn.Hardswish: _calls(_F.hardswish, _F.hardswish_), nn.Hardsigmoid: _calls(_F.hardsigmoid, _F.hardsigmoid_),
+    nn.Identity: _nothing, nn.Dropout: _nothing, nn.Dropout2d: _nothing,
 }  # fmt: skip
-"""Layer -> its forward, as PyTorch has it, and the one torch function, with its arguments, that it calls; None: none."""
+_LAYERS: dict[Any, tuple[Any, LayerPlan]] = {cls: (cls.forward, plan) for cls, plan in _PLANS.items()}
+"""Layer -> its forward, as PyTorch has it, and what that calls."""
 
 
 def layer(module: nn.Module) -> Callable[[Tensor], Call | None] | None:
     """What tells of a tensor which torch function a plain layer of PyTorch's calls on it; None for any other module."""
     cls: Any = type(module)
-    forward, plan = _LAYERS.get(cls, (None, None))
-    changed = cls.forward is not forward or "forward" in module.__dict__ or hooks._has_any_global_hook()
-    if plan is None or changed or module._backward_hooks or module._backward_pre_hooks:
+    known = _LAYERS.get(cls)
+    if known is None or cls.forward is not known[0] or "forward" in module.__dict__ or hooks._has_any_global_hook():
         return None
-    return functools.partial(plan, module)
+    return None if module._backward_hooks or module._backward_pre_hooks else functools.partial(known[1], module)

@@ -152,7 +152,9 @@ def _addmm(bias: Tensor, a: Tensor, b: Tensor, *rest: Any) -> Any:
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Any = None) -> Any:
-    if x.dim() < 2 or weight.dim() != 2 or not _plain(x) or weight.dtype is not x.dtype or x.shape[-1] != weight.shape[1]:
+    if x.dim() < 2 or weight.dim() != 2 or weight.dtype is not x.dtype:
+        return None
+    if not _plain(x) or x.shape[-1] != weight.shape[1]:
         return None  # what is not contiguous is copied first, or multiplied in batches
     return _empty((*x.shape[:-1], weight.shape[0]), x)
 

@@ -23,7 +23,7 @@ from .axes import Axis, Dim
 from .polynomial import Inexact, Poly, Quotient
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)  # not frozen: there are thousands, and that would treble the time to make them
 class Attribute:
     """An int that a module holds.
 

@@ -412,14 +412,16 @@ class Tracer(TorchDispatchMode):
 
     def watch(self, tensor: Tensor, name: str | None = None, frozen: str = "", data: bool = False) -> Tensor:
         """Give `tensor` axes of its own; `name` makes it a parameter, `frozen` fixes its axes for that reason."""
-        reasons = (frozen,) if frozen else ()
-        dims = tuple([axes.axis(n, *reasons) for n in tensor.shape])
-        params = frozenset([name]) if name else frozenset()
-        value = Value(dims, params, data, self._new_origin(), dtype=tensor.dtype)
+        if frozen:
+            dims = tuple([axes.axis(n, frozen) for n in tensor.shape])
+        else:
+            dims = tuple([axes.axis(n) for n in tensor.shape])
+        origin = self._origins = self._origins + 1
+        value = Value(dims, frozenset((name,)) if name else frozenset(), data, origin, dtype=tensor.dtype)
         setattr(tensor, _NAME, value)
         if name:
             self._names[name] = value
-            self._named[value.origin] = name
+            self._named[origin] = name
         return tensor
 
     def value(self, tensor: Tensor) -> Value:
@@ -474,7 +476,8 @@ class Tracer(TorchDispatchMode):
         """Dimensions from `lead` on: the input's where the size stays (the spatial axes are fixed anyway), else new."""
         dims = self.dims(x)[lead:]
         self.freeze_dims(dims, "spatial")
-        return [dim if n == m else axes.axis(n, "spatial") for dim, n, m in zip(dims, out.shape[lead:], x.shape[lead:])]
+        before, now = x.shape, out.shape
+        return [dims[i - lead] if now[i] == before[i] else axes.axis(now[i], "spatial") for i in range(lead, len(now))]
 
     def broadcast(self, tensors: Sequence[Tensor], shape: Sequence[int]) -> tuple[Dim, ...]:
         """Unify tensors as pointwise operators do; stretched dimensions of size one have no say."""
@@ -517,10 +520,9 @@ class Tracer(TorchDispatchMode):
             ]
         self.op += times * length
 
-    def contracted(self, dim: Dim, operands: Sequence[tuple[Tensor, Dim]]) -> None:
+    def contracted(self, dim: Dim, operands: Sequence[tuple[Value, Dim]]) -> None:
         """Note that `dim` was summed over; each operand comes with its own dimension that was."""
-        values = tuple((self.value(t), own) for t, own in operands)
-        self.record.contractions.append(Contraction(self.op, self.path, self._operator, dim, values))
+        self.record.contractions.append(Contraction(self.op, self.path, self._operator, dim, tuple(operands)))
 
     def produced(self, dim: Dim) -> None:
         """Note that the operator of the moment makes the axes of `dim` from a weight."""
@@ -828,7 +830,7 @@ def operands_of(tracer: Tracer, tree: Any) -> Any:
             kind = type(x)
             if kind is Tensor or kind is torch.nn.Parameter:
                 x = Operand(tracer.dims(x), x.dtype, x.stride())
-            elif kind not in _PLAIN and not (kind is list and x and type(x[0]) is type(x[-1]) is int):  # strides and such
+            elif kind not in _PLAIN and not _is_of_ints(x):
                 x = operands_of(tracer, x)
             out.append(x)
         return type(tree)(out)
@@ -873,11 +875,16 @@ def _tensors(tree: Any, out: list[Tensor]) -> list[Tensor]:
         if kind is Tensor or kind is torch.nn.Parameter:
             out.append(x)
         elif isinstance(x, (tuple, list)):
-            if not (x and type(x[0]) is type(x[-1]) is int):  # strides and the like
+            if not _is_of_ints(x):
                 _tensors(x, out)
         elif isinstance(x, Tensor):
             out.append(x)
     return out
+
+
+def _is_of_ints(x: Any) -> bool:
+    """Whether a list is one of strides or the like; its ends tell."""
+    return type(x) is list and bool(x) and type(x[0]) is type(x[-1]) is int
 
 
 def shape_of(tracer: Tracer, tensor: Tensor) -> torch.Size:

@@ -95,13 +95,19 @@ def read(model: nn.Module, example_inputs: Any, cached: bool = False) -> Trace:
 
 @contextlib.contextmanager
 def uncollected() -> Iterator[None]:
-    """No garbage collection inside: a trace makes many small objects to keep, and every pass over them frees next to none."""
+    """No garbage collection inside: a trace makes many small objects to keep, and every pass over them frees next to none.
+
+    They are old when it ends: to freeze what there is and to thaw it again is the way to say so without looking at each.
+    """
     enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
         if enabled:
+            if not gc.get_freeze_count():  # what somebody else has frozen stays so
+                gc.freeze()
+                gc.unfreeze()
             gc.enable()
 
 
@@ -119,16 +125,17 @@ def _check_model(model: nn.Module, modules: Sequence[tuple[str, nn.Module]]) -> 
     """Refuse what can be traced in another form only, with that form."""
     bare = True
     for path, module in modules:
-        if wrapped := _refused(type(module)):
+        cls: Any = type(module)
+        if wrapped := _refused(cls):
             where = f"module '{path}'" if path else "the model"
-            raise TraceError(f"{where} {wrapped.format(kind=type(module).__name__, inside=path or 'model')}")
+            raise TraceError(f"{where} {wrapped.format(kind=cls.__name__, inside=path or 'model')}")
         for name, p in module._parameters.items():
             if p is None:
                 continue
             bare = False
             if type(p) is nn.Parameter and not p.is_inference():
                 continue
-            where, kind = f"module '{path}'" if path else "the model", type(module).__name__
+            where, kind = f"module '{path}'" if path else "the model", cls.__name__
             if torch.nn.parameter.is_lazy(p):
                 raise TraceError(
                     f"{where} ({kind}) is lazy and its {name} has no shape yet; call model(*example_inputs) once before"
@@ -148,7 +155,7 @@ def _check_model(model: nn.Module, modules: Sequence[tuple[str, nn.Module]]) -> 
 
 
 @functools.cache
-def _refused(cls: type[nn.Module]) -> str | None:
+def _refused(cls: Any) -> str | None:
     """What a module of such a class is, and the remedy, where none can be traced."""
     parallel = issubclass(cls, (nn.DataParallel, nn.parallel.DistributedDataParallel))
     if parallel or cls.__name__ == "FullyShardedDataParallel":
@@ -338,7 +345,7 @@ def _watch_parameters(
     """
     slots: dict[str, tuple[Dim, ...]] = {}
     aliases: dict[str, str] = {}
-    parameters: set[str] = set()
+    parameters: set[str] | None = None
     first: dict[int, str] = {}
     for kind in ("_parameters", "_buffers"):
         for path, module in places:
@@ -346,22 +353,23 @@ def _watch_parameters(
                 if t is None:
                     continue
                 name = f"{path}.{key}" if path else key
-                if id(t) in first:
-                    aliases[name] = first[id(t)]
+                known = first.setdefault(id(t), name)
+                if known is not name:
+                    aliases[name] = known
                     continue
-                first[id(t)] = name
                 slots[name] = tracer.dims(tracer.watch(t, name))
-                if kind == "_parameters":
-                    parameters.add(name)
+        if parameters is None:
+            parameters = set(slots)
+    assert parameters is not None
     return slots, aliases, parameters
 
 
 def _tag_sizes(modules: list[tuple[str, nn.Module]]) -> None:
     """Make every int that a module holds remember which one it is."""
     for path, module in modules:
-        for key, value in list(vars(module).items()):
+        for key, value in [(k, v) for k, v in module.__dict__.items() if type(v) not in _NO_SIZES]:
             kind = type(value)
-            if kind in _NO_SIZES or key.startswith("_") or key in _GEOMETRY:
+            if key[:1] == "_" or key in _GEOMETRY:
                 continue
             if kind is int:
                 if value > 1:

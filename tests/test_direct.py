@@ -117,7 +117,8 @@ CALLS: dict[str, list[Callable[[Tensor], Any]]] = {  # of x (2, 4, 5, 6)
     "views": [
         lambda x: x.view(2, 20, 6), lambda x: x.view([2, -1]), lambda x: x.view(torch.int32), lambda x: x.view(x.shape[0], -1),
         lambda x: x.reshape(2, 2, 2, 30), lambda x: x.transpose(1, 2).reshape(2, -1), lambda x: torch.reshape(x, (4, 60)),
-        lambda x: x.flatten(), lambda x: x.flatten(1), lambda x: x.flatten(1, 2), lambda x: torch.flatten(x, 2), lambda x: x.flatten(1, 1),
+        lambda x: x.flatten(), lambda x: x.flatten(1), lambda x: x.flatten(1, 2), lambda x: torch.flatten(x, 2),
+        lambda x: x.flatten(1, 1),
         lambda x: x.transpose(1, 2).flatten(1), lambda x: x.flatten(start_dim=2), lambda x: x.permute(0, 2, 3, 1),
         lambda x: x.permute((0, -1, 1, 2)), lambda x: torch.permute(x, (3, 2, 1, 0)), lambda x: x.permute(dims=(0, 1, 3, 2)),
         lambda x: x.transpose(1, -1), lambda x: torch.transpose(x, 0, 1), lambda x: x.transpose(dim0=0, dim1=1), lambda x: x.mT,

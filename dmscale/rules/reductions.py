@@ -31,7 +31,7 @@ Tensor = torch.Tensor
 def batch_norm(trace: Tracer, out: Sequence[Tensor], x: Tensor, *parameters: Any, **kwargs: Any) -> Sequence[Any]:
     """Statistics by channel: every per-channel vector has the channel's axis, and nothing mixes channels."""
     dims = trace.dims(x)
-    if any(p is True for p in parameters) or trace._operator == "_batch_norm_with_update":
+    if any([p is True for p in parameters]) or trace._operator == "_batch_norm_with_update":
         # in training mode they are those of this very batch, or of a weight that is standardised
         others = [dims[0], *dims[2:]]
         if trace.value(x).data:

@@ -183,17 +183,20 @@ def contract(
     bound = eq.bind([v.dims for v in values], sizes or {}, known or {})
     macs: list[Dim] = []
     for letter in eq.macs:
-        macs += _several(bound[letter])
+        dims = bound[letter]
+        if dims.__class__ is list:  # of a `*` letter
+            macs += dims
+        else:
+            macs.append(dims)
     trace.count_macs(macs)
     for letter, positions in eq.contracted.items():
-        met = [(operands[i], values[i].dims[at]) for i, at in positions if values[i].dims[at]]
+        met = [(values[i], values[i].dims[at]) for i, at in positions if values[i].dims[at]]
         trace.contracted(bound[letter], met)
-    data = [v.data for v in values]
-    if all(data) and "b" in bound:
+    if "b" in bound and all([v.data for v in values]):
         for dim in _several(bound["b"]):
             trace.batched(dim)
     for letter, makers in eq.makers:
-        if not any([data[i] for i in makers]):  # weights alone
+        if not any([values[i].data for i in makers]):  # weights alone
             for dim in _several(bound[letter]):
                 trace.produced(dim)
     return eq.output(bound), bound

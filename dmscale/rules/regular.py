@@ -98,7 +98,7 @@ def trilinear(
     trace.count_macs(dims)
     for i in summed:
         if laid[i]:
-            trace.contracted(dims[i], laid[i])
+            trace.contracted(dims[i], [(trace.value(t), own) for t, own in laid[i]])
     kept = [i for i in range(len(dims)) if i not in summed]
     for i in kept:
         if laid[i] and not any([trace.value(t).data for t, _ in laid[i]]):  # weights alone
@@ -125,7 +125,7 @@ def grouped_mm(trace: Tracer, out: torch.Tensor, a: torch.Tensor, b: torch.Tenso
         for t in offsets:
             trace.freeze_dims(trace.dims(t), "one for each expert")
         trace.freeze_dims(groups, "rows and experts are matched by the routing")
-    trace.contracted(k, [(a, trace.dims(a)[-1]), (b, k)])
+    trace.contracted(k, [(trace.value(a), trace.dims(a)[-1]), (trace.value(b), k)])
     trace.count_macs([*rows, k, m])
     trace.produced(m)
     for dim in (k, m):  # its kernels load 16 bytes at a time
