@@ -95,19 +95,13 @@ def read(model: nn.Module, example_inputs: Any, cached: bool = False) -> Trace:
 
 @contextlib.contextmanager
 def uncollected() -> Iterator[None]:
-    """No garbage collection inside: a trace makes many small objects to keep, and every pass over them frees next to none.
-
-    They are old when it ends: to freeze what there is and to thaw it again is the way to say so without looking at each.
-    """
+    """No garbage collection inside: a trace makes many small objects to keep, and every pass over them frees next to none."""
     enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
         if enabled:
-            if not gc.get_freeze_count():  # what somebody else has frozen stays so
-                gc.freeze()
-                gc.unfreeze()
             gc.enable()
 
 
