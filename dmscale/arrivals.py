@@ -60,7 +60,7 @@ class Arrivals(TorchFunctionMode):
         """A call that a gate may have to find again."""
         tracer = self.tracer
         number, start = tracer.counting.count(counted), tracer.op
-        operands = tuple([tracer.value(t) for t in _tensors((*args, *kwargs.values()), [])])
+        operands = tuple([tracer.value(t) for t in _tensors((*args, *kwargs.values()) if kwargs else args, [])])
         out = self._call(func, route, args, kwargs)
         if number is not None and tracer.op > start:
             first = out if isinstance(out, Tensor) else next(iter(_tensors([out], [])), None)

@@ -466,7 +466,8 @@ class Tracer(TorchDispatchMode):
     def freeze_dims(self, dims: Sequence[Dim], reason: str) -> None:
         """Fix several dimensions."""
         for dim in dims:
-            self.freeze(dim, reason)
+            if dim and axes.is_free(dim):
+                self.freeze(dim, reason)
 
     def fresh(self, tensor: Tensor, reason: str) -> list[Dim]:
         """New frozen axes for a result."""
@@ -798,6 +799,8 @@ class Tracer(TorchDispatchMode):
                 result = rule(self, out, *args, **kwargs)
                 found = [result] if isinstance(out, Tensor) else list(result)
             elif kind.pointwise:
+                if len(tensors) == len(outs) == 1 and tensors[0].shape == outs[0].shape:
+                    return [self.dims(tensors[0])]
                 found = [self.broadcast(tensors, o.shape) for o in outs]
             else:
                 self._no_rule(tensors)

@@ -47,10 +47,8 @@ def matmul(trace: Tracer, out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -
     return contract(trace, _ROWS if b.dim() == 2 else _BATCHED, (a, b))[0]
 
 
-# One line is the grouped and the depthwise convolution: in a depthwise one `i` has size one.  The plain one would be that line
-# too, with one group; most are plain, so they have a shorter one.  The letters of the MACs are those of
-# `torch.utils.flop_counter`.
-_CONVOLUTION = Equation("b i *x, o i *k -> b o *y", macs="b i o k y")
+# One line is the grouped and the depthwise convolution: in a depthwise one `i` has size one.  With one group it would be the
+# plain one as well, but most are plain, and are written out.  The letters of the MACs are those of `torch.utils.flop_counter`.
 _GROUPED = Equation("b (g i) *x, (g o) i *k -> b (g o) *y", macs="b g i o k y")
 _TRANSPOSED = Equation("b (g i) *x, (g i) o *k -> b (g o) *y", macs="b g i o k x")
 
@@ -64,16 +62,27 @@ def convolution(
 
     Places that a kernel of size one looks at one by one are as free as those of any pointwise operator.
     """
-    kernel = trace.dims(weight)[2:]
+    taken, weights = trace.value(x), trace.value(weight)
+    kernel = weights.dims[2:]
     trace.freeze_dims(kernel, "kernel size")
     still = set(stride) == {1} and not any(padding) and not any(output_padding)
     pointwise = still and not any(kernel)  # a dimension of size one has no axis
-    spatial = list(trace.dims(x)[2:]) if pointwise else trace.spatial(out, x, 2)
+    spatial = list(taken.dims[2:]) if pointwise else trace.spatial(out, x, 2)
     if transposed or groups > 1:
-        eq, sizes = _TRANSPOSED if transposed else _GROUPED, {"g": groups}
+        eq = _TRANSPOSED if transposed else _GROUPED
+        dims, _ = contract(trace, eq, (x, weight), sizes={"g": groups}, known={"y": spatial})
     else:
-        eq, sizes = _CONVOLUTION, {}
-    dims, _ = contract(trace, eq, (x, weight), sizes=sizes, known={"y": spatial})
+        (b, i), (o, own) = taken.dims[:2], weights.dims[:2]
+        axes.unify(i, own)
+        dims = [b, o, *spatial]
+        trace.count_macs((b, i, o, *kernel, *spatial))
+        trace.contracted(i, [(v, dim) for v, dim in ((taken, i), (weights, own)) if dim])
+        if taken.data and weights.data:
+            trace.batched(b)
+        if not weights.data:
+            trace.produced(o)
+        if not taken.data:  # a weight too
+            trace.produced(b)
     if bias is not None:
         axes.unify(dims[1], trace.dims(bias)[0])
     return dims
