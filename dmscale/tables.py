@@ -31,14 +31,10 @@ def space_table(space: SearchSpace) -> Group:
     """Every dimension with its size and what of the cost depends on it; every frozen one with the reason."""
     cost = space.cost()
     dimensions = Table(box=box.SIMPLE, title_justify="left", title_style="bold", title="What can shrink")
-    for header, justify in (
-        ("dimension", "left"),
-        ("kind", "left"),
-        ("size", "right"),
-        ("MACs", "right"),
-        ("params", "right"),
-    ):
-        dimensions.add_column(header, justify=justify, no_wrap=header == "dimension")  # type: ignore[arg-type]
+    dimensions.add_column("dimension", overflow="fold")  # in a narrow terminal names take two lines, and no number is cut
+    dimensions.add_column("kind", no_wrap=True)
+    for header in ("size", "MACs", "params"):
+        dimensions.add_column(header, justify="right", no_wrap=True)
     for name, d in space.dimensions.items():
         share = space.shares[name]
         size = f"{d.size}" if d.multiple == 1 else f"{d.size} by {d.multiple}"
@@ -52,7 +48,7 @@ def space_table(space: SearchSpace) -> Group:
     ]
     if space.frozen:
         frozen = Table(box=box.SIMPLE, title_justify="left", title_style="bold", title="What cannot, and why")
-        frozen.add_column("axis", no_wrap=True)
+        frozen.add_column("axis", overflow="fold")
         frozen.add_column("reason")
         chosen: dict[str, list[str]] = {}
         for name, reason in space.frozen.items():

@@ -134,3 +134,23 @@ def test_the_command_and_the_table_end_with_the_report(tmp_path):
     for cause in data["causes"]:
         assert f"Frozen: {cause['macs']:.1%} of the MACs, {cause['params']:.1%} of the parameters" in end
         assert cause["reason"] in end and cause["remedy"] in end
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_no_number_of_the_table_is_cut_in_a_narrow_terminal(width):
+    from dmscale.tables import to_text
+
+    class Deep(nn.Module):
+        def __init__(self, net, levels=8):
+            super().__init__()
+            self.encoder_block = net if levels == 0 else Deep(net, levels - 1)
+
+        def forward(self, x):
+            return self.encoder_block(x)
+
+    space = dmscale.trace(Deep(nn.Sequential(nn.Linear(8, 160), nn.ReLU(), nn.Linear(160, 4))), torch.randn(2, 8))
+    text = to_text(space, width)
+    (share,) = space.shares.values()
+    assert "…" not in text and all(len(line) <= width for line in text.splitlines())
+    for shown in ("width", "160", f"{share['macs']:.1%}", f"{share['params']:.1%}"):
+        assert shown in text
