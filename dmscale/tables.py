@@ -31,7 +31,9 @@ def space_table(space: SearchSpace) -> Group:
     """Every dimension with its size and what of the cost depends on it; every frozen one with the reason."""
     cost = space.cost()
     dimensions = Table(box=box.SIMPLE, title_justify="left", title_style="bold", title="What can shrink")
-    dimensions.add_column("dimension", overflow="fold")  # in a narrow terminal names take two lines, and no number is cut
+    dimensions.add_column(
+        "dimension", overflow="fold"
+    )  # in a narrow terminal names take two lines, and no number is cut
     dimensions.add_column("kind", no_wrap=True)
     for header in ("size", "MACs", "params"):
         dimensions.add_column(header, justify="right", no_wrap=True)
