@@ -71,15 +71,15 @@ def _statistics(dims: Sequence[Dim], normalised: int) -> Sequence[Dim]:
 
 @rule(aten._fused_rms_norm)
 def rms_norm(
-    trace: Tracer, out: Any, x: Tensor, shape: Sequence[int], weight: Tensor | None = None, *args: Any
+    trace: Tracer, out: Any, x: Tensor, shape: Sequence[int] | int, weight: Tensor | None = None, *args: Any
 ) -> Sequence[Any]:  # fmt: skip
-    """Root mean square over the last dimensions."""
-    dims = trace.dims(x)
+    """Root mean square over the last dimensions; torch 2.8 says how many these are, not which."""
+    dims, n = trace.dims(x), shape if isinstance(shape, int) else len(shape)
     if weight is not None:
-        for own, other in zip(dims[-len(shape) :], trace.dims(weight)):
+        for own, other in zip(dims[-n:], trace.dims(weight)):
             axes.unify(own, other)
-    trace.normalised("scaled", dims[-len(shape) :], x, weight, None)
-    return [dims, *(_statistics(dims, len(shape)) for _ in out[1:])] if isinstance(out, (tuple, list)) else dims
+    trace.normalised("scaled", dims[-n:], x, weight, None)
+    return [dims, *(_statistics(dims, n) for _ in out[1:])] if isinstance(out, (tuple, list)) else dims
 
 
 @rule(aten.native_group_norm)
