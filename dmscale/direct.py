@@ -245,7 +245,7 @@ def call(tracer: Tracer, function: Any, *args: Any) -> Any:
 
 # -- layers -----------------------------------------------------------------------------------------------------------
 
-_WEIGHTS, _STATISTICS = {"weight", "bias"}, {"running_mean", "running_var"}
+_WEIGHTS = {"weight", "bias"}
 """Where a layer has them; code that puts plain tensors in their place takes them away from there."""
 
 
@@ -262,9 +262,10 @@ def _conv(function: Any) -> LayerPlan:
 
 def _batch_norm_layer(layer: Any, x: Tensor) -> Call | None:
     held, kept, state = layer._parameters, layer._buffers, layer.__dict__
-    if state["training"] or not held.keys() >= _WEIGHTS or not kept.keys() >= _STATISTICS:
+    mean, var = kept.get("running_mean"), kept.get("running_var")
+    if state["training"] or not held.keys() >= _WEIGHTS or mean is None or var is None:
         return None
-    given = (x, held["weight"], held["bias"], kept["running_mean"], kept["running_var"], False)
+    given = (x, held["weight"], held["bias"], mean, var, False)
     return torch.batch_norm, (*given, state["momentum"] or 0.0, state["eps"], torch.backends.cudnn.enabled)
 
 

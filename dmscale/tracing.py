@@ -494,13 +494,17 @@ def _following_calls(
                 return call(x, *args, **kwargs)
             with torch._C.DisableTorchFunction():
                 found = plan(x)
-                if found is None:
-                    return call(x)
-                noted = Call(path, tracer.op, tracer.value(x), argument=0, form="x")
-                around, tracer.path = tracer.path, path
-                tracer.counting.enter()
-                function, given = found
-                out = x if function is None else arrivals.__torch_function__(function, (), given)
+            if found is None:
+                return call(x)
+            function, given = found
+            noted = Call(path, tracer.op, tracer.value(x), argument=0, form="x")
+            around, tracer.path = tracer.path, path
+            tracer.counting.enter()
+            if function is None:
+                out = x
+            else:
+                with torch._C.DisableTorchFunction():
+                    out = arrivals.__torch_function__(function, (), given)
             tracer.path = around
             tracer.counting.leave()
             noted.end, noted.result = tracer.op, tracer.value(out)

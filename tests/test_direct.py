@@ -64,9 +64,10 @@ def summary(space: dmscale.SearchSpace) -> dict[str, Any]:
 def test_the_short_way_finds_the_space_of_the_long_one(name: str, long_way: Callable[[], None]) -> None:
     torch.manual_seed(0)
     model, inputs = NETS[name]()
-    short = summary(dmscale.trace(model.eval(), inputs, verify=False))
+    short = dmscale.trace(model.eval(), inputs, verify=False)
     long_way()
-    assert short == summary(dmscale.trace(model, inputs, verify=False))
+    long = dmscale.trace(model, inputs, verify=False)
+    assert summary(short) == summary(long) and short.trace.on == long.trace.on
 
 
 def steps(function: Callable[[Tensor], Any], x: Tensor) -> tuple[list[Any], list[Any], Tracer]:
@@ -212,6 +213,24 @@ def test_layers_that_somebody_has_changed_do_what_they_do(how: str, long_way: Ca
     short = summary(space)
     long_way()
     assert short == summary(dmscale.trace(model, torch.randn(2, 5)))
+
+
+def test_layers_that_are_not_plain_are_followed_all_the_same(long_way: Callable[[], None]) -> None:
+    """What a forward says of sizes (groups, statistics) is heard where a layer does more than its operator."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1, padding_mode="circular"), nn.ReLU(),
+        nn.Conv2d(8, 12, 3, padding=1, groups=4, padding_mode="reflect"), nn.BatchNorm2d(12, momentum=None), nn.GELU("tanh"),
+        nn.Conv2d(12, 6, 3, padding="same", groups=2), nn.BatchNorm2d(6, track_running_stats=False), nn.Dropout(0.5),
+        nn.Conv2d(6, 4, 1),
+    ).eval()  # fmt: skip
+    x = torch.randn(2, 3, 7, 7)
+    space = dmscale.trace(model, x, verify=False)
+    short = summary(space)
+    assert short["dimensions"] and short["attributes"] and space.trace.on == "meta"
+    space = dmscale.trace(model, x)
+    space.export(space.sample(1))
+    long_way()
+    assert short == summary(dmscale.trace(model, x, verify=False))
 
 
 def test_a_hook_on_all_modules_sees_every_layer() -> None:
