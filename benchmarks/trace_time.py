@@ -135,7 +135,7 @@ def as_deployed(name: str) -> tuple[nn.Module, Any] | None:
     return torchvision.models.get_model(name, weights=None, **options), torch.randn(1, 3, size, size)
 
 
-def zoo(deployed: bool, repeats: int = 5) -> None:
+def zoo(deployed: bool, repeats: int = 3) -> None:
     """Print a line a model, and how many of them are traced in less time than torch-pruning builds its graph."""
     from benchmarks.zoo import entries, peers
 
