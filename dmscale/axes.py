@@ -96,9 +96,7 @@ Dim = tuple[Axis, ...]
 
 def axis(size: int, *reasons: str) -> Dim:
     """A dimension made of one new axis of `size`; frozen if `reasons` are given.  A size of one needs no axis."""
-    if size == 1:
-        return ()
-    return (Axis(size, reasons if size else ("empty",)),)
+    return () if size == 1 else (Axis(size, reasons if size else ("empty",)),)
 
 
 def size(dim: Dim) -> int:
