@@ -56,6 +56,13 @@ class Arrivals(TorchFunctionMode):
             return shape if position is None else shape[position]
         return _numel(self.tracer, args[0])
 
+    def of_layer(self, func: Any, args: tuple[Any, ...]) -> Any:
+        """What `func` gives where a layer that is nothing else calls it: no gate will look for such a call, but it counts."""
+        route = _route(func)
+        if route.counts and (counted := counted_as(route.name, args)) is not None:
+            self.tracer.counting.pass_over(counted)
+        return self._call(func, route, args, {})
+
     def _counted(self, counted: str, func: Any, route: _Route, args: Any, kwargs: Any) -> Any:
         """A call that a gate may have to find again."""
         tracer = self.tracer
@@ -198,11 +205,13 @@ def transparent_functional() -> Iterator[None]:
     """Let the Python bodies of `torch.nn.functional` run under a function mode, and `math.sqrt` remember sizes.
 
     A mode receives such a function as one call and cannot see the `view`s inside (attention, layer_norm, einsum).  While
-    tracing, these modules are told that nothing overrides them, so the calls inside reach the mode one by one.
+    tracing, these modules are told that nothing overrides them, so the calls inside reach the mode one by one; and so is
+    `torch._assert`, whose conditions would go through the mode as well.
     """
     names = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
     modules = (torch.nn.functional, torch.functional)
-    saved = [(m, n, getattr(m, n)) for m in modules for n in names if hasattr(m, n)]
+    places = [(m, n) for m in modules for n in names if hasattr(m, n)]
+    saved = [(m, n, getattr(m, n)) for m, n in (*places, (torch.overrides, "has_torch_function"))]
     fast = torch.backends.mha.get_fastpath_enabled()
     for m, n, _ in saved:
         setattr(m, n, lambda *args: False)

@@ -224,7 +224,11 @@ def unify(p: Dim, q: Dim) -> None:
     if p == q:
         return
     if len(p) == len(q) == 1:  # most are
-        a, b = p[0].root(), q[0].root()
+        a, b = p[0], q[0]
+        if a.parent is not None:
+            a = a.root()
+        if b.parent is not None:
+            b = b.root()
         if a is b:
             return
         if a.size == b.size and a.product is None and b.product is None:

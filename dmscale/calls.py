@@ -122,12 +122,16 @@ class Counting:
         """It has returned."""
         self.open.pop()
 
+    def pass_over(self, name: str) -> None:
+        """A layer that is one function calls it: one more for the modules that are open."""
+        for counter in self.open:
+            counter[name] = counter.get(name, 0) + 1
+
     def count(self, name: str) -> int | None:
         """The number of this call in the innermost module; None where it has none."""
         if not self.open or _inside_another(name):
             return None
-        for counter in self.open:
-            counter[name] = counter.get(name, 0) + 1
+        self.pass_over(name)
         return self.open[-1][name] - 1
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import TraceError
+from .kernels import blank
 from .known import CACHES
 from .tree import walk
 
@@ -23,13 +24,19 @@ def same(t: Tensor) -> Tensor:
 
 
 def clone(
-    model: nn.Module, replace: Callable[[Tensor], Tensor] = same, modules: Sequence[tuple[str, nn.Module]] | None = None
-) -> nn.Module:
+    model: nn.Module, replace: Callable[[Tensor], Tensor] = same, modules: Sequence[tuple[str, nn.Module]] | None = None,
+    to_run: bool = False,
+) -> nn.Module:  # fmt: skip
     """A deep copy of `model` in which every parameter and buffer `t` is `replace(t)`; by default `t` itself.
 
     Tensors that a module holds as plain attributes are shared where parameters are, else copied.  Tied parameters stay
-    tied.  Of a module that was compiled in place the copy is not.  `modules` is `walk(model)`, where that is known already.
+    tied.  Of a module that was compiled in place the copy is not.
 
+    Args:
+        model: any module.
+        replace: makes the tensors of the copy.
+        modules: `walk(model)`, where that is known already.
+        to_run: whether the copy will be run and nothing else: the places for hooks on its state dict are the model's then.
     Raises:
         TraceError: an attribute of the model cannot be copied.
     """
@@ -38,11 +45,11 @@ def clone(
         for t in (*module._parameters.values(), *module._buffers.values()):
             if t is not None and id(t) not in memo:
                 memo[id(t)] = replace(t)
-        for v in module.__dict__.values():
-            if type(v) not in _NO_TENSOR and isinstance(v, Tensor) and id(v) not in memo:
+        for v in [v for v in module.__dict__.values() if type(v) not in _NO_TENSOR]:
+            if isinstance(v, Tensor) and id(v) not in memo:
                 memo[id(v)] = v if replace is same else v.detach().clone()
     try:
-        return _copy(model, memo)
+        return _copy(model, memo, _NOT_RUN if to_run else frozenset())
     except Exception as error:
         raise TraceError(
             f"{type(model).__name__} cannot be deep-copied ({type(error).__name__}: {error}). dmscale works on a copy of "
@@ -50,8 +57,8 @@ def clone(
         ) from error
 
 
-def _copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """`copy.deepcopy` of a module, several times faster: most of what a module holds needs no copying."""
+def _copy(module: nn.Module, memo: dict[int, Any], shared: frozenset[str]) -> nn.Module:
+    """`copy.deepcopy` of a module, several times faster: most of what a module holds needs no copying, nor what is `shared`."""
     if id(module) in memo:
         return memo[id(module)]
     cls: Any = type(module)
@@ -66,15 +73,16 @@ def _copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
         if kind in _ATOMIC:
             continue
         if kind in _EMPTY and not value:
-            state[key] = kind()
+            if key not in shared:
+                state[key] = kind()
         elif kind is tuple and _ATOMIC.issuperset(map(type, value)):
             continue
         elif key == "_modules":
-            state[key] = {n: None if m is None else _copy(m, memo) for n, m in value.items()}
+            state[key] = {n: None if m is None else _copy(m, memo, shared) for n, m in value.items()}
         elif key in ("_parameters", "_buffers"):
             state[key] = {n: None if t is None else memo[id(t)] for n, t in value.items()}
         elif isinstance(value, nn.Module):
-            state[key] = _copy(value, memo)
+            state[key] = _copy(value, memo, shared)
         elif key in CACHES:
             state[key] = kind()
         elif key != "_compiled_call_impl":
@@ -108,11 +116,11 @@ def _copies_itself(cls: Any) -> bool:
 _COPY_PROTOCOL = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__")
 _ATOMIC = {int, float, str, bool, type(None), bytes, torch.dtype, torch.device, type, types.FunctionType}
 _EMPTY = {dict, list, set, collections.OrderedDict}
+_NOT_RUN = frozenset(
+    {"_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"}
+)
 _NO_TENSOR = _ATOMIC | _EMPTY | {tuple}
 """Types that are none: asking whether a value is a tensor takes longer than all else, for what is not."""
-
-
-_META = torch.device("meta")
 
 
 def on_meta(t: Tensor) -> Tensor:
@@ -123,9 +131,10 @@ def on_meta(t: Tensor) -> Tensor:
     dtype = t.dtype
     if not (dtype.is_floating_point or dtype.is_complex):
         return t.detach().clone()
-    twin = torch.empty_strided(t.shape, t.stride(), dtype=dtype, device=_META)
+    bare = blank(t.shape, t.stride(), dtype)
     if type(t) is nn.Parameter:  # most are, and their constructor takes longer
-        return torch.Tensor._make_subclass(nn.Parameter, twin, False)
+        return torch.Tensor._make_subclass(nn.Parameter, bare, False)
+    twin = bare.detach()
     return nn.Parameter(twin, requires_grad=False) if isinstance(t, nn.Parameter) else twin
 
 

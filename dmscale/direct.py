@@ -38,7 +38,7 @@ def _many(value: Any, n: int) -> list[int]:
     """A stride or the like for `n` dimensions, as the dispatcher hands it on."""
     if isinstance(value, int):
         return [int(value)] * n
-    return [int(v) for v in value] if len(value) == n else [int(value[0])] * n
+    return list(map(int, value)) if len(value) == n else [int(value[0])] * n
 
 
 def _convolution(
@@ -143,6 +143,24 @@ def _unbind(x: Tensor, dim: int = 0) -> Call | None:
     return aten.unbind.int, (x, dim) if dim else (x,)
 
 
+def _item(x: Tensor, index: Any) -> Call | None:
+    """`x[:, :n, :]`: slices of which at most one leaves anything out."""
+    if type(index) is not tuple or len(index) > x.dim():
+        return None
+    found: Call = aten.alias.default, (x,)
+    for i, (at, n) in enumerate(zip(index, x.shape)):
+        if type(at) is not slice or at.step is not None:
+            return None
+        start, stop = at.start or 0, n if at.stop is None else at.stop
+        if not isinstance(start, int) or not isinstance(stop, int):
+            return None
+        if int(start) or int(stop) < n:
+            if len(found[1]) > 1:
+                return None
+            found = aten.slice.Tensor, (x, i, int(start), int(stop))
+    return found
+
+
 def _joined(tensors: Any, dim: int = 0) -> Call | None:
     plain = type(dim) is int and all([t.dim() for t in tensors])
     return (aten.cat.default, (list(tensors), dim)) if plain else None
@@ -196,6 +214,7 @@ OPERATORS: dict[Any, Plan] = {
         (_methods("permute"), _permute),
         (_methods("transpose"), _transpose),
         ((Tensor.unbind,), _unbind),
+        ((Tensor.__getitem__,), _item),
         ((torch.cat,), _joined),
         (_methods("softmax"), _softmax),
         (_methods("mean"), _mean),
@@ -244,15 +263,14 @@ def call(tracer: Tracer, function: Any, *args: Any) -> Any:
 
 
 # -- layers -----------------------------------------------------------------------------------------------------------
-
-_WEIGHTS = {"weight", "bias"}
-"""Where a layer has them; code that puts plain tensors in their place takes them away from there."""
+#
+# A plain layer has its weights among its parameters: code that puts other tensors in their place takes them away from there.
 
 
 def _conv(function: Any) -> LayerPlan:
     def plan(layer: Any, x: Tensor) -> Call | None:
         held, state = layer._parameters, layer.__dict__
-        if not held.keys() >= _WEIGHTS or state["padding_mode"] != "zeros":
+        if "weight" not in held or "bias" not in held or state["padding_mode"] != "zeros":
             return None
         given = (x, held["weight"], held["bias"], state["stride"], state["padding"], state["dilation"], state["groups"])
         return function, given
@@ -263,23 +281,22 @@ def _conv(function: Any) -> LayerPlan:
 def _batch_norm_layer(layer: Any, x: Tensor) -> Call | None:
     held, kept, state = layer._parameters, layer._buffers, layer.__dict__
     mean, var = kept.get("running_mean"), kept.get("running_var")
-    if state["training"] or not held.keys() >= _WEIGHTS or mean is None or var is None:
+    if state["training"] or mean is None or var is None or "weight" not in held or "bias" not in held:
         return None
-    given = (x, held["weight"], held["bias"], mean, var, False)
-    return torch.batch_norm, (*given, state["momentum"] or 0.0, state["eps"], torch.backends.cudnn.enabled)
+    given = (x, held["weight"], held["bias"], mean, var, False, state["momentum"] or 0.0, state["eps"], True)
+    return torch.batch_norm, given
 
 
 def _linear_layer(layer: Any, x: Tensor) -> Call | None:
     held = layer._parameters
-    return (_F.linear, (x, held["weight"], held["bias"])) if held.keys() >= _WEIGHTS else None
+    return (_F.linear, (x, held["weight"], held["bias"])) if "weight" in held and "bias" in held else None
 
 
 def _layer_norm_layer(layer: Any, x: Tensor) -> Call | None:
     held = layer._parameters
-    if not held.keys() >= _WEIGHTS:
+    if "weight" not in held or "bias" not in held:
         return None
-    given = (x, layer.normalized_shape, held["weight"], held["bias"], layer.eps)
-    return torch.layer_norm, (*given, torch.backends.cudnn.enabled)
+    return torch.layer_norm, (x, layer.normalized_shape, held["weight"], held["bias"], layer.eps, True)
 
 
 def _calls(plain: Any, in_place: Any = None) -> LayerPlan:
@@ -304,10 +321,15 @@ _LAYERS: dict[Any, tuple[Any, LayerPlan]] = {cls: (cls.forward, plan) for cls, p
 """Layer -> its forward, as PyTorch has it, and what that calls."""
 
 
+def is_open() -> bool:
+    """Whether layers may go the short way: nothing waits for the calls of all modules."""
+    return not hooks._has_any_global_hook()
+
+
 def layer(module: nn.Module) -> Callable[[Tensor], Call | None] | None:
     """What tells of a tensor which torch function a plain layer of PyTorch's calls on it; None for any other module."""
     cls: Any = type(module)
     known = _LAYERS.get(cls)
-    if known is None or cls.forward is not known[0] or "forward" in module.__dict__ or hooks._has_any_global_hook():
+    if known is None or cls.forward is not known[0] or "forward" in module.__dict__:
         return None
     return None if module._backward_hooks or module._backward_pre_hooks else functools.partial(known[1], module)

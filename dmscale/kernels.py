@@ -7,6 +7,7 @@ made from that.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 _LIMIT = 20_000  # results kept, about 1 kB each
 _results: dict[Any, Any] = {}
 _memorable: dict[Any, bool] = {}
+_META = torch.device("meta")
 _FIRST = object()  # the first argument is the result: an operator in place
 _FLOATS = (torch.float32, torch.float64)
 _UNKNOWN: tuple[Any, tuple[Any, ...]] = (None, ())  # not to be made from these
@@ -73,7 +75,7 @@ def _is_memorable(func: Any) -> bool:
 
 
 def _like(x: Tensor) -> Tensor:
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")  # `empty_like` is a program too
+    return x.detach()  # a third of the time of making one; there are no elements to share
 
 
 def _plain(*tensors: Tensor) -> bool:
@@ -95,13 +97,27 @@ def _is_dense(x: Tensor) -> bool:
 
 
 def _empty(shape: Sequence[int], x: Tensor) -> Tensor:
-    return torch.empty(shape, dtype=x.dtype, device="meta")
+    return blank(tuple(shape), None, x.dtype).detach()
+
+
+@functools.lru_cache(maxsize=4096)
+def blank(shape: tuple[int, ...], strides: tuple[int, ...] | None, dtype: torch.dtype) -> Tensor:
+    """A tensor on the meta device to make others of, whose storage says nothing; contiguous where no `strides` are given."""
+    if torch.is_inference_mode_enabled():  # what is made there cannot be written to elsewhere
+        with torch.inference_mode(False):
+            return blank.__wrapped__(shape, strides, dtype)
+    if strides is None:
+        return torch.empty(shape, dtype=dtype, device=_META)
+    return torch.empty_strided(shape, strides, dtype=dtype, device=_META)
 
 
 def _batch_norm(x: Tensor, weight: Any, bias: Any, mean: Any, var: Any, training: bool, *rest: Any) -> Any:
     """A layer of its own for each shape leaves nothing to remember, and its kernel, a decomposition, is the slowest of all."""
     if not _plain(x):
         return None
+    if not training:  # nothing is done with the others, so they need not be new
+        given = blank((x.shape[1],), None, x.dtype)
+        return _like(x), given, given
     return _like(x), _empty((x.shape[1],), x), _empty((x.shape[1],), x)
 
 
@@ -226,6 +242,10 @@ def _softmax(x: Tensor, dim: int, half_to_float: bool) -> Any:
     return _like(x) if _plain(x) and not half_to_float else None
 
 
+def _slice(x: Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Any:
+    return x[(*[slice(None)] * dim, slice(start, end))] if dim >= 0 and step == 1 else None
+
+
 def _activation(x: Tensor, *rest: Any) -> Any:
     return _like(x) if x.is_meta and x.is_contiguous() and x.is_floating_point() else None
 
@@ -255,6 +275,8 @@ _FORMULAS: dict[Any, Callable[..., Any]] = {
     aten.permute.default: torch.Tensor.permute,
     aten.transpose.int: torch.Tensor.transpose,
     aten.unbind.int: torch.Tensor.unbind,
+    aten.slice.Tensor: _slice,
+    aten.alias.default: torch.Tensor.detach,
     **{p.default: _activation for p in (
         aten.relu, aten.gelu, aten.silu, aten.sigmoid, aten.tanh, aten.hardsigmoid, aten.hardswish, aten.hardtanh,
         aten.leaky_relu, aten.elu, aten.mish, aten.softplus, aten.clamp_min, aten.rsqrt,
@@ -271,6 +293,7 @@ _FORMULAS: dict[Any, Callable[..., Any]] = {
 def forget() -> None:
     """Start without memory, to time a first trace."""
     _results.clear()
+    blank.cache_clear()
 
 
 def _form(args: Any) -> tuple[Any, ...]:

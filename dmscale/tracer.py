@@ -335,6 +335,7 @@ _LEAVES_ZERO = {
 }  # fmt: skip
 """Operators that do not give zero for zero: a row of zero weights does not stay zero behind them."""
 _NAME = "_dmscale_value"
+_NO_PARAMS: frozenset[str] = frozenset()
 _PLAIN = frozenset({int, float, bool, str, type(None)})
 """Types that are no tensors: to ask that of a value takes longer than all else that is done with it."""
 
@@ -417,7 +418,7 @@ class Tracer(TorchDispatchMode):
         else:
             dims = tuple([axes.axis(n) for n in tensor.shape])
         origin = self._origins = self._origins + 1
-        value = Value(dims, frozenset((name,)) if name else frozenset(), data, origin, dtype=tensor.dtype)
+        value = Value(dims, frozenset((name,)) if name else _NO_PARAMS, data, origin, dtype=tensor.dtype)
         setattr(tensor, _NAME, value)
         if name:
             self._names[name] = value
@@ -562,8 +563,9 @@ class Tracer(TorchDispatchMode):
 
     def writes(self, *tensors: Tensor | None) -> None:
         """Note that the model writes to these tensors, in training at least: nothing can stand for what is written to."""
-        origins = [self.value(t).origin for t in tensors if t is not None]
-        self.record.written.update(self._named[o] for o in origins if o in self._named)
+        for t in tensors:
+            if t is not None and (name := self._named.get(self.value(t).origin)) is not None:
+                self.record.written.add(name)
 
     def shifts(self) -> None:
         """Note that the operator of the moment does not give zero for zero."""
@@ -687,15 +689,13 @@ class Tracer(TorchDispatchMode):
                 self._store(o, Value(dims, origin=self._new_origin(), dtype=o.dtype))
             return
         values = [t.__dict__.get(_NAME) or self.value(t) for t in tensors]
-        data, whole, silent, multiplied = False, True, True, False
+        data, silent, multiplied = 0, True, False
         for v in values:
             if len(v.params) == 1:  # a parameter, or made of one; of what is made of several each was read before
                 for name in v.params:
                     record.read.setdefault(name, self.op)
             if v.data:
-                data = True
-            else:
-                whole = False
+                data += 1
             if v.said is not NOTHING:
                 silent = False
             if v.product is not None:
@@ -712,12 +712,14 @@ class Tracer(TorchDispatchMode):
             new = {a for dims in found for dim in dims for a in axes.atoms(dim)} - before
             record.by_values.update(dict.fromkeys(new, self.path))
         first, zeroed = values[0], True
-        params: frozenset[str] = frozenset()
+        params = _NO_PARAMS
         for v in values[:1] if kind.picks else values:  # numbers say where elements come from, not what they are
-            if not (contracting and v.data):
-                zeroed = zeroed and v.zeroed
-                if v.params and not v.params <= params:
-                    params = params | v.params if params else v.params
+            if contracting and v.data:
+                continue
+            if not v.zeroed:
+                zeroed = False
+            if v.params and v.params is not params:
+                params = params | v.params if params else v.params
         origin = first.origin if kind.same_elements else None
         square = None
         if (kind.squares and args[1] == 2) or (
@@ -729,8 +731,9 @@ class Tracer(TorchDispatchMode):
         adds = kind.adds and len(values) == 2
         if adds:
             record.biases += [(self.op, n) for v in values if not v.data for n in v.params if len(v.params) == 1]
-        zeroed = zeroed and not kind.leaves_zero and not self._shifting
-        if contracting and whole:
+        if kind.leaves_zero or self._shifting:
+            zeroed = False
+        if contracting and data == len(values):
             zeroed = False  # of two activations: nothing that is added to their product makes it zero
         if kind.times:
             zeroed = any(v.zeroed for v in values if v.params)
@@ -738,17 +741,17 @@ class Tracer(TorchDispatchMode):
         if first.repeated and (kind.view or len(tensors) == 1):
             repeated = (*first.repeated, *repeated)
         product = None
-        if contracting or multiplied:
+        if data > 1 if contracting else multiplied:
             product = self._attend(func, kind, args, tensors, values)
         said = None
         if self._said or not silent:
             said = heard(self, func, kwargs, values, [self._said.get(id(o)) for o in outs])
         given = []
-        for i, o in enumerate(outs):
-            dims, numbers, own = tuple(found[i]), NOTHING if said is None else said[i], origin
+        for i, (o, dims) in enumerate(zip(outs, found)):  # of the results that matter
+            dims, numbers, own = tuple(dims), NOTHING if said is None else said[i], origin
             if own is None:
                 own = self._origins = self._origins + 1
-            made = Value(dims, params, data, own, square, repeated, product, zeroed, numbers, o.dtype)
+            made = Value(dims, params, data > 0, own, square, repeated, product, zeroed, numbers, o.dtype)
             if self._adopted:
                 self._store(o, made)
             else:

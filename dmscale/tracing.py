@@ -28,15 +28,8 @@ from .sizes import Attribute, SizedInt, listed, with_entries
 from .tracer import Call, Contraction, Normalisation, Record, Tracer
 from .tree import once, walk
 
-_GEOMETRY = {
-    "stride",
-    "padding",
-    "dilation",
-    "kernel_size",
-    "output_padding",
-    "output_size",
-}  # never the size of an axis
-
+_GEOMETRY = {"stride", "padding", "dilation", "kernel_size", "output_padding", "output_size"}  # never the size of an axis
+_UNSIZED = _GEOMETRY | vars(nn.Module()).keys()
 _NO_SIZES = {bool, float, str, type(None), types.FunctionType, type, set, collections.OrderedDict}
 
 
@@ -180,7 +173,7 @@ def _read(
     model: nn.Module, modules: Sequence[tuple[str, nn.Module]], args: tuple, kwargs: dict, kind: str, cached: bool
 ) -> Trace:
     meta = kind == "meta"
-    twin = clone(model, on_meta if meta else alias, modules)
+    twin = clone(model, on_meta if meta else alias, modules, to_run=True)
     places = walk(twin, again=True)
     modules = once(places)
     if any([module.training for _, module in modules]):
@@ -190,7 +183,7 @@ def _read(
     slots, aliases, parameters = _watch_parameters(tracer, places)
     _tag_sizes(modules)
     examples = None if meta else routing.Examples(twin)  # without values none is chosen by them
-    _run(tracer, twin, args, kwargs, meta, examples)
+    _run(tracer, twin, modules, args, kwargs, examples)
     for a in tracer.record.deciding():
         axes.freeze((a,), "only a branch of the forward depends on it, which may return it")
     trace = Trace(slots, aliases, tracer.record, kind, cached)
@@ -198,7 +191,7 @@ def _read(
     if examples is not None and parameters - tracer.record.read.keys():
         touched |= _read_others(tracer, twin, examples, trace)
     if parameters - tracer.record.read.keys():
-        touched |= _read_training(tracer, twin, args, kwargs, meta, trace)
+        touched |= _read_training(tracer, twin, args, kwargs, trace)
     for name in slots:
         if name not in tracer.record.read:
             if name in parameters:
@@ -221,7 +214,7 @@ def _touched(record: Record) -> set[Dim]:
     return {dim for dims in computed for dim in dims}
 
 
-def _read_training(tracer: Tracer, twin: nn.Module, args: tuple, kwargs: dict, meta: bool, trace: Trace) -> set[Dim]:
+def _read_training(tracer: Tracer, twin: nn.Module, args: tuple, kwargs: dict, trace: Trace) -> set[Dim]:
     """Some parameters (auxiliary heads) are read in training mode only; their axes must follow too, at no cost.
 
     Returns the dimensions of what was computed then.
@@ -231,7 +224,7 @@ def _read_training(tracer: Tracer, twin: nn.Module, args: tuple, kwargs: dict, m
     twin.train()
     with _free_of_cost(record) as touched:
         try:
-            _run(tracer, twin, args, kwargs, meta)
+            _run(tracer, twin, walk(twin), args, kwargs)
         except Exception as error:  # a batch of one under BatchNorm, say: what only training reads stays frozen
             trace.notes.append(f"not traced in training mode ({type(error).__name__}: {error})")
     # what evaluation has noted of a module is not noted again: the call that it ran in is no longer known
@@ -294,16 +287,16 @@ def _following(
 
 
 def _run(
-    tracer: Tracer, twin: nn.Module, args: tuple, kwargs: dict, meta: bool,
+    tracer: Tracer, twin: nn.Module, modules: Sequence[tuple[str, nn.Module]], args: tuple, kwargs: dict,
     examples: routing.Examples | None = None,
 ) -> None:  # fmt: skip
     def own(t: Tensor) -> Tensor:
-        mine = on_meta(t) if meta else t.detach().clone()
+        mine = on_meta(t) if tracer.meta else t.detach().clone()
         return tracer.watch(mine, frozen="an axis of the model's input", data=True)
 
     args, kwargs = running.map_tensors(own, args), running.map_tensors(own, kwargs)
     try:
-        with _following(tracer, walk(twin), examples):
+        with _following(tracer, modules, examples):
             out = twin(*args, **kwargs)
     except Exception as error:
         error._dmscale_path = tracer.path  # type: ignore[attr-defined]
@@ -361,9 +354,9 @@ def _watch_parameters(
 def _tag_sizes(modules: list[tuple[str, nn.Module]]) -> None:
     """Make every int that a module holds remember which one it is."""
     for path, module in modules:
-        for key, value in [(k, v) for k, v in module.__dict__.items() if type(v) not in _NO_SIZES]:
+        for key, value in [(k, v) for k, v in module.__dict__.items() if type(v) not in _NO_SIZES and k not in _UNSIZED]:
             kind = type(value)
-            if key[:1] == "_" or key in _GEOMETRY:
+            if key[:1] == "_":
                 continue
             if kind is int:
                 if value > 1:
@@ -440,6 +433,7 @@ def _following_calls(
     open_calls: list[Call] = []
     handles = []
     slots = []  # modules whose calls come through `noted`
+    short = tracer.meta and direct.is_open()
 
     def enter(path: str, args: tuple, kwargs: dict) -> None:
         first: Tensor | None
@@ -494,22 +488,16 @@ def _following_calls(
                 return call(x, *args, **kwargs)
             with torch._C.DisableTorchFunction():
                 found = plan(x)
-            if found is None:
-                return call(x)
-            function, given = found
-            noted = Call(path, tracer.op, tracer.value(x), argument=0, form="x")
-            around, tracer.path = tracer.path, path
-            tracer.counting.enter()
-            if function is None:
-                out = x
-            else:
-                with torch._C.DisableTorchFunction():
-                    out = arrivals.__torch_function__(function, (), given)
-            tracer.path = around
-            tracer.counting.leave()
-            noted.end, noted.result = tracer.op, tracer.value(out)
-            tracer.record.calls.append(noted)
-            return out
+                if found is not None:
+                    function, given = found
+                    noted = Call(path, tracer.op, tracer.value(x), argument=0, form="x")
+                    around, tracer.path = tracer.path, path
+                    out = x if function is None else arrivals.of_layer(function, given)
+                    tracer.path = around
+                    noted.end, noted.result = tracer.op, tracer.value(out)
+                    tracer.record.calls.append(noted)
+                    return out
+            return call(x)
 
         return call_plain
 
@@ -520,7 +508,7 @@ def _following_calls(
                 handles.append(module.register_forward_hook(leave, with_kwargs=True))
             else:  # where PyTorch looks for a compiled call first; hooks would take a third of the time of a trace
                 call = noted(path, module)
-                plan = direct.layer(module) if tracer.meta else None
+                plan = direct.layer(module) if short else None
                 module.__dict__["_compiled_call_impl"] = call if plan is None else plain(path, plan, call)
                 slots.append(module)
         yield

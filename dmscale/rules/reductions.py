@@ -29,10 +29,14 @@ Tensor = torch.Tensor
     aten._batch_norm_with_update, aten._batch_norm_no_update,
 )  # fmt: skip
 def batch_norm(trace: Tracer, out: Sequence[Tensor], x: Tensor, *parameters: Any, **kwargs: Any) -> Sequence[Any]:
-    """Statistics by channel: every per-channel vector has the channel's axis, and nothing mixes channels."""
+    """Statistics by channel: every per-channel vector has the channel's axis, and nothing mixes channels.
+
+    With statistics that are given the plain operator has one result: behind it stands nothing, or what was given, as the
+    device has it.
+    """
     dims = trace.dims(x)
-    if any([p is True for p in parameters]) or trace._operator == "_batch_norm_with_update":
-        # in training mode they are those of this very batch, or of a weight that is standardised
+    training = any([p is True for p in parameters]) or trace._operator == "_batch_norm_with_update"
+    if training:  # they are those of this very batch, or of a weight that is standardised
         others = [dims[0], *dims[2:]]
         if trace.value(x).data:
             trace.freeze_dims(others, "statistics are taken over it")
@@ -46,6 +50,8 @@ def batch_norm(trace: Tracer, out: Sequence[Tensor], x: Tensor, *parameters: Any
         trace.writes(mean, var)
         if weight is None:
             trace.shifts()
+    if not training and trace._operator == "native_batch_norm":
+        return [dims]
     return [dims, *([dims[1]] if o.dim() == 1 and o.numel() == x.shape[1] else trace.fresh(o, "statistics")
                     for o in out[1:])]  # fmt: skip
 

@@ -47,8 +47,8 @@ def matmul(trace: Tracer, out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -
     return contract(trace, _ROWS if b.dim() == 2 else _BATCHED, (a, b))[0]
 
 
-# One line is the grouped and the depthwise convolution: in a depthwise one `i` has size one.  With one group it would be the
-# plain one as well, but most are plain, and are written out.  The letters of the MACs are those of `torch.utils.flop_counter`.
+# One line is every convolution: in a depthwise one `i` and `o` have size one, in a plain one `g`.  But most are of these two
+# kinds, and are written out.  The letters of the MACs are those of `torch.utils.flop_counter`.
 _GROUPED = Equation("b (g i) *x, (g o) i *k -> b (g o) *y", macs="b g i o k y")
 _TRANSPOSED = Equation("b (g i) *x, (g i) o *k -> b (g o) *y", macs="b g i o k x")
 
@@ -68,18 +68,19 @@ def convolution(
     still = set(stride) == {1} and not any(padding) and not any(output_padding)
     pointwise = still and not any(kernel)  # a dimension of size one has no axis
     spatial = list(taken.dims[2:]) if pointwise else trace.spatial(out, x, 2)
-    if transposed or groups > 1:
+    depthwise = 1 < groups == x.shape[1] == weight.shape[0]
+    if transposed or (groups > 1 and not depthwise):
         eq = _TRANSPOSED if transposed else _GROUPED
         dims, _ = contract(trace, eq, (x, weight), sizes={"g": groups}, known={"y": spatial})
     else:
-        (b, i), (o, own) = taken.dims[:2], weights.dims[:2]
-        axes.unify(i, own)
+        (b, c), (o, i) = taken.dims[:2], weights.dims[:2]
+        axes.unify(c, o if depthwise else i)
         dims = [b, o, *spatial]
         trace.count_macs((b, i, o, *kernel, *spatial))
-        trace.contracted(i, [(v, dim) for v, dim in ((taken, i), (weights, own)) if dim])
+        trace.contracted(i, [(v, dim) for v, dim in ((taken, c), (weights, i)) if dim])
         if taken.data and weights.data:
             trace.batched(b)
-        if not weights.data:
+        if not weights.data and not (depthwise and taken.data):
             trace.produced(o)
         if not taken.data:  # a weight too
             trace.produced(b)
