@@ -66,6 +66,9 @@ class Arrivals(TorchFunctionMode):
     def _counted(self, counted: str, func: Any, route: _Route, args: Any, kwargs: Any) -> Any:
         """A call that a gate may have to find again."""
         tracer = self.tracer
+        if counted == "batch_norm" and len(args) > 5 and not args[5]:  # no gate looks for one in evaluation
+            tracer.counting.count(counted)
+            return self._call(func, route, args, kwargs)
         number, start = tracer.counting.count(counted), tracer.op
         operands = tuple([tracer.value(t) for t in _tensors((*args, *kwargs.values()) if kwargs else args, [])])
         out = self._call(func, route, args, kwargs)

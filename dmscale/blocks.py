@@ -130,6 +130,8 @@ def _counts_its_blocks(
 
 def _lists(container: str, children: list[str], record: Record) -> tuple[Attribute, ...]:
     """The lists of which the forward takes entry i, and no other, in or right before child i of the container."""
+    if not record.taken:
+        return ()
     prefix = f"{container}." if container else ""
     position = {f"{prefix}{name}": i for i, name in enumerate(children)}
     calls = sorted((c for c in record.calls if c.path in position), key=lambda c: c.start)
@@ -168,9 +170,9 @@ def _is_residual(call: Call, record: Record) -> bool:
     source, result = call.source, call.result
     if source is None or result is None or source.dtype != result.dtype or not call.passes_the_rest:
         return False
-    if not branches(call, record) or not record.within(record.terms, call.start, call.end):
+    if len(source.dims) != len(result.dims) or not all(map(axes.same, source.dims, result.dims)):
         return False
-    return len(source.dims) == len(result.dims) and all(map(axes.same, source.dims, result.dims))
+    return bool(branches(call, record) and record.within(record.terms, call.start, call.end))
 
 
 def branches(call: Call, record: Record) -> list[Value]:

@@ -36,7 +36,8 @@ def clone(
         model: any module.
         replace: makes the tensors of the copy.
         modules: `walk(model)`, where that is known already.
-        to_run: whether the copy will be run and nothing else: the places for hooks on its state dict are the model's then.
+        to_run: whether the copy will be run and nothing else: where nothing hangs, the places for hooks that no forward calls
+            are the model's then.
     Raises:
         TraceError: an attribute of the model cannot be copied.
     """
@@ -45,11 +46,8 @@ def clone(
         for t in (*module._parameters.values(), *module._buffers.values()):
             if t is not None and id(t) not in memo:
                 memo[id(t)] = replace(t)
-        for v in [v for v in module.__dict__.values() if type(v) not in _NO_TENSOR]:
-            if isinstance(v, Tensor) and id(v) not in memo:
-                memo[id(v)] = v if replace is same else v.detach().clone()
     try:
-        return _copy(model, memo, _NOT_RUN if to_run else frozenset())
+        return _copy(model, memo, same if replace is same else _detached, _NOT_RUN if to_run else frozenset())
     except Exception as error:
         raise TraceError(
             f"{type(model).__name__} cannot be deep-copied ({type(error).__name__}: {error}). dmscale works on a copy of "
@@ -57,8 +55,18 @@ def clone(
         ) from error
 
 
-def _copy(module: nn.Module, memo: dict[int, Any], shared: frozenset[str]) -> nn.Module:
-    """`copy.deepcopy` of a module, several times faster: most of what a module holds needs no copying, nor what is `shared`."""
+def _detached(t: Tensor) -> Tensor:
+    return t.detach().clone()
+
+
+def _copy(
+    module: nn.Module, memo: dict[int, Any], replace: Callable[[Tensor], Tensor], shared: frozenset[str]
+) -> nn.Module:
+    """`copy.deepcopy` of a module, several times faster: most of what a module holds needs no copying.
+
+    `replace` makes the tensors that are neither parameters nor buffers; what stands under the names in `shared` stays, if it
+    is empty.
+    """
     if id(module) in memo:
         return memo[id(module)]
     cls: Any = type(module)
@@ -78,11 +86,15 @@ def _copy(module: nn.Module, memo: dict[int, Any], shared: frozenset[str]) -> nn
         elif kind is tuple and _ATOMIC.issuperset(map(type, value)):
             continue
         elif key == "_modules":
-            state[key] = {n: None if m is None else _copy(m, memo, shared) for n, m in value.items()}
+            state[key] = {n: None if m is None else _copy(m, memo, replace, shared) for n, m in value.items()}
         elif key in ("_parameters", "_buffers"):
             state[key] = {n: None if t is None else memo[id(t)] for n, t in value.items()}
         elif isinstance(value, nn.Module):
-            state[key] = _copy(value, memo, shared)
+            state[key] = _copy(value, memo, replace, shared)
+        elif isinstance(value, Tensor):
+            if id(value) not in memo:
+                memo[id(value)] = replace(value)
+            state[key] = memo[id(value)]
         elif key in CACHES:
             state[key] = kind()
         elif key != "_compiled_call_impl":
@@ -116,11 +128,10 @@ def _copies_itself(cls: Any) -> bool:
 _COPY_PROTOCOL = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__")
 _ATOMIC = {int, float, str, bool, type(None), bytes, torch.dtype, torch.device, type, types.FunctionType}
 _EMPTY = {dict, list, set, collections.OrderedDict}
-_NOT_RUN = frozenset(
-    {"_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"}
-)
-_NO_TENSOR = _ATOMIC | _EMPTY | {tuple}
-"""Types that are none: asking whether a value is a tensor takes longer than all else, for what is not."""
+_NOT_RUN = frozenset({
+    "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+})  # fmt: skip
 
 
 def on_meta(t: Tensor) -> Tensor:

@@ -93,9 +93,8 @@ class Resolved:
 
 def resolve(trace: tracing.Trace, model: nn.Module, options: Options) -> Resolved:
     """Plan gates and solve size equations until neither freezes anything more."""
-    indexing = {a for dims in trace.slots.values() for dim in dims for a in trace.atoms[dim]}
     stacks = _stacks(trace, model, options)
-    watched = indexing.union(*(free_atoms(equation) for equation in trace.record.equations))
+    watched = trace.indexing.union(*(free_atoms(equation) for equation in trace.record.equations))
     solution, solved, free = None, -1, _count_free(watched)
     while True:
         before = free
@@ -110,7 +109,7 @@ def resolve(trace: tracing.Trace, model: nn.Module, options: Options) -> Resolve
                         axes.freeze((a,), reason)
             free = solved = _count_free(watched)
         if free == before:
-            return Resolved(replace(solution, attributes=_by_parameters(solution, indexing)), sites, stacks)
+            return Resolved(replace(solution, attributes=_by_parameters(solution, trace.indexing)), sites, stacks)
 
 
 def _stacks(trace: tracing.Trace, model: nn.Module, options: Options) -> list[blocks.Blocks]:
@@ -249,7 +248,7 @@ def _least(bounds: Iterable[tuple[axes.Dim, int]]) -> dict[Axis, int]:
 
 
 def _bound(bounds: Mapping[str, int], name: str, default: int) -> int:
-    found = [n for glob, n in bounds.items() if fnmatch.fnmatchcase(name, glob)]
+    found = [n for glob, n in bounds.items() if glob == "*" or fnmatch.fnmatchcase(name, glob)]
     return found[-1] if found else default
 
 

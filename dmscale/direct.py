@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .tracer import Tracer
 
 aten, _F = torch.ops.aten, torch._C._nn
+_casts, _Undispatched = torch._C._is_any_autocast_enabled, torch._C._DisableTorchDispatch
 
 Call = tuple[Any, tuple[Any, ...]]
 """A function, and its arguments."""
@@ -38,7 +39,7 @@ def _many(value: Any, n: int) -> list[int]:
     """A stride or the like for `n` dimensions, as the dispatcher hands it on."""
     if isinstance(value, int):
         return [int(value)] * n
-    return list(map(int, value)) if len(value) == n else [int(value[0])] * n
+    return [*map(int, value)] if len(value) == n else [int(value[0])] * n
 
 
 def _convolution(
@@ -246,11 +247,11 @@ _PARTS = {torch.batch_norm, torch.layer_norm}
 
 def result(tracer: Tracer, function: Any, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What a function gives, inferred; None where it has to go PyTorch's way.  `plan` is that of `OPERATORS`."""
-    if not tracer.meta or torch._C._is_any_autocast_enabled():
+    if not tracer.meta or _casts():
         return None
     if kwargs and not kwargs.keys() <= _NAMED.get(function, set()):
         return None
-    with torch._C._DisableTorchDispatch():
+    with _Undispatched():
         call = plan(*args, **kwargs)
         out = None if call is None else tracer.apply(*call)
     return out[0] if out is not None and function in _PARTS else out

@@ -383,13 +383,13 @@ def _input_site(
     if len(calls) != 1 or len(inside) != 1 or calls[0].source is None or calls[0].source.origin not in fed:
         return None
     source = calls[0].source.dims
+    if smaller and source:
+        (name,) = consumers[0][0].params
+        elements = math.prod([axes.size(d) for d in source[1:]]) * max(_TYPICAL_BATCH, axes.size(source[0]))
+        if elements >= math.prod([axes.size(d) for d in trace.slots[name]]):
+            return None
     position = next((i for i, d in enumerate(source) if axes.same(d, c.dim)), None)
-    if position is None or not source:
-        return None
-    (name,) = consumers[0][0].params
-    elements = math.prod(axes.size(d) for d in source[1:]) * max(_TYPICAL_BATCH, axes.size(source[0]))
-    weight = math.prod(axes.size(d) for d in trace.slots[name])
-    return InputSite(c.path, position, c.dim) if elements < weight or not smaller else None
+    return None if position is None else InputSite(c.path, position, c.dim)
 
 
 def _mask_producers(

@@ -19,7 +19,6 @@ def name_axes(trace: Trace) -> dict[Axis, str]:
     after the module of router and matrices.
     """
     atoms = trace.atoms
-    in_parameters = {a for dims in trace.slots.values() for dim in dims for a in atoms[dim]}
     heads = {a for dim in trace.record.batched for a in atoms[dim]}
     makers: dict[Axis, dict[str, None]] = {}
     siblings: dict[Axis, list[Axis]] = {}
@@ -28,7 +27,7 @@ def name_axes(trace: Trace) -> dict[Axis, str]:
             for a in factors:
                 siblings.setdefault(a, factors)
         for a in atoms[dim]:
-            if a in in_parameters:
+            if a in trace.indexing:
                 makers.setdefault(a, {})[path] = None
     for name, dims in trace.slots.items():  # what no operator makes from a weight: a table that is only indexed
         for dim in dims:

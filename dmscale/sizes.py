@@ -511,6 +511,8 @@ def _solve_once(equations: list[Equation], kept: Mapping[Attribute, Quotient]) -
     related: list[tuple[Equation, Poly]] = []
     fixed = False  # as long as nothing is, sizes are what they were
     for eq in reversed(todo):
+        if not fixed and isinstance(eq.expression, Attribute) and known.get(eq.expression) is sizes[id(eq)]:
+            continue  # most: what says what the attribute is
         try:
             size = Quotient(extent(eq.dim)) if fixed else sizes[id(eq)]
             difference = (evaluate(eq.expression, known) - size).numerator

@@ -416,7 +416,7 @@ class Tracer(TorchDispatchMode):
         if frozen:
             dims = tuple([axes.axis(n, frozen) for n in tensor.shape])
         else:
-            dims = tuple([axes.axis(n) for n in tensor.shape])
+            dims = tuple([(Axis(n),) if n > 1 else axes.axis(n) for n in tensor.shape])
         origin = self._origins = self._origins + 1
         value = Value(dims, frozenset((name,)) if name else _NO_PARAMS, data, origin, dtype=tensor.dtype)
         setattr(tensor, _NAME, value)
@@ -836,7 +836,7 @@ def operands_of(tracer: Tracer, tree: Any) -> Any:
             kind = type(x)
             if kind is Tensor or kind is torch.nn.Parameter:
                 x = Operand(tracer.dims(x), x.dtype, x.stride())
-            elif kind not in _PLAIN and not _is_of_ints(x):
+            elif kind not in _PLAIN and not (kind is list and x and type(x[0]) is type(x[-1]) is int):
                 x = operands_of(tracer, x)
             out.append(x)
         return type(tree)(out)
@@ -881,16 +881,11 @@ def _tensors(tree: Any, out: list[Tensor]) -> list[Tensor]:
         if kind is Tensor or kind is torch.nn.Parameter:
             out.append(x)
         elif isinstance(x, (tuple, list)):
-            if not _is_of_ints(x):
+            if not (kind is list and x and type(x[0]) is type(x[-1]) is int):  # strides or the like: its ends tell
                 _tensors(x, out)
         elif isinstance(x, Tensor):
             out.append(x)
     return out
-
-
-def _is_of_ints(x: Any) -> bool:
-    """Whether a list is one of strides or the like; its ends tell."""
-    return type(x) is list and bool(x) and type(x[0]) is type(x[-1]) is int
 
 
 def shape_of(tracer: Tracer, tensor: Tensor) -> torch.Size:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from . import attachment, axes, direct, routing, running
 from .arrivals import Arrivals, transparent_functional
-from .axes import Dim
+from .axes import Axis, Dim
 from .clone import alias, clone, on_meta
 from .errors import TraceError
 from .known import is_by_product, is_result, quiet
@@ -28,7 +28,14 @@ from .sizes import Attribute, SizedInt, listed, with_entries
 from .tracer import Call, Contraction, Normalisation, Record, Tracer
 from .tree import once, walk
 
-_GEOMETRY = {"stride", "padding", "dilation", "kernel_size", "output_padding", "output_size"}  # never the size of an axis
+_GEOMETRY = {
+    "stride",
+    "padding",
+    "dilation",
+    "kernel_size",
+    "output_padding",
+    "output_size",
+}  # never the size of an axis
 _UNSIZED = _GEOMETRY | vars(nn.Module()).keys()
 _NO_SIZES = {bool, float, str, type(None), types.FunctionType, type, set, collections.OrderedDict}
 
@@ -43,6 +50,7 @@ class Trace:
     on: "meta" or "values", how the model was run.
     cached: whether it made its key-value cache.
     unread: parameters that no operator took, in evaluation or in training mode.
+    indexing: the atoms of all slots.
     """
 
     slots: dict[str, tuple[Dim, ...]]
@@ -53,6 +61,7 @@ class Trace:
     unread: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     atoms: axes.Atoms = field(default_factory=axes.Atoms, repr=False)  # nothing is unified any more
+    indexing: set[Axis] = field(default_factory=set, repr=False)
 
 
 def read(model: nn.Module, example_inputs: Any, cached: bool = False) -> Trace:
@@ -160,9 +169,14 @@ def _check_inputs(modules: Sequence[tuple[str, nn.Module]], args: tuple, kwargs:
             "can be compared"
         )
     given = {t.device for t in tensors}
-    held = [h for _, module in modules for h in (module._parameters, module._buffers) if h]
-    own = {t.device for tensors in held for t in tensors.values() if t is not None}
-    if len(own) == 1 and given and given != own:
+    held = (
+        t for _, module in modules for h in (module._parameters, module._buffers) for t in h.values() if t is not None
+    )
+    first = next(held, None)
+    if first is None or {first.device} == given:
+        return
+    own = {first.device, *(t.device for t in held)}
+    if len(own) == 1 and given:
         raise TraceError(
             f"the model is on {next(iter(own))} and example_inputs on {', '.join(sorted(map(str, given)))}; "
             f"move the inputs with .to('{next(iter(own))}')"
@@ -199,12 +213,11 @@ def _read(
             for dim in slots[name]:
                 axes.freeze(dim, "the forward never reads it")
     atoms = trace.atoms
-    computed = {a for dim in touched for a in atoms[dim]}
-    for dims in slots.values():  # of a table of positions, the rows beyond the example's length are in no result
-        for dim in dims:
-            for a in atoms[dim]:
-                if a not in computed and not a.reasons:
-                    axes.freeze((a,), "the forward never reads it")
+    trace.indexing = {a for dims in slots.values() for dim in dims for a in atoms[dim]}
+    # of a table of positions, the rows beyond the example's length are in no result
+    for a in trace.indexing.difference([a for dim in touched for a in atoms[dim]]):
+        if not a.reasons:
+            axes.freeze((a,), "the forward never reads it")
     return trace
 
 
@@ -301,15 +314,16 @@ def _run(
     except Exception as error:
         error._dmscale_path = tracer.path  # type: ignore[attr-defined]
         raise
-    if not running.tensors_in(out):
+    given = running.tensors_in(out)
+    if not given:
         raise TraceError(
             f"{type(twin).__name__}.forward returns a {type(out).__name__} in which no tensor is found; return tensors, or a "
             "tuple, list, dict or dataclass of them"
         )
-    for numbers in [tracer.value(t).said.numbers for t in running.tensors_in(out)]:
+    for numbers in [tracer.value(t).said.numbers for t in given]:
         if numbers is not None:
             axes.freeze(numbers, "the numbers of its elements are an output of the model")
-    tracer.record.results.update(tracer.value(t).origin for t in running.tensors_in(out))
+    tracer.record.results.update([tracer.value(t).origin for t in given])
     fields = dict(out.items()) if isinstance(out, Mapping) else {"": out}
     beside = {id(t) for key, value in fields.items() if is_by_product(out, key) for t in running.tensors_in(value)}
     for key, value in fields.items():
@@ -354,7 +368,9 @@ def _watch_parameters(
 def _tag_sizes(modules: list[tuple[str, nn.Module]]) -> None:
     """Make every int that a module holds remember which one it is."""
     for path, module in modules:
-        for key, value in [(k, v) for k, v in module.__dict__.items() if type(v) not in _NO_SIZES and k not in _UNSIZED]:
+        for key, value in [
+            (k, v) for k, v in module.__dict__.items() if type(v) not in _NO_SIZES and k not in _UNSIZED
+        ]:
             kind = type(value)
             if key[:1] == "_":
                 continue
@@ -480,24 +496,25 @@ def _following_calls(
 
         return call
 
-    def plain(path: str, plan: Callable[[Tensor], direct.Call | None], call: Any) -> Any:
-        """`call` of a layer that calls no other one, without PyTorch's way to the operator that it is."""
+    def plain(path: str, module: nn.Module, plan: Callable[[Tensor], direct.Call | None]) -> Any:
+        """The call of a layer that calls no other one, without PyTorch's way to the operator that it is."""
 
-        def call_plain(x: Any, *args: Any, **kwargs: Any) -> Any:
-            if args or kwargs or not isinstance(x, Tensor):
-                return call(x, *args, **kwargs)
+        def call_plain(*args: Any, **kwargs: Any) -> Any:
+            if kwargs or len(args) != 1 or not isinstance(args[0], Tensor):
+                return noted(path, module)(*args, **kwargs)
+            (x,) = args
             with torch._C.DisableTorchFunction():
                 found = plan(x)
                 if found is not None:
                     function, given = found
-                    noted = Call(path, tracer.op, tracer.value(x), argument=0, form="x")
+                    mine = Call(path, tracer.op, tracer.value(x), argument=0, form="x")
                     around, tracer.path = tracer.path, path
                     out = x if function is None else arrivals.of_layer(function, given)
                     tracer.path = around
-                    noted.end, noted.result = tracer.op, tracer.value(out)
-                    tracer.record.calls.append(noted)
+                    mine.end, mine.result = tracer.op, tracer.value(out)
+                    tracer.record.calls.append(mine)
                     return out
-            return call(x)
+            return noted(path, module)(x)
 
         return call_plain
 
@@ -507,9 +524,9 @@ def _following_calls(
                 handles.append(module.register_forward_pre_hook(hook(path), with_kwargs=True))
                 handles.append(module.register_forward_hook(leave, with_kwargs=True))
             else:  # where PyTorch looks for a compiled call first; hooks would take a third of the time of a trace
-                call = noted(path, module)
                 plan = direct.layer(module) if short else None
-                module.__dict__["_compiled_call_impl"] = call if plan is None else plain(path, plan, call)
+                call = noted(path, module) if plan is None else plain(path, module, plan)
+                module.__dict__["_compiled_call_impl"] = call
                 slots.append(module)
         yield
     finally:
