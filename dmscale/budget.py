@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,6 +37,9 @@ _MOST_RESTARTS = 12
 
 _FEW_DIMENSIONS = 32
 """With more, a round of exchanges that comes no nearer is the last one: there are other ways enough."""
+
+_FEW_STRUCTURES = 20_000
+"""So many vectors of sizes are all looked at, where nothing else came near enough."""
 
 _PREFIX = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
 _BYTES = {f"{p}B": n for p, n in _PREFIX.items() if p not in ("", "B")} | {
@@ -241,7 +245,8 @@ def fit(
     """Move from `start` to a structure within `SLACK` below the budget.
 
     Far from the target all dimensions are scaled alike; the rest is done a few steps at a time, least importance per cost
-    first, and where no single step fits, by exchanging one step for another.
+    first, and where no single step fits, by exchanging one step for another.  Where that does not suffice and there are few
+    structures (coarse multiples, a small network), all of them are looked at.
 
     Args:
         scores: member -> score an element; the lowest go first, the highest come back first.
@@ -260,7 +265,7 @@ def fit(
             )
         blocks = {n: _indicator(least.kept[n], len(s.paths)) for n, s in space.stacks.items()}
         problem = _Problem(space, wanted, {**scores, **blocks}, None)
-    sizes = problem.make_room(problem.settle(sizes))
+    sizes = problem.of_few(problem.make_room(problem.settle(sizes)))
     chosen = {n: int(k) for n, k in zip(space.dimensions, sizes)}
     return space.structure(chosen, problem.scores)
 
@@ -509,6 +514,22 @@ class _Problem:
             if most >= 1 - SLACK:
                 break
         return best
+
+    def of_few(self, sizes: np.ndarray) -> np.ndarray:
+        """Where more than `SLACK` is left unused still, and there are few structures: of all what wastes least.
+
+        Of what ends within the slack, what keeps most importance.
+        """
+        most = float(self.load(sizes[None])[0])
+        if most >= 1 - SLACK or math.prod(map(len, self.allowed)) > _FEW_STRUCTURES:
+            return sizes
+        rows = np.stack(np.meshgrid(*self.allowed, indexing="ij"), -1).reshape(-1, len(sizes))
+        load = self.load(rows)
+        close = rows[(load <= 1) & (load >= 1 - SLACK)]
+        if len(close):
+            return close[int(np.argmax(self._worth(close)))]
+        best = int(np.argmax(np.where(load <= 1, load, 0)))
+        return rows[best] if load[best] > most else sizes
 
     def exchange(self, sizes: np.ndarray) -> np.ndarray:
         """Where more than `SLACK` is left unused: move one dimension, and give another all that then fits.
