@@ -1,8 +1,9 @@
 """Certification: a dimension is offered only if it survives a trial.
 
 Half of everything is removed at once, exported, run, and compared with the gated model; if that fails, dimensions are
-tried in ever smaller groups until the ones at fault are known.  A trial runs on weights that leave nothing trivial:
-layers initialised to zero or one would hide a wrong slice.
+tried in ever smaller groups until the ones at fault are known.  First half of every width, with all blocks in place, for
+what lies in a block that is gone is not tried; then half of the blocks as well.  A trial runs on weights that leave nothing
+trivial: layers initialised to zero or one would hide a wrong slice.
 """
 
 from __future__ import annotations
@@ -35,7 +36,13 @@ def certify(space: SearchSpace) -> None:
 
 def _certify(space: SearchSpace) -> None:
     model, inputs = trial_model(space)
-    names = list(space.dimensions)
+    _certify_those(space, model, inputs, lambda: [n for n, d in space.dimensions.items() if d.kind != "depth"])
+    if any(d.kind == "depth" for d in space.dimensions.values()):
+        _certify_those(space, model, inputs, lambda: list(space.dimensions))
+
+
+def _certify_those(space: SearchSpace, model: nn.Module, inputs: Any, chosen: Callable[[], list[str]]) -> None:
+    names = chosen()
     while names and _trial(space, model, inputs, names) is not None:
         _check_runs(model, inputs)
         bad = at_fault(lambda some: _trial(space, model, inputs, some), names)
@@ -50,7 +57,7 @@ def _certify(space: SearchSpace) -> None:
                     space.hold(name, turn)
                 else:
                     space.freeze([name], f"failed its trial: {reason}")
-        names = list(space.dimensions)
+        names = chosen()
 
 
 def _runs_with_cache(space: SearchSpace) -> bool:

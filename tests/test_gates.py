@@ -8,6 +8,7 @@ import functools
 import pytest
 import torch
 from nets import NETS, assert_same, difference, fingerprint, floats_of, non_trivial, outputs, run
+from torch import nn
 
 import dmscale
 from dmscale import gates
@@ -266,6 +267,37 @@ def test_a_wrong_gate_is_caught(monkeypatch):
     with pytest.raises(dmscale.ExportError, match="differs from the gated one"):
         over.export(over.uniform(0.5))
     assert "failed its trial" in dmscale.trace(model, inputs).frozen["0"]
+
+
+class SoftmaxOfSeveral(nn.Module):
+    """Sums `parts` linear maps, weighted by a softmax over them; where there is one, by a sigmoid: split attention."""
+
+    def __init__(self, width: int, hidden: int, parts: int):
+        super().__init__()
+        self.parts = parts
+        self.up, self.scores, self.down = (
+            nn.Linear(width, parts * hidden),
+            nn.Linear(hidden, parts),
+            nn.Linear(hidden, width),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        each = self.up(x).view(x.shape[0], self.parts, -1).relu()
+        scores = self.scores(each.sum(1))
+        weights = scores.softmax(-1) if self.parts > 1 else scores.sigmoid()
+        return x + self.down((each * weights[..., None]).sum(1))
+
+
+def test_what_lies_in_a_block_that_is_gone_is_tried_as_well():
+    """Blocks go in a trial, here the only one: what is wrong in it must be found all the same."""
+    torch.manual_seed(0)
+    over = dmscale.trace(
+        nn.Sequential(nn.Linear(5, 12), SoftmaxOfSeveral(12, 7, 2), nn.Linear(12, 3)).eval(), torch.randn(4, 5)
+    )
+    assert [d.size for d in over.dimensions.values() if d.kind == "depth"] == [1]
+    assert ["failed its trial" in why for why in over.frozen.values()].count(True) == 1  # the number of parts
+    for seed in range(4):
+        over.export(over.sample(seed=seed))
 
 
 def test_a_mask_of_complex_weights_gets_the_real_part_of_its_gradient():
