@@ -41,9 +41,9 @@ def zoo_page(rows: Rows, structures: int, peers: str = "", missing: Sequence[str
         missing: entries of the list that have no row.
     """
     rows = sorted(rows, key=lambda r: (r["family"], r["name"]))
-    parts = [_INTRODUCTION.format(structures=structures), _summary(rows)]
+    parts = [_INTRODUCTION.format(structures=structures), summary(rows)]
     for family in dict.fromkeys(r["family"] for r in rows):
-        parts.append(f"## {family}\n\n" + _table([r for r in rows if r["family"] == family]))
+        parts.append(f"## {family}\n\n" + table([r for r in rows if r["family"] == family]))
     if missing:
         parts.append(f"## Not measured yet\n\n{len(missing)} entries: {', '.join(sorted(missing))}.\n")
     return "\n".join([*parts, *([peers] if peers else [])])
@@ -54,7 +54,8 @@ def ran(rows: Rows) -> list[Row]:
     return [r for r in rows if r["status"] in ("exact", "inexact")]
 
 
-def _summary(rows: Sequence[Row]) -> str:
+def summary(rows: Sequence[Row]) -> str:
+    """How many are exact, medians, and the causes of what stays."""
     tried = [r for r in rows if r["status"] != "skipped"]
     count = Counter(r["status"] for r in tried)
     measured = ran(rows)
@@ -91,7 +92,8 @@ def _cause_lines(rows: Sequence[Row], most: int = 15) -> list[str]:
     return [f"| {_cell(c)} | {len(shares[c])} | {statistics.median(shares[c]):.1%} |" for c in order]
 
 
-def _table(rows: Sequence[Row]) -> str:
+def table(rows: Sequence[Row]) -> str:
+    """A line a model."""
     lines = [
         "| model | params | MACs | W / H / D | free params | free MACs | half | error | MACs = | read | x meta | trace | export "
         "| frozen |",
