@@ -71,6 +71,9 @@ def _copy(
         return memo[id(module)]
     cls: Any = type(module)
     if _copies_itself(cls):
+        for t in [v for part in module.modules() for v in part.__dict__.values() if isinstance(v, Tensor)]:
+            if id(t) not in memo:  # its own copy would fail where it was computed from what takes gradients
+                memo[id(t)] = replace(t)
         return copy.deepcopy(module, memo)
     twin = cls.__new__(cls)
     memo[id(module)] = twin

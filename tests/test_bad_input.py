@@ -665,6 +665,31 @@ class Opaque(Trunk):
         return type("Result", (), {"scores": super().forward(x)})()
 
 
+class CopiesItself(nn.Module):
+    """Says itself how it is pickled, and holds a tensor that was computed from a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 9), nn.Linear(9, 4)
+        self.scale = self.up.weight.norm()
+
+    def __getstate__(self) -> dict:
+        return dict(self.__dict__)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(self.up(x / self.scale).relu())
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_what_a_module_has_computed_from_parameters_is_copied_with_it(inside: bool) -> None:
+    torch.manual_seed(0)
+    model = CopiesItself()
+    model = nn.Sequential(nn.Linear(6, 6), model) if inside else model
+    space = dmscale.trace(model.eval(), torch.randn(3, 6))
+    assert any(name.endswith("up") for name in space.dimensions)
+    space.export(space.uniform(0.5))
+
+
 def test_an_output_in_which_no_tensor_is_found_is_refused():
     message = refused(Opaque(), torch.randn(3, 8))
     assert "Opaque.forward returns a Result in which no tensor is found; return tensors" in message
