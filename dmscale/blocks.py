@@ -107,11 +107,15 @@ def _counts_its_blocks(
     """Whether the loop over a list does something of its own between some blocks and not between others.
 
     As in `if i == 10: x = cat([token, x])`, or `if i == 0: x = self.position(x)`: with a block gone it would do so elsewhere.
+    And as in `[block(x[i]) for i, block in enumerate(blocks)]`: the others would be given what was not theirs.
     """
     paths = [f"{path}.{name}" if path else name for name, _ in module.named_children()]
     children = [called[p] for p in paths if p in called]
     if len(children) < 2 or not any(c.path in removable for c in children):
         return False
+    in_time = sorted(children, key=lambda c: c.start)
+    if not all(_feeds(a, b, record) for a, b in zip(in_time, in_time[1:]) if removable.keys() & {a.path, b.path}):
+        return True
     own, others = set(), set()
     for before, after in zip(children, children[1:]):
         inside = [c for c in record.calls if before.end <= c.start < c.end <= after.start]
@@ -126,6 +130,18 @@ def _counts_its_blocks(
     called_once = any(p in called for between in others for p in between)  # which block it follows, only the loop knows
     untold = len(children) == 2 and own != {0}  # one gap does not tell whether all would be alike
     return len(own) > 1 or len(others) > 1 or called_once or untold
+
+
+def _feeds(before: Call, after: Call, record: Record) -> bool:
+    """Whether `after` computes with anything that depends on what `before` gives."""
+    known = {*before.others} if before.result is None else {before.result.origin, *before.others}
+    for op in range(before.end + 1, after.end + 1):
+        step = record.steps.get(op)
+        if step is not None and not known.isdisjoint(step.takes):
+            if op > after.start:
+                return True
+            known.update(step.gives)
+    return False
 
 
 def _lists(container: str, children: list[str], record: Record) -> tuple[Attribute, ...]:

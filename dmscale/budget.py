@@ -38,9 +38,6 @@ _MOST_RESTARTS = 12
 _FEW_DIMENSIONS = 32
 """With more, a round of exchanges that comes no nearer is the last one: there are other ways enough."""
 
-_FEW_STRUCTURES = 20_000
-"""So many vectors of sizes are all looked at, where nothing else came near enough."""
-
 _PREFIX = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
 _BYTES = {f"{p}B": n for p, n in _PREFIX.items() if p not in ("", "B")} | {
     f"{p}iB": 2 ** (10 * i) for i, p in enumerate("KMGT", 1)
@@ -518,10 +515,10 @@ class _Problem:
     def of_few(self, sizes: np.ndarray) -> np.ndarray:
         """Where more than `SLACK` is left unused still, and there are few structures: of all what wastes least.
 
-        Of what ends within the slack, what keeps most importance.
+        Of what ends within the slack, what keeps most importance.  Few are ten times as many as are exchanged at once.
         """
         most = float(self.load(sizes[None])[0])
-        if most >= 1 - SLACK or math.prod(map(len, self.allowed)) > _FEW_STRUCTURES:
+        if most >= 1 - SLACK or math.prod(map(len, self.allowed)) > 10 * self.most_exchanges:
             return sizes
         rows = np.stack(np.meshgrid(*self.allowed, indexing="ij"), -1).reshape(-1, len(sizes))
         load = self.load(rows)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from nets import counted_macs, difference, non_trivial, outputs
 from torch import nn
 
-from dmscale import trace
+from dmscale import certify, trace
 
 
 class Between(nn.Module):
@@ -297,3 +297,38 @@ class Stack(nn.Module):
 def test_blocks_that_a_forward_counts_or_reaches_into_stay(between, depth):
     space = kept_word(Stack(between), torch.randn(2, 5, 3))
     assert ("blocks depth" in space.dimensions) == depth
+
+
+class Beside(nn.Module):
+    """Two blocks, each with an input of its own, found by its position."""
+
+    def __init__(self, last=False):
+        super().__init__()
+        self.narrow, self.wide = nn.Linear(3, 8), nn.Linear(3, 8)
+        self.blocks = nn.ModuleList([Block(), nn.Sequential(nn.Linear(8, 8), nn.ReLU())][:: -1 if last else 1])
+        self.last = nn.Linear(16, 2)
+
+    def forward(self, x):
+        inputs = self.narrow(x), self.wide(x)
+        return self.last(torch.cat([block(inputs[i]) for i, block in enumerate(self.blocks)], -1))
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_blocks_that_stand_beside_one_another_are_not_tried(last, monkeypatch):
+    """With one gone the other would be given its input; no trial is needed to say so."""
+    tried = []
+    trial = certify._trial
+    monkeypatch.setattr(certify, "_trial", lambda *args: tried.append(args[-1]) or trial(*args))
+    space = kept_word(Beside(last), torch.randn(2, 5, 3))
+    assert not [d for d in space.dimensions.values() if d.kind == "depth"] and len(tried) == 1
+
+
+def test_blocks_that_are_called_from_the_last_to_the_first_are_a_stack():
+    class Reversed(Stack):
+        def forward(self, x):
+            x = self.first(x)
+            for block in reversed(self.blocks):
+                x = block(x)
+            return self.last(x)
+
+    assert "blocks depth" in kept_word(Reversed(None), torch.randn(2, 5, 3)).dimensions
