@@ -61,21 +61,14 @@ def settle(
             return {}  # better settings that do not fit than such that fit another model
         changes |= more
     after = _changed(before, changes)
-    for path, module in model.named_modules():
-        twin = _find(small, path)
-        if twin is not None and getattr(module, name, None) is before:
-            own = getattr(twin, name)
-            if all(vars(own).get(k) in (v, vars(after).get(k)) for k, v in vars(before).items()):
-                setattr(twin, name, after)
+    for module in small.modules():  # what shared it before: with a block gone, others stand where it stood
+        own = vars(module).get(name)
+        if type(own) is type(before) and all(
+            vars(own).get(k) in (v, vars(after).get(k)) for k, v in vars(before).items()
+        ):
+            setattr(module, name, after)
     setattr(small, name, _changed(getattr(small, name), changes))  # what the equations have set in it stays
     return changes
-
-
-def _find(model: nn.Module, path: str) -> nn.Module | None:
-    try:
-        return model.get_submodule(path)
-    except AttributeError:
-        return None
 
 
 def _candidates(

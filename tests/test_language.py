@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from nets import assert_same, counted_macs, difference, fingerprint, non_trivial, outputs
+from torch import nn
 
 import dmscale
 
@@ -138,6 +139,65 @@ def test_settings_of_a_uniform_export_describe_it(name, tmp_path):
     dmscale.save(small, tmp_path / "small.safetensors")
     loaded = dmscale.load(tmp_path / "small.safetensors", lambda: factory()[0]).eval()
     assert loaded.config.hidden_size == 24 and loaded.config.num_hidden_layers == 2
+
+
+class Settings:
+    def __init__(self, width=12, hidden=20, layers=3):
+        self.width, self.hidden, self.layers = width, hidden, layers
+
+
+class Inner(nn.Module):
+    """Keeps the settings, or not."""
+
+    def __init__(self, config, keeps):
+        super().__init__()
+        self.up, self.down = nn.Linear(config.width, config.hidden), nn.Linear(config.hidden, config.width)
+        if keeps:
+            self.config = config
+
+    def forward(self, x):
+        return self.down(self.up(x).relu())
+
+
+class Around(nn.Module):
+    def __init__(self, config, keeps):
+        super().__init__()
+        self.inner = Inner(config, keeps)
+
+    def forward(self, x):
+        return x + self.inner(x)
+
+
+class FirstKeeps(nn.Module):
+    """The first layer is of another kind than those behind it."""
+
+    config_class = Settings
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.first, self.last = nn.Linear(5, config.width), nn.Linear(config.width, 3)
+        self.layers = nn.ModuleList(Around(config, keeps=i == 0) for i in range(config.layers))
+
+    def forward(self, x):
+        x = self.first(x)
+        for layer in self.layers:
+            x = layer(x)
+        return self.last(x)
+
+
+@pytest.mark.parametrize("kept", [(1, 2), (0, 2)])
+def test_settings_are_found_where_they_are_once_blocks_have_moved_up(kept):
+    torch.manual_seed(0)
+    model = FirstKeeps(Settings())
+    space = dmscale.trace(model, torch.randn(2, 5))
+    sizes = {n: d.size // 2 for n, d in space.dimensions.items() if d.kind == "width"}
+    scores = {"layers depth": [float(i in kept) for i in range(3)]}
+    small = space.export(space.structure({**sizes, "layers depth": 2}, scores))
+    assert vars(small.config) == {"width": 6, "hidden": 10, "layers": 2}
+    found = [vars(layer.inner).get("config") for layer in small.layers]
+    assert [None if c is None else vars(c) for c in found] == [vars(small.config) if i == 0 else None for i in kept]
+    assert vars(model.config) == {"width": 12, "hidden": 20, "layers": 3}
 
 
 def test_settings_that_cannot_say_what_a_model_is_keep_their_values(tmp_path):
