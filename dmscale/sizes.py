@@ -12,7 +12,7 @@ A literal is an expression too: `view(b, n, 8, 64)` says that the last axis is 6
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -550,10 +550,11 @@ def _free_divisor(equations: list[Equation], known: Mapping[Attribute, Quotient]
 def _freeze_unrelated(
     related: list[tuple[Equation, Poly]], links: list[set[Axis]], known: dict[Attribute, Quotient]
 ) -> None:
-    """Freeze what equations of three or more axes mention, where it still are so many when linked axes count as one.
+    """Link or freeze what equations of three or more axes mention, where it still are so many when linked axes count as one.
 
     Half of the channels against two quarters that are linked already is again a pair.  So are two of three parts of which
-    two equations tell: those that are linear are solved together.
+    two equations tell: those that are linear are solved together.  A sum is as long as another axis as long as all keep the
+    same share (heads that are rotated in part, and `head_dim` of keys and values): these are linked.
     """
     progress = True
     while progress:
@@ -575,8 +576,11 @@ def _freeze_unrelated(
                     _join(links, pair)
                     progress = True
     for eq, difference in related:
-        if not any(v.reasons for v in difference.variables):  # type: ignore[attr-defined]
-            _freeze(_least_to_fix(in_units(difference, links)[0], eq, known), f"its size is fixed in {eq.where}")
+        units, sizes = in_units(difference, links)
+        if (same_share := _in_proportion(units, sizes)) is not None:
+            _join(links, same_share)
+        elif units.terms and not any(v.reasons for v in difference.variables):  # type: ignore[attr-defined]
+            _freeze(_least_to_fix(units, eq, known), f"its size is fixed in {eq.where}")
 
 
 def _eliminated(equations: list[Poly]) -> list[Poly]:
@@ -602,8 +606,8 @@ def _eliminated(equations: list[Poly]) -> list[Poly]:
     return [Poly({m: int(c * n) for m, c in row.items()}) for (_, row), n in zip(solved, common)]
 
 
-def _join(links: list[set[Axis]], pair: tuple[Axis, Axis]) -> None:
-    joined = set(pair)
+def _join(links: list[set[Axis]], found: Iterable[Axis]) -> None:
+    joined = set(found)
     for group in [g for g in links if g & joined]:
         links.remove(group)
         joined |= group
@@ -644,6 +648,15 @@ def _proportional(difference: Poly, sizes: Mapping[Axis, int]) -> tuple[Axis, Ax
     x, y = m[0], n[0]
     assert isinstance(x, Axis) and isinstance(y, Axis)
     return (x, y) if abs(c) * sizes.get(x, x.size) == abs(d) * sizes.get(y, y.size) else None
+
+
+def _in_proportion(difference: Poly, sizes: Mapping[Axis, int]) -> list[Axis] | None:
+    """The axes of which `difference = 0` holds at any share, if that may be less than the whole: it is a sum of them alone."""
+    found = [v for m in difference.terms for v in m]
+    if len(found) < 3 or any(len(m) != 1 for m in difference.terms) or any(v.reasons for v in found):  # type: ignore[attr-defined]
+        return None
+    full = {v: sizes.get(v, v.size) for v in found}  # type: ignore[attr-defined, call-overload]
+    return found if math.gcd(*full.values()) > 1 and not difference.evaluate(full) else None  # type: ignore[return-value]
 
 
 def _mentioned(eq: Equation, known: dict[Attribute, Quotient]) -> set[Axis]:

@@ -747,8 +747,8 @@ class Tracer(TorchDispatchMode):
         if self._said or not silent:
             said = heard(self, func, kwargs, values, [self._said.get(id(o)) for o in outs])
         given = []
-        for i, (o, dims) in enumerate(zip(outs, found)):  # of the results that matter
-            dims, numbers, own = tuple(dims), NOTHING if said is None else said[i], origin
+        for i, (o, own_dims) in enumerate(zip(outs, found)):  # of the results that matter
+            dims, numbers, own = tuple(own_dims), NOTHING if said is None else said[i], origin
             if own is None:
                 own = self._origins = self._origins + 1
             made = Value(dims, params, data > 0, own, square, repeated, product, zeroed, numbers, o.dtype)

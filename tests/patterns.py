@@ -479,6 +479,30 @@ class Stream(nn.Module):
         return self.head(x + self.attn(self.norm(x)))
 
 
+class RotaryInPart(RotaryAttention):
+    """A part of each head is rotated; queries, keys and values are laid out by one attribute."""
+
+    def __init__(self, rotated=8, width=20, heads=3, head_dim=12):
+        super().__init__(False, width, heads, rotated)
+        self.head_dim = head_dim
+        self.q, self.k, self.v = (nn.Linear(width, heads * head_dim) for _ in range(3))
+        self.proj = nn.Linear(heads * head_dim, width)
+
+    def rotated(self, x):
+        n = 2 * self.cos.shape[1]
+        return torch.cat([super().rotated(x[..., :n]), x[..., n:]], -1)
+
+    def forward(self, x):
+        b, n, _ = x.shape
+        q, k, v = (t(x).view(b, n, -1, self.head_dim).transpose(1, 2) for t in (self.q, self.k, self.v))
+        x = F.scaled_dot_product_attention(self.rotated(q), self.rotated(k), v, scale=0.3)
+        return self.proj(x.transpose(1, 2).reshape(b, n, -1))
+
+
+def rotary_in_part():
+    return Stream(RotaryInPart()), torch.randn(2, 7, 6)
+
+
 def rotary_interleaved():
     return Stream(RotaryAttention(True)), torch.randn(2, 7, 6)
 
@@ -1131,6 +1155,7 @@ EXPECTED: dict[Callable[[], tuple[nn.Module, Any]], dict[tuple[str, int], int]] 
     mqa_native: {(W, 24): 1, (H, 3): 1, (W, 8): 2},
     rotary_interleaved: {(W, 20): 1, (H, 3): 1, (W, 4): 1, (W, 8): 1},
     rotary_tables: {(W, 20): 1, (H, 3): 1, (W, 4): 1, (W, 8): 1},
+    rotary_in_part: {(W, 20): 1, (H, 3): 1, (W, 4): 2, (W, 12): 1},
     alibi: {(W, 20): 1, (H, 4): 1, (W, 6): 1},
     relative_position_table: {(W, 20): 1, (H, 4): 1, (W, 6): 1},
     relative_position_buckets: {(W, 20): 1, (H, 4): 1, (W, 6): 1},

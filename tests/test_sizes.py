@@ -214,9 +214,18 @@ def test_equations_of_three_axes_are_solved_together(any_order):
     one, both = says(eighth, (a,)), says(Operation("*", eighth, 2), concat([(a,), (b,)]))
     s = solve(any_order([one, both]))
     assert s.links == [{a, b, rest}] and is_free(*parts) == [True] * 3
-    (a,), (b,), (rest,) = parts = [axis(4), axis(4), axis(24)]  # of the first alone two of the three could be chosen
-    solve([says(Operation("//", Extent(concat(parts)), 8), (a,))])
-    assert not any(is_free(*parts))
+
+
+def test_a_sum_that_is_as_long_as_another_axis_keeps_its_shares(any_order):
+    """A head of which a part is rotated, in two halves, and the head of the values, of one `head_dim`."""
+    (half,), (plain,), value = axis(4), axis(8), axis(16)
+    head = concat([(half,), (half,), (plain,)])
+    s = solve(any_order([says(C, head), says(C, value), says(Extent(head), value)]))
+    assert s.links == [{half, plain, value[0]}] and is_free((half,), (plain,), value) == [True] * 3
+    assert values(s, {half: 1, plain: 2, value[0]: 4}) == {C: 4}
+    (half,), (plain,), value = axis(3), axis(10), axis(16)  # no share of all but the whole is a number of elements
+    solve(any_order([says(C, concat([(half,), (half,), (plain,)])), says(C, value)]))
+    assert not any(is_free((half,), (plain,), value))
 
 
 def test_literals_freeze(any_order):
