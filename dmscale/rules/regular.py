@@ -116,6 +116,25 @@ def trilinear(
     return [dims[i] for i in kept]
 
 
+@rule(aten.linalg_solve_triangular)
+def solve_triangular(
+    trace: Tracer, out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, upper: bool, left: bool = True, **kw: Any
+) -> list[Dim]:  # fmt: skip
+    """X of A X = B, A (*B, N, N) and B (*B, N, K), or of X A = B: each column (row) by itself, over the N that are solved for.
+
+    PyTorch's counter has no MACs for it.
+    """
+    square, given = trace.dims(a), trace.dims(b)
+    trace.freeze_dims([*square[-2:], given[-2 if left else -1]], "solved for together")
+    lead: list[Dim] = [()] * (out.dim() - 2)
+    for dims in (square[:-2], given[:-2]):
+        for i, dim in enumerate(reversed(dims), 1):
+            if dim and lead[-i]:
+                axes.unify(lead[-i], dim)
+            lead[-i] = lead[-i] or dim
+    return [*lead, *given[-2:]]
+
+
 @rule(aten._grouped_mm)
 def grouped_mm(trace: Tracer, out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *rest: Any, **kw: Any) -> list[Dim]:
     """Rows of `a` (T, K) in groups, each with its own matrix of `b` (G, K, M): mixtures of experts.
