@@ -1,4 +1,4 @@
-"""Operators without PyTorch's way to them: a third of a convolution's time in a trace, and more than half of a batch norm's.
+"""Operators without PyTorch's way to them: a fifth of a convolution's time in a trace, and two fifths of a batch norm's.
 
 A layer's call, its forward, the torch function that this calls and the dispatcher between that and an ATen operator do nothing
 that a trace has to see, where one operator is all there is.  So the tables here say of some layers and functions which operator

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import benchmarks.zoo.__main__ as zoo
-from benchmarks.zoo import Entry, entries, pages, peers, runner, vision
+from benchmarks.zoo import Entry, entries, pages, peers, runner, unseen, vision
 from benchmarks.zoo.measure import Row, causes, measure
 from dmscale import certify, trace
 
@@ -29,7 +29,7 @@ class Unknown(nn.Module):
 
     def forward(self, x):
         y = self.first(x)
-        return self.last(self.second(torch.linalg.solve_triangular(torch.eye(len(y)), y, upper=True)))
+        return self.last(self.second(torch.linalg.solve(torch.eye(len(y)), y)))
 
 
 def entry(name, build=None, requires=""):
@@ -55,6 +55,27 @@ def test_a_fast_part_of_the_zoo_is_exact(name):
     got = measure(chosen)
     assert (got.status, got.problem) == ("exact", "")
     assert got.dimensions and got.half_macs < 0.9
+
+
+def test_models_that_nobody_chose_are_none_of_the_list():
+    pytest.importorskip("timm")
+    listed = {e.name for e in entries()}
+    drawn = [e.name for e in unseen.timm_entries(20, seed=3)]
+    assert len(set(drawn)) == 20 and not listed & set(drawn)
+    assert drawn == [e.name for e in unseen.timm_entries(20, seed=3)]
+    assert drawn != [e.name for e in unseen.timm_entries(20, seed=4)]
+    pytest.importorskip("transformers")
+    kinds = {e.name: e for e in unseen.transformers_entries()}
+    assert len(kinds) > 100 and not listed & kinds.keys()
+
+    def large():
+        raise unseen.LeftOut("909 M parameters")
+
+    chosen = [kinds["hf:camembert"], Entry("hf:large", "transformers", large)]
+    small, left_out = runner.run(chosen, unseen._measured, limit=100)
+    assert small["built"] and small["status"] == "exact" and not left_out["built"]
+    page = unseen.page([small, left_out], seed=3)
+    assert "**1 of 1 models exact" in page and "2 drawn; left out: 1 too large." in page
 
 
 def test_every_file_of_timm_has_an_entry():
