@@ -1,9 +1,9 @@
 """Certification: a dimension is offered only if it survives a trial.
 
 Half of everything is removed at once, exported, run, and compared with the gated model; if that fails, dimensions are
-tried in ever smaller groups until the ones at fault are known.  First half of every width, with all blocks in place, for
-what lies in a block that is gone is not tried; then half of the blocks as well.  A trial runs on weights that leave nothing
-trivial: layers initialised to zero or one would hide a wrong slice.
+tried in ever smaller groups until the ones at fault are known.  What lies in a block that goes is not tried: where nothing
+like it stays in another block, half of every width is removed before, with all blocks in place.  A trial runs on weights that
+leave nothing trivial: layers initialised to zero or one would hide a wrong slice.
 """
 
 from __future__ import annotations
@@ -36,9 +36,30 @@ def certify(space: SearchSpace) -> None:
 
 def _certify(space: SearchSpace) -> None:
     model, inputs = trial_model(space)
-    _certify_those(space, model, inputs, lambda: [n for n, d in space.dimensions.items() if d.kind != "depth"])
-    if any(d.kind == "depth" for d in space.dimensions.values()):
-        _certify_those(space, model, inputs, lambda: list(space.dimensions))
+    if _untried(space):
+        _certify_those(space, model, inputs, lambda: [n for n, d in space.dimensions.items() if d.kind != "depth"])
+    _certify_those(space, model, inputs, lambda: list(space.dimensions))
+
+
+def _untried(space: SearchSpace) -> list[str]:
+    """The dimensions inside blocks that go in a trial of everything, unlike any inside a block of the same stack that stays."""
+    structure = _halved(space, list(space.dimensions))
+    found: list[str] = []
+    for stack in space.stacks.values():
+        stays = [path for i, path in enumerate(stack.paths) if i in structure.kept[stack.name]]
+        tried = {form for path in stays for form in _inside(space, path)}
+        for path in set(stack.paths) - set(stays):
+            found += [name for form, name in _inside(space, path).items() if form not in tried]
+    return found
+
+
+def _inside(space: SearchSpace, path: str) -> dict[Any, str]:
+    """What a dimension is like, apart from where its block stands -> its name, of those whose axes are all in one block."""
+    return {
+        (d.kind, d.size, d.lowest, d.multiple, tuple(m[len(path) :] for m in d.members)): name
+        for name, d in space.dimensions.items()
+        if d.members and all(m.startswith(path) and m[len(path) : len(path) + 1] in ("", ".", " ") for m in d.members)
+    }
 
 
 def _certify_those(space: SearchSpace, model: nn.Module, inputs: Any, chosen: Callable[[], list[str]]) -> None:
