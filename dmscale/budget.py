@@ -525,7 +525,8 @@ class _Problem:
         close = rows[(load <= 1) & (load >= 1 - SLACK)]
         if len(close):
             return close[int(np.argmax(self._worth(close)))]
-        best = int(np.argmax(np.where(load <= 1, load, 0)))
+        load = np.where(load <= 1, load, 0)
+        best = int(np.argmax(load))
         return rows[best] if load[best] > most else sizes
 
     def exchange(self, sizes: np.ndarray) -> np.ndarray:

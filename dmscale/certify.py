@@ -36,9 +36,12 @@ def certify(space: SearchSpace) -> None:
 
 def _certify(space: SearchSpace) -> None:
     model, inputs = trial_model(space)
-    if _untried(space):
-        _certify_those(space, model, inputs, lambda: [n for n, d in space.dimensions.items() if d.kind != "depth"])
-    _certify_those(space, model, inputs, lambda: list(space.dimensions))
+    before = None
+    while before != space.dimensions:  # once, where nothing fails: other blocks may go where a dimension less is tried
+        if _untried(space):
+            _certify_those(space, model, inputs, lambda: [n for n, d in space.dimensions.items() if d.kind != "depth"])
+        before = dict(space.dimensions)
+        _certify_those(space, model, inputs, lambda: list(space.dimensions))
 
 
 def _untried(space: SearchSpace) -> list[str]:

@@ -135,6 +135,7 @@ _NOT_RUN = frozenset({
     "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 })  # fmt: skip
+"""Where a module has hooks that no forward calls."""
 
 
 def on_meta(t: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ _GEOMETRY = {
     "output_padding",
     "output_size",
 }  # never the size of an axis
-_UNSIZED = _GEOMETRY | vars(nn.Module()).keys()
+_UNSIZED = _GEOMETRY | vars(nn.Module()).keys()  # nor what every module holds
 _NO_SIZES = {bool, float, str, type(None), types.FunctionType, type, set, collections.OrderedDict}
 
 

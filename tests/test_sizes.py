@@ -214,6 +214,9 @@ def test_equations_of_three_axes_are_solved_together(any_order):
     one, both = says(eighth, (a,)), says(Operation("*", eighth, 2), concat([(a,), (b,)]))
     s = solve(any_order([one, both]))
     assert s.links == [{a, b, rest}] and is_free(*parts) == [True] * 3
+    (a,), (b,), (rest,) = parts = [axis(4), axis(4), axis(24)]  # by the first alone they could be chosen more freely
+    s = solve([says(Operation("//", Extent(concat(parts)), 8), (a,))])
+    assert s.links == [{a, b, rest}] and is_free(*parts) == [True] * 3
 
 
 def test_a_sum_that_is_as_long_as_another_axis_keeps_its_shares(any_order):

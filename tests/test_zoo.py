@@ -75,7 +75,7 @@ def test_models_that_nobody_chose_are_none_of_the_list():
     small, left_out = runner.run(chosen, unseen._measured, limit=100)
     assert small["built"] and small["status"] == "exact" and not left_out["built"]
     page = unseen.page([small, left_out], seed=3)
-    assert "**1 of 1 models exact" in page and "2 drawn; left out: 1 too large." in page
+    assert "**1 of 1 models exact" in page and "2 tried; left out: 1 too large." in page
 
 
 def test_every_file_of_timm_has_an_entry():

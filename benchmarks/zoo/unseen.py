@@ -187,7 +187,7 @@ def page(rows: Sequence[Mapping[str, Any]], seed: int) -> str:
         out = Counter("too large" if "M parameters" in r["problem"] else "does not build or run in this configuration"
                       for r in among if not r["built"])  # fmt: skip
         left = ", ".join(f"{n} {why}" for why, n in out.most_common())
-        parts.append(f"## {family}\n\n{len(among)} drawn; left out: {left or 'none'}.\n")
+        parts.append(f"## {family}\n\n{len(among)} tried; left out: {left or 'none'}.\n")
         parts.append(pages.table([r for r in among if r["built"]]))
     return "\n".join(parts)
 

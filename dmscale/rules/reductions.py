@@ -31,8 +31,8 @@ Tensor = torch.Tensor
 def batch_norm(trace: Tracer, out: Sequence[Tensor], x: Tensor, *parameters: Any, **kwargs: Any) -> Sequence[Any]:
     """Statistics by channel: every per-channel vector has the channel's axis, and nothing mixes channels.
 
-    With statistics that are given the plain operator has one result: behind it stands nothing, or what was given, as the
-    device has it.
+    With statistics that are given, `native_batch_norm` has one result that matters: the two behind it are empty on a CPU, and
+    copies of what was given on other devices.
     """
     dims = trace.dims(x)
     training = any([p is True for p in parameters]) or trace._operator == "_batch_norm_with_update"
