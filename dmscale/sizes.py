@@ -393,10 +393,16 @@ def _now(q: Quotient) -> int:
 def _solve_for_attribute(
     e: Expression, value: Quotient, known: dict[Attribute, Quotient]
 ) -> tuple[Attribute, Quotient] | None:
-    """The attribute, and its value, that makes `e` equal `value`; None where `e` has not exactly one unknown."""
+    """The attribute, and its value, that makes `e` equal `value`; None where `e` has not exactly one unknown.
+
+    Raises:
+        Inexact: more than one value does: a quotient in `e` is rounded at full size.
+    """
+    divided = False
     while not isinstance(e, Attribute):
         if not isinstance(e, Operation):
             return None
+        divided = divided or e.symbol == "//"
         left, right = _try(e.left, known), _try(e.right, known)
         if right is not None and left is None:  # unknown op right = value
             value, e = _undo_left(e.symbol, value, right), e.left
@@ -404,6 +410,8 @@ def _solve_for_attribute(
             value, e = _undo_right(e.symbol, value, left), e.right
         else:
             return None
+    if divided and _now(value) != e.value:
+        raise Inexact  # (4 - 1) // 2 is what (3 - 1) // 2 is
     return e, value
 
 

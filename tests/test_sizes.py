@@ -268,6 +268,21 @@ def test_a_rounded_quotient_cannot_follow(any_order):
     assert values(s, {}) == {C: 8}
 
 
+def test_what_a_rounded_quotient_is_of_is_not_known(any_order):
+    """Half a kernel of 4 is padded with 1 on the left, and with 2 on the right: 3 would be padded with 1 as well."""
+    kernel, channels = Attribute("conv", ("kernel",), 4), Attribute("conv", ("channels",), 9)
+    left, right, x = axis(1, "a constant"), axis(2, "a constant"), axis(4)
+    half = Operation("//", Operation("-", kernel, 1), 2)
+    s = solve(
+        any_order([
+            says(half, left), says(Operation("-", Operation("-", kernel, 1), half), right),
+            says(Operation("//", channels, 2), x),
+        ])
+    )  # fmt: skip
+    assert values(s, {}) in ({}, {kernel: 4})  # nothing, or what it is
+    assert is_free(x) == [False]
+
+
 def test_an_attribute_that_is_a_ratio_of_two_axes_keeps_its_value_and_links_them(any_order):
     """LeViT splits heads into keys and `ratio` times as large values: the ratio stays whole at every size."""
     keys, values_ = axis(8), axis(16)
