@@ -352,7 +352,7 @@ def _trailing(dim: Dim, n: int) -> Dim:
     return tuple(got) if axes.size(tuple(got)) == n else _constant(n)
 
 
-@_on("split", "split_with_sizes", "tensor_split", "unsafe_split")
+@_on("split", "split_with_sizes", "unsafe_split")
 def _split(tracer: Tracer, out: Sequence[Tensor], x: Tensor, sizes: Any, dim: int = 0) -> None:
     pieces = [tracer.dims(o)[dim] for o in out]
     listed = list(sizes) if isinstance(sizes, (tuple, list)) else [sizes] * len(pieces)
@@ -368,6 +368,31 @@ def _chunk(tracer: Tracer, out: Sequence[Tensor], x: Tensor, chunks: int, dim: i
         n = axes.size(piece)
         share = Extent(first) if n == whole else Operation("//", Operation("*", Extent(first), n), whole)
         tracer.equate(SizedInt(n, share), piece)
+
+
+@_on("tensor_split")
+def _tensor_split(
+    tracer: Tracer, out: Sequence[Tensor], x: Tensor, indices_or_sections: Any = None, dim: int = 0, **named: Any
+) -> None:
+    """Equal sections stay equal; unequal ones are not always as unequal.  Indices are the sizes of all before them."""
+    where = next(iter(named.values())) if indices_or_sections is None else indices_or_sections
+    pieces = [tracer.dims(o)[dim] for o in out]
+    if isinstance(where, Tensor):
+        tracer.freeze_dims(pieces, "cut at indices from a tensor")
+    elif isinstance(where, (tuple, list)):
+        for i, n in enumerate(where):
+            before = axes.concat(pieces[: i + 1])
+            tracer.equate(n, before if int(n) == axes.size(before) else _constant(int(n)))
+    elif len({axes.size(piece) for piece in pieces}) == 1:
+        _chunk(tracer, out, x, len(pieces), dim)
+    else:
+        tracer.freeze_dims(pieces, "cut into unequal sections")
+
+
+@_on("hsplit", "vsplit", "dsplit")
+def _split_along(tracer: Tracer, out: Sequence[Tensor], x: Tensor, where: Any = None, **named: Any) -> None:
+    cut = {i for i, n in enumerate(x.shape) if n != out[0].shape[i]}
+    _tensor_split(tracer, out, x, where, cut.pop() if cut else 0, **named)
 
 
 @_on("narrow")

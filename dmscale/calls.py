@@ -287,13 +287,19 @@ def _variance(*call: Any) -> Tensor:
     return _moments(*call)[0]
 
 
+def _root(variance: Tensor) -> Tensor:
+    """The root of a variance, whose gradient is zero where that is, as that of `torch.std` is."""
+    positive = variance > 0
+    return torch.where(positive, variance, 1).sqrt() * positive
+
+
 def _deviation(*call: Any) -> Tensor:
-    return _moments(*call)[0].sqrt()
+    return _root(_moments(*call)[0])
 
 
 def _deviation_and_mean(*call: Any) -> tuple[Tensor, Tensor]:
     variance, mean = _moments(*call)
-    return variance.sqrt(), mean
+    return _root(variance), mean
 
 
 def _softmax(func: Any, args: Any, kwargs: Any, found: CallSite, masks: Any) -> Tensor:
@@ -306,14 +312,21 @@ def _softmax(func: Any, args: Any, kwargs: Any, found: CallSite, masks: Any) -> 
     return (e / e.sum(dim, keepdim=True)).to(x.dtype)
 
 
-def _log_softmax(*call: Any) -> Tensor:
-    return _softmax(*call).log()
+def _in_logs(x: Tensor, found: CallSite, masks: Any) -> Tensor:
+    """x + log m; what is removed is far below all else, and finite: two of them can be added, and one be multiplied with zero."""
+    m = _along(x, found, masks)
+    return torch.where(m > 0, x + m.clamp(min=torch.finfo(m.dtype).tiny).log(), torch.finfo(x.dtype).min / 4).to(x.dtype)
+
+
+def _log_softmax(func: Any, args: Any, kwargs: Any, found: CallSite, masks: Any) -> Tensor:
+    x = args[0] if args else kwargs["input"]
+    dim, dtype = _argument(args, kwargs, 1, "dim"), kwargs.get("dtype")
+    x = _in_logs(x if dtype is None else x.to(dtype), found, masks)
+    return x - x.logsumexp(dim, keepdim=True)
 
 
 def _logsumexp(func: Any, args: Any, kwargs: Any, found: CallSite, masks: Any) -> Tensor:
-    x = args[0] if args else kwargs["input"]
-    m = _along(x, found, masks)
-    x = torch.where(m > 0, x + m.clamp(min=torch.finfo(m.dtype).tiny).log(), torch.finfo(x.dtype).min).to(x.dtype)
+    x = _in_logs(args[0] if args else kwargs["input"], found, masks)
     return func(x, *args[1:], **{k: v for k, v in kwargs.items() if k != "input"})
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from . import running
-from .clone import clone
+from .clone import clone, own_copy
 from .known import keeps_cache, quiet
 from .tracing import failed_forward
 
@@ -100,7 +100,8 @@ def trial_model(space: SearchSpace) -> tuple[nn.Module, Any]:
 
     Half precision becomes float32: a trial is about indices, not about rounding.
     """
-    model = clone(space.model, _non_trivial).eval()
+    model = clone(space.model, own_copy) if space.writes_parameters else space.model
+    model = clone(model, _non_trivial).eval()
     model = model if space.trace.cached else quiet(model)
     inputs = space.example_inputs
     low = {t.dtype for t in model.parameters() if t.is_floating_point()} - {torch.float32, torch.float64}

@@ -354,18 +354,17 @@ def _plan_contraction(
     consumers = weight or consumers
     if consumers:
         written = any(_holding(trace, n, c.dim) for v, _ in consumers for n in v.params & trace.record.written)
-        site = _input_site(trace, c, consumers, smaller=not written)
+        maskable = not written and all(v.zeroed for v, _ in consumers)  # softplus(0) is not zero
+        site = _input_site(trace, c, consumers, smaller=maskable)
         if site is not None:
             inputs[site.module] = site
             return
-        if written:
-            axes.freeze(c.dim, f"the forward writes to the weight that consumes it, in {c.path or 'the model'}")
+        if maskable:
+            for value, own in consumers:
+                for name in value.params:
+                    positions = [i for i, d in enumerate(trace.slots[name]) if d is own] or _holding(trace, name, c.dim)
+                    _mask(trace, c.path, name, positions, weights)
             return
-        for value, own in consumers:
-            for name in value.params:
-                positions = [i for i, d in enumerate(trace.slots[name]) if d is own] or _holding(trace, name, c.dim)
-                _mask(trace, c.path, name, positions, weights)
-        return
     _mask_producers(trace, c.dim, [value for value, _ in c.operands], c.path, c.operator, weights, functions, c.op)
 
 
@@ -501,7 +500,10 @@ def attach(
     dims = {(s.module, s.name): s.dims for s in sites.weights}
     for module, name in dims.keys() | scaled:
         mask = MaskedWeight(masks, dims.get((module, name), ()), scales[module] if (module, name) in scaled else None)
-        parametrize.register_parametrization(gated.get_submodule(module), name, mask, unsafe=True)
+        owner = gated.get_submodule(module)
+        if parametrize.is_parametrized(owner):
+            _own_class(owner)
+        parametrize.register_parametrization(owner, name, mask, unsafe=True)
     for consumer in sites.inputs:
         gated.get_submodule(consumer.module).register_forward_pre_hook(MaskedInput(masks, consumer), with_kwargs=True)
     for site in sites.norms:
@@ -536,13 +538,24 @@ def attach(
     return gated
 
 
+def _own_class(module: nn.Module) -> None:
+    """Give a parametrised module a class that nothing else has: PyTorch puts a property for each tensor into it.
+
+    A clone has the class of what it is a clone of, so the user's own module would get that property too.
+    """
+    cls = type(module)
+    inside = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
+    module.__class__ = type(cls.__name__, cls.__bases__, inside)
+
+
 _MASKS = "_dmscale_masks"
 
 
 def _hold(gated: nn.Module, masks: Masks) -> None:
-    """Let the module tree own the masks, in a leaf: a `Sequential` would run a child that it is given."""
+    """Let the module tree own the masks, in a leaf or else where no container would run a child that it is given."""
     if len(masks._list):
-        leaf = next((m for m in gated.modules() if not m._modules and m._parameters), gated)
+        holders = [m for m in gated.modules() if not isinstance(m, (nn.Sequential, nn.ModuleList, nn.ModuleDict))]
+        leaf = next((m for m in holders if not m._modules and m._parameters), holders[0] if holders else gated)
         leaf.add_module(_MASKS, masks)
     gated.__dict__[_MASKS] = masks
 

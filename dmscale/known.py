@@ -6,8 +6,10 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
+from . import running
 from .tree import walk
 
 # Attributes of PyTorch's own layers that describe their parameters but that no forward reads (a linear layer multiplies
@@ -94,9 +96,10 @@ def describe(module: nn.Module) -> None:
     for cls, attributes in DESCRIPTIVE.items():
         if isinstance(module, cls):
             for attribute, (parameter, dim) in attributes.items():
-                tensor = getattr(module, parameter, None)
-                if tensor is None:
-                    tensor = getattr(module, "running_mean", None)
+                with torch.no_grad(), running.evaluating(module):  # a parametrised weight is computed: spectral norm learns then
+                    tensor = getattr(module, parameter, None)
+                    if tensor is None:
+                        tensor = getattr(module, "running_mean", None)
                 if tensor is not None and getattr(module, attribute, None) != tensor.shape[dim]:
                     setattr(module, attribute, tensor.shape[dim])
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from . import axes, budget, causes, certify, decisions, export, gates, latency, routing, settings, tracing
 from .axes import Axis
-from .clone import alias, clone
+from .clone import alias, clone, own_copy
 from .cost import METRICS, Cost, CostModel, block_finder, cost_model
 from .dimensions import Dimension, Options, dimensions, resolve
 from .errors import DmscaleError, ExportError, TraceError
@@ -92,6 +92,12 @@ class SearchSpace:
     def costs(self) -> CostModel:
         """The cost polynomials over `variables`."""
         return cost_model(self)
+
+    @property
+    def writes_parameters(self) -> bool:
+        """Whether the forward of the model writes to parameters, as that of a momentum encoder does."""
+        written = self.trace.record.written
+        return bool(written) and any(n in written for n, _ in self.model.named_parameters())
 
     @functools.cached_property
     def routed(self) -> tuple[str, ...]:
@@ -353,9 +359,10 @@ class SearchSpace:
         small = self.build(structure)
         self._settle(small, structure)
         if verify and not any(p.is_meta for p in self.model.parameters()):
-            # copies: a forward may write to buffers and attributes, and these are the user's
-            gated = self._gate(clone(self.model, alias), structure)
-            error = certify.compare(gated, clone(small, alias), self.example_inputs)
+            # copies: a forward may write to buffers and attributes, some to parameters, and these are the user's
+            apart = own_copy if self.writes_parameters else alias
+            gated = self._gate(clone(self.model, apart), structure)
+            error = certify.compare(gated, clone(small, apart), self.example_inputs)
             tolerance = certify.tolerance(self.model)
             if not error <= tolerance:
                 raise ExportError(

@@ -14,7 +14,7 @@ import bisect
 import contextlib
 import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -334,6 +334,7 @@ _LEAVES_ZERO = {
     for name in packet.overloads()
 }  # fmt: skip
 """Operators that do not give zero for zero: a row of zero weights does not stay zero behind them."""
+_SHIFTS = {getattr(p, n) for p in (aten.add, aten.add_, aten.sub, aten.sub_) for n in p.overloads() if n in ("Tensor", "Scalar")}
 _NAME = "_dmscale_value"
 _NO_PARAMS: frozenset[str] = frozenset()
 _PLAIN = frozenset({int, float, bool, str, type(None)})
@@ -352,6 +353,7 @@ class _Kind(NamedTuple):
     adds: bool
     times: bool
     leaves_zero: bool
+    shifts: bool  # where its second argument is a number
     by_values: bool  # how long its result is
     mutable: bool
     squares: bool  # where its exponent is two
@@ -370,6 +372,7 @@ def _kind(func: Any) -> _Kind:
         func in (aten.add.Tensor, aten.add_.Tensor),
         func in _TIMES,
         func in _LEAVES_ZERO,
+        func in _SHIFTS,
         torch.Tag.dynamic_output_shape in func.tags,
         func._schema.is_mutable,
         func is aten.pow.Tensor_Scalar,
@@ -403,6 +406,7 @@ class Tracer(TorchDispatchMode):
         self._contracting = False
         self._shifting = False
         self._named: dict[int, str] = {}  # origin of a parameter or buffer -> its name
+        self._parts: dict[int, int] = {}  # origin of a view of some of its elements -> its origin
         self._square: int | None = None
         self._operator = ""
         self._origins = 0
@@ -564,7 +568,16 @@ class Tracer(TorchDispatchMode):
     def writes(self, *tensors: Tensor | None) -> None:
         """Note that the model writes to these tensors, in training at least: nothing can stand for what is written to."""
         for t in tensors:
-            if t is not None and (name := self._named.get(self.value(t).origin)) is not None:
+            if t is not None:
+                origin = self.value(t).origin
+                if (name := self._named.get(self._parts.get(origin, origin))) is not None:
+                    self.record.written.add(name)
+
+    def note_replaced(self, path: str, held: Mapping[str, Tensor | None]) -> None:
+        """Note as written what module `path` does not hold any more: it has put another tensor in its place."""
+        for key, t in held.items():
+            name = f"{path}.{key}" if path else key
+            if t is not None and name in self._names and t.__dict__.get(_NAME) is not self._names[name]:
                 self.record.written.add(name)
 
     def shifts(self) -> None:
@@ -731,7 +744,7 @@ class Tracer(TorchDispatchMode):
         adds = kind.adds and len(values) == 2
         if adds:
             record.biases += [(self.op, n) for v in values if not v.data for n in v.params if len(v.params) == 1]
-        if kind.leaves_zero or self._shifting:
+        if kind.leaves_zero or self._shifting or (kind.shifts and type(args[1]) in (int, float) and args[1]):
             zeroed = False
         if contracting and data == len(values):
             zeroed = False  # of two activations: nothing that is added to their product makes it zero
@@ -757,6 +770,8 @@ class Tracer(TorchDispatchMode):
             else:
                 setattr(o, _NAME, made)
             given.append(own)
+            if kind.view and not data and own != first.origin:
+                self._parts[own] = self._parts.get(first.origin, first.origin)
             if adds:
                 record.additions.append(Addition(self.op, (first, values[1]), made))
             if data and not kind.view:

@@ -24,6 +24,7 @@ from .axes import Axis, Dim
 from .clone import alias, clone, on_meta
 from .errors import TraceError
 from .known import is_by_product, is_result, quiet
+from .modes import differs_in_training
 from .sizes import Attribute, SizedInt, listed, with_entries
 from .tracer import Call, Contraction, Normalisation, Record, Tracer
 from .tree import once, walk
@@ -204,7 +205,7 @@ def _read(
     touched = _touched(tracer.record)
     if examples is not None and parameters - tracer.record.read.keys():
         touched |= _read_others(tracer, twin, examples, trace)
-    if parameters - tracer.record.read.keys():
+    if parameters - tracer.record.read.keys() or differs_in_training([module for _, module in modules]):
         touched |= _read_training(tracer, twin, args, kwargs, trace)
     for name in slots:
         if name not in tracer.record.read:
@@ -228,7 +229,7 @@ def _touched(record: Record) -> set[Dim]:
 
 
 def _read_training(tracer: Tracer, twin: nn.Module, args: tuple, kwargs: dict, trace: Trace) -> set[Dim]:
-    """Some parameters (auxiliary heads) are read in training mode only; their axes must follow too, at no cost.
+    """Some of a model (auxiliary heads, moving averages, noise) runs in training mode only; it must follow too, at no cost.
 
     Returns the dimensions of what was computed then.
     """
@@ -272,17 +273,24 @@ _Noted = TypeVar("_Noted", Contraction, Normalisation)
 
 
 def _new(noted: list[_Noted], old: int, dims_of: Callable[[_Noted], list[Dim]]) -> list[_Noted]:
-    """Those of `noted` behind number `old` that are unlike all before it: another module, operator or other axes."""
-    known: dict[tuple[str, str], list[list[Dim]]] = {}
+    """Those of `noted` behind number `old` that are unlike all before it: another module, operator, weight or other axes."""
+    known: dict[Any, list[list[Dim]]] = {}
     for n in noted[:old]:
-        known.setdefault((n.path, n.operator), []).append(dims_of(n))
+        known.setdefault(_made_of(n), []).append(dims_of(n))
     return [
         n for n in noted[old:]
         if not any(
             len(dims) == len(other) and all(map(axes.same, dims, other))
-            for dims in [dims_of(n)] for other in known.get((n.path, n.operator), ())
+            for dims in [dims_of(n)] for other in known.get(_made_of(n), ())
         )
     ]  # fmt: skip
+
+
+def _made_of(n: Contraction | Normalisation) -> tuple[Any, ...]:
+    """Where it ran, and what of: training may add noise to a weight."""
+    if isinstance(n, Normalisation):
+        return n.path, n.operator
+    return n.path, n.operator, frozenset(name for v, _ in n.operands if not v.data for name in v.params)
 
 
 @contextlib.contextmanager
@@ -314,6 +322,10 @@ def _run(
     except Exception as error:
         error._dmscale_path = tracer.path  # type: ignore[attr-defined]
         raise
+    finally:
+        for path, module in modules:
+            tracer.note_replaced(path, module._parameters)
+            tracer.note_replaced(path, module._buffers)
     given = running.tensors_in(out)
     if not given:
         raise TraceError(
