@@ -105,6 +105,8 @@ class Arrivals(TorchFunctionMode):
                 out = recurrent.layer(tracer, name, *args)
             else:
                 out = func(*args, **kwargs)
+            if func is torch._VF.lstm:
+                recurrent.keep_apart(tracer, *out[1:])
             sized = _sized(args, kwargs)
             if sized and counted_as(name, args) not in SCALINGS:
                 _fix(tracer, sized)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -159,13 +160,18 @@ def _trial(space: SearchSpace, model: nn.Module, inputs: Any, names: Sequence[st
 def _halved(space: SearchSpace, names: Sequence[str]) -> Structure:
     """About half of everything: an odd number of a width, for what holds of a half may hold of round numbers only.
 
-    Where the forward decides by a size, one at which it decides otherwise.
+    Widths of one size get different ones: what keeps them equal, if they must be, would not show else.  Where the forward
+    decides by a size, one at which it decides otherwise.
     """
     rng, turns = random.Random(0), space.turns
-    sizes = {}
+    sizes: dict[str, float] = {}
+    alike: Counter[int] = Counter()
     for n in names:
         d = space.dimensions[n]
-        half = d.size // 2 if d.kind == "depth" else d.size // 2 - (d.size // 2 + 1) % 2
+        half = d.size // 2
+        if d.kind != "depth":
+            half -= (half + 1) % 2 + 2 * (alike[d.size] % 3)
+            alike[d.size] += 1
         sizes[n] = turns[n].at if n in turns else max(d.lowest, half)
     scores = {m: [rng.random() for _ in range(t)] for n in names for m, t in space._members(space.dimensions[n])}
     return space.structure(sizes, scores)

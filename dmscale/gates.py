@@ -439,6 +439,14 @@ def _holding(trace: Trace, name: str, dim: Dim) -> list[int]:
 def _mask(
     trace: Trace, path: str, name: str, positions: list[int], weights: dict[tuple[str, str], dict[int, Dim]]
 ) -> None:
+    magnitude = trace.record.magnitudes.get(name)
+    if magnitude is not None:
+        there = [i for i in positions if axes.same(trace.slots[magnitude][i], trace.slots[name][i])]
+        if there:
+            _mask(trace, path, magnitude, there, weights)
+        positions = [i for i in positions if i not in there]
+        if not positions:
+            return
     names = [name, *(alias for alias, first in trace.aliases.items() if first == name)]
     chosen = next((n for n in names if n.rpartition(".")[0] == path), name)  # of tied ones, the consumer's own
     module, _, leaf = chosen.rpartition(".")

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import axes
+from .sizes import Extent, Operation, SizedInt
 from .tracer import Tracer
 
 State = tuple[Tensor, ...]
@@ -67,6 +68,17 @@ def is_layer(name: str, args: Sequence[Any], kwargs: Any) -> bool:
         return False
     x, _, _, _, _, dropout, training, _, _ = args
     return x.is_meta and x.dim() == 3 and 0 not in x.shape and not (dropout and training)
+
+
+def keep_apart(tracer: Tracer, h: Tensor, c: Tensor) -> None:
+    """The projection of an LSTM keeps its share of the hidden size: the kernel takes one that is as long for none at all.
+
+    h, c: its last states, (layers, B, projection) and (layers, B, hidden).
+    """
+    projected, hidden = h.shape[-1], c.shape[-1]
+    if projected != hidden:
+        share = Operation("//", Operation("*", Extent(tracer.dims(c)[-1]), projected), hidden)
+        tracer.equate(SizedInt(projected, share), tracer.dims(h)[-1])
 
 
 def layer(

@@ -512,9 +512,10 @@ def _solve_once(equations: list[Equation], kept: Mapping[Attribute, Quotient]) -
             if found and found[0] not in known:
                 known[found[0]] = found[1]
                 progress = True
-        if not progress and (divisor := _free_divisor(todo, known)) is not None:
-            known[divisor] = Quotient(divisor.value)
-            progress = True
+        if not progress:
+            held = _free_divisor(todo, known) or _fixed_factors(todo, known)
+            known.update({a: Quotient(a.value) for a in held})
+            progress = bool(held)
     links: list[set[Axis]] = []
     related: list[tuple[Equation, Poly]] = []
     fixed = False  # as long as nothing is, sizes are what they were
@@ -541,7 +542,7 @@ def _solve_once(equations: list[Equation], kept: Mapping[Attribute, Quotient]) -
     return Solution(known, links)
 
 
-def _free_divisor(equations: list[Equation], known: Mapping[Attribute, Quotient]) -> Attribute | None:
+def _free_divisor(equations: list[Equation], known: Mapping[Attribute, Quotient]) -> list[Attribute]:
     """An attribute that another one, of which nothing is known either, is divided by: `channels // paths`, two paths say.
 
     Any value of it will do if the other follows, so it keeps its own.
@@ -551,8 +552,36 @@ def _free_divisor(equations: list[Equation], known: Mapping[Attribute, Quotient]
         if isinstance(e, Operation) and e.symbol == "//":
             a, b = e.left, e.right
             if isinstance(a, Attribute) and isinstance(b, Attribute) and a not in known and b not in known:
-                return b
-    return None
+                return [b]
+    return []
+
+
+def _fixed_factors(equations: list[Equation], known: Mapping[Attribute, Quotient]) -> list[Attribute]:
+    """Attributes in a product of which nothing is known, that make up what is fixed of its size: `fields * width`, of 26 widths.
+
+    They keep their values, so that the one that is left follows.
+    """
+    for eq in equations:
+        size = extent(eq.dim).terms
+        unknown = [f for f in _factors(eq.expression) if isinstance(f, Attribute)]
+        if len(size) != 1 or len(set(unknown)) < 2 or not all(f in unknown for f in _factors(eq.expression)):
+            continue
+        if any(f in known for f in unknown):
+            continue
+        ((variables, fixed),) = size.items()
+        rest = [a for a in set(unknown) if math.prod(f.value for f in unknown if f != a) == fixed]
+        if variables and rest:
+            last = bool(free_atoms(eq) & set(axes.atoms(axes.factors(eq.dim)[-1:])))  # of equal ones, where the free axis is
+            follows = sorted(rest, key=unknown.index)[-1 if last else 0]
+            return [f for f in dict.fromkeys(unknown) if f != follows]
+    return []
+
+
+def _factors(e: Expression) -> list[Expression]:
+    """What a product is of; an expression that is none alone."""
+    if isinstance(e, Operation) and e.symbol == "*":
+        return _factors(e.left) + _factors(e.right)
+    return [e]
 
 
 def _freeze_unrelated(

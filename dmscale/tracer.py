@@ -249,6 +249,7 @@ class Record:
     by_products: dict[str, tuple[tuple[Dim, ...], ...]] = field(default_factory=dict)  # outputs whose axes may shrink
     read: dict[str, int] = field(default_factory=dict)  # parameter -> the first operator that took it
     written: set[str] = field(default_factory=set)  # parameters and buffers that a forward writes to
+    magnitudes: dict[str, str] = field(default_factory=dict)  # a parameter that is divided by its norm -> what it is times
     not_alone: list[Dim] = field(default_factory=list)  # with one element left these dimensions would be gone
     steps: dict[int, Step] = field(default_factory=dict)  # by operator number
     results: set[int] = field(default_factory=set)  # origins of what the model returns
@@ -314,7 +315,8 @@ _SAME_ELEMENTS = {
     for op in (getattr(packet, name) for name in packet.overloads())
 }  # fmt: skip
 _VIEWS = {*_SAME_ELEMENTS, *(getattr(p, n) for p in (
-    aten.expand, aten.split, aten.split_with_sizes, aten.slice, aten.select, aten.unbind, aten.chunk) for n in p.overloads()
+    aten.expand, aten.split, aten.split_with_sizes, aten.slice, aten.select, aten.unbind, aten.chunk,
+    aten.diagonal) for n in p.overloads()
 )}  # fmt: skip
 _POINTWISE = [
     aten.copy_, aten.where, aten.masked_fill, aten.masked_fill_, aten.native_dropout, aten.fill_, aten.lerp,
@@ -579,6 +581,12 @@ class Tracer(TorchDispatchMode):
             name = f"{path}.{key}" if path else key
             if t is not None and name in self._names and t.__dict__.get(_NAME) is not self._names[name]:
                 self.record.written.add(name)
+
+    def has_magnitude(self, v: Tensor, g: Tensor) -> None:
+        """Note that `v` is divided by its norm and multiplied with `g`: zeros go into `g` rather, as 0 / 0 is none."""
+        names = [next(iter(self.value(t).params), None) for t in (v, g)]
+        if None not in names:
+            self.record.magnitudes.update([names])  # type: ignore[list-item]
 
     def shifts(self) -> None:
         """Note that the operator of the moment does not give zero for zero."""

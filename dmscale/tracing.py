@@ -384,7 +384,7 @@ def _tag_sizes(modules: list[tuple[str, nn.Module]]) -> None:
             (k, v) for k, v in module.__dict__.items() if type(v) not in _NO_SIZES and k not in _UNSIZED
         ]:
             kind = type(value)
-            if key[:1] == "_":
+            if key[:1] == "_" and (kind is not int or type(module).__module__.startswith("torch.")):
                 continue
             if kind is int:
                 if value > 1:
@@ -408,10 +408,13 @@ def _numbers(value: dict | tuple) -> dict[str, int]:
     return {k: v for k, v in named.items() if plain and type(k) is str and type(v) is int and v > 1}
 
 
+_PLAIN_OBJECTS = (object.__new__, types.SimpleNamespace.__new__)
+
+
 def is_settings(value: Any) -> bool:
     """Whether `value` is a plain object that holds numbers for a module: a config."""
     return (
-        type(value).__new__ is object.__new__  # enums, tuples and other values are not settings
+        type(value).__new__ in _PLAIN_OBJECTS  # enums, tuples and other values are not settings
         and hasattr(value, "__dict__")
         and not isinstance(value, (nn.Module, Tensor, type, types.ModuleType, types.FunctionType, types.MethodType))
         and not callable(value)
@@ -420,7 +423,7 @@ def is_settings(value: Any) -> bool:
 
 
 def _tagged_settings(settings: Any, path: str, key: str) -> Any:
-    mine = object.__new__(type(settings))
+    mine = type(settings).__new__(type(settings))
     mine.__dict__.update(settings.__dict__)
     for name, value in settings.__dict__.items():
         if type(value) is int and value > 1:

@@ -271,10 +271,11 @@ def distance(trace: Tracer, out: Tensor, a: Tensor, b: Tensor, *args: Any) -> Se
 
 @rule(aten._weight_norm_interface)
 def weight_norm(trace: Tracer, out: Sequence[Tensor], v: Tensor, g: Tensor, dim: int = 0) -> Sequence[Any]:
-    """g * v / |v|, the norm over every dimension but `dim`: zeros of a masked `v` do not matter to it."""
+    """g * v / |v|, the norm over every dimension but `dim`: zeros of a masked `v` do not matter to it, but for a whole row's."""
     dims = trace.dims(v)
     for own, other in zip(dims, trace.dims(g)):
         if other:
             axes.unify(own, other)
     trace.normalised("sum", [d for i, d in enumerate(dims) if i != dim % v.dim()], v)
+    trace.has_magnitude(v, g)
     return [dims, trace.dims(g)]

@@ -35,6 +35,35 @@ def triangle(trace: Tracer, out: Tensor, x: Tensor, *args: Any) -> Sequence[Dim]
     return trace.dims(x)
 
 
+@rule(aten.diagonal, aten.diagonal_copy)
+def diagonal(trace: Tracer, out: Tensor, x: Tensor, offset: int = 0, i: int = 0, j: int = 1) -> Sequence[Dim]:
+    """Rows and columns become one, in a last dimension: element n of one goes with element n of the other."""
+    dims = trace.dims(x)
+    rows, columns = dims[i], dims[j]
+    rest = [dim for k, dim in enumerate(dims) if k not in (i % x.dim(), j % x.dim())]
+    return [*rest, _paired(trace, rows, columns, offset, out.shape[-1])]
+
+
+@rule(aten.diag_embed)
+def diag_embed(trace: Tracer, out: Tensor, x: Tensor, offset: int = 0, i: int = -2, j: int = -1) -> Sequence[Dim]:
+    """The last dimension becomes rows and columns."""
+    *rest, own = trace.dims(x)
+    i, j = i % out.dim(), j % out.dim()
+    whole = _paired(trace, own, own, offset, out.shape[i])
+    for position in sorted((i, j)):
+        rest.insert(position, whole)
+    return rest
+
+
+def _paired(trace: Tracer, rows: Dim, columns: Dim, offset: int, length: int) -> Dim:
+    """The dimension of a diagonal; what lies beside the main one, or of what is not square, depends on numbers."""
+    if offset or axes.size(rows) != axes.size(columns):
+        trace.freeze_dims([rows, columns], "a diagonal beside the main one")
+        return axes.axis(length, "a diagonal beside the main one")
+    axes.unify(rows, columns)
+    return rows
+
+
 @rule(aten.view_as_real, aten.view_as_real_copy)
 def view_as_real(trace: Tracer, out: Tensor, x: Tensor) -> Sequence[Dim]:
     """A last dimension of two comes in."""
