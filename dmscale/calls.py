@@ -315,7 +315,9 @@ def _softmax(func: Any, args: Any, kwargs: Any, found: CallSite, masks: Any) -> 
 def _in_logs(x: Tensor, found: CallSite, masks: Any) -> Tensor:
     """x + log m; what is removed is far below all else, and finite: two of them can be added, and one be multiplied with zero."""
     m = _along(x, found, masks)
-    return torch.where(m > 0, x + m.clamp(min=torch.finfo(m.dtype).tiny).log(), torch.finfo(x.dtype).min / 4).to(x.dtype)
+    return torch.where(m > 0, x + m.clamp(min=torch.finfo(m.dtype).tiny).log(), torch.finfo(x.dtype).min / 4).to(
+        x.dtype
+    )
 
 
 def _log_softmax(func: Any, args: Any, kwargs: Any, found: CallSite, masks: Any) -> Tensor:

@@ -335,6 +335,9 @@ def _plan_lookups(trace: Trace, weights: dict[tuple[str, str], dict[int, Dim]]) 
         held = [n for n in lookup.source.params if n in trace.slots and _holding(trace, n, lookup.dim)]
         if lookup.source.data or not held or free <= found:
             continue
+        if not trace.record.written.isdisjoint(held):
+            axes.freeze(lookup.dim, f"the forward writes to what is looked up, in {lookup.path or 'the model'}")
+            continue
         for name in held:
             _mask(trace, lookup.path, name, _holding(trace, name, lookup.dim), weights)
         found |= free

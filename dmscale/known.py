@@ -96,7 +96,8 @@ def describe(module: nn.Module) -> None:
     for cls, attributes in DESCRIPTIVE.items():
         if isinstance(module, cls):
             for attribute, (parameter, dim) in attributes.items():
-                with torch.no_grad(), running.evaluating(module):  # a parametrised weight is computed: spectral norm learns then
+                # a parametrised weight is computed, and in training mode spectral norm learns by that
+                with torch.no_grad(), running.evaluating(module):
                     tensor = getattr(module, parameter, None)
                     if tensor is None:
                         tensor = getattr(module, "running_mean", None)

@@ -31,7 +31,7 @@ def differs_in_training(modules: Iterable[nn.Module]) -> bool:
 
 
 @functools.cache
-def _branches(cls: type[nn.Module]) -> tuple[Also, ...]:
+def _branches(cls: Any) -> tuple[Also, ...]:
     """For each branch on `training` in the methods of a class: what else must be true."""
     if issubclass(cls, nn.modules.batchnorm._NormBase):
         return ()  # they learn statistics by other means, which the rule of a batch norm knows
@@ -40,7 +40,7 @@ def _branches(cls: type[nn.Module]) -> tuple[Also, ...]:
 
 
 def _is_pytorch(cls: type) -> bool:
-    return cls.__module__ == "builtins" or cls.__module__.startswith("torch.nn.modules.")
+    return cls is object or cls.__module__.startswith("torch.nn.modules.")
 
 
 def _in_method(method: Any) -> Iterator[Also]:

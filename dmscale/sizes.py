@@ -571,8 +571,11 @@ def _fixed_factors(equations: list[Equation], known: Mapping[Attribute, Quotient
         ((variables, fixed),) = size.items()
         rest = [a for a in set(unknown) if math.prod(f.value for f in unknown if f != a) == fixed]
         if variables and rest:
-            last = bool(free_atoms(eq) & set(axes.atoms(axes.factors(eq.dim)[-1:])))  # of equal ones, where the free axis is
-            follows = sorted(rest, key=unknown.index)[-1 if last else 0]
+            innermost = axes.atoms((axes.factors(eq.dim)[-1],))
+            last = not free_atoms(eq).isdisjoint(innermost)
+            follows = sorted(rest, key=unknown.index)[
+                -1 if last else 0
+            ]  # of equal ones, the one that stands where it is
             return [f for f in dict.fromkeys(unknown) if f != follows]
     return []
 

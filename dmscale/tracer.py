@@ -249,7 +249,9 @@ class Record:
     by_products: dict[str, tuple[tuple[Dim, ...], ...]] = field(default_factory=dict)  # outputs whose axes may shrink
     read: dict[str, int] = field(default_factory=dict)  # parameter -> the first operator that took it
     written: set[str] = field(default_factory=set)  # parameters and buffers that a forward writes to
-    magnitudes: dict[str, str] = field(default_factory=dict)  # a parameter that is divided by its norm -> what it is times
+    magnitudes: dict[str, str] = field(
+        default_factory=dict
+    )  # a parameter that is divided by its norm -> what it is times
     not_alone: list[Dim] = field(default_factory=list)  # with one element left these dimensions would be gone
     steps: dict[int, Step] = field(default_factory=dict)  # by operator number
     results: set[int] = field(default_factory=set)  # origins of what the model returns
@@ -336,7 +338,12 @@ _LEAVES_ZERO = {
     for name in packet.overloads()
 }  # fmt: skip
 """Operators that do not give zero for zero: a row of zero weights does not stay zero behind them."""
-_SHIFTS = {getattr(p, n) for p in (aten.add, aten.add_, aten.sub, aten.sub_) for n in p.overloads() if n in ("Tensor", "Scalar")}
+_SHIFTS = {
+    getattr(p, n)
+    for p in (aten.add, aten.add_, aten.sub, aten.sub_)
+    for n in p.overloads()
+    if n in ("Tensor", "Scalar")
+}
 _NAME = "_dmscale_value"
 _NO_PARAMS: frozenset[str] = frozenset()
 _PLAIN = frozenset({int, float, bool, str, type(None)})

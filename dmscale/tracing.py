@@ -423,7 +423,8 @@ def is_settings(value: Any) -> bool:
 
 
 def _tagged_settings(settings: Any, path: str, key: str) -> Any:
-    mine = type(settings).__new__(type(settings))
+    cls: Any = type(settings)
+    mine = cls.__new__(cls)
     mine.__dict__.update(settings.__dict__)
     for name, value in settings.__dict__.items():
         if type(value) is int and value > 1:

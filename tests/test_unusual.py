@@ -5,13 +5,17 @@ Each keeps what design.md section 4 promises at every structure, the smallest in
 
 from __future__ import annotations
 
+import types
+
 import pytest
 import torch
 import torch.nn.functional as F
 from nets import difference, non_trivial, outputs, run
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, weight_norm
 
 import dmscale
+from dmscale import arrivals
 
 
 def traced(model: nn.Module, *inputs: Tensor) -> dmscale.SearchSpace:
@@ -416,3 +420,273 @@ def test_parts_that_several_sizes_tell_of_keep_one_share(cut):
     assert len(parts) == 1 and parts[0].size == 4 and sum(a.size for a in parts[0].axes) == 32
     assert_exact(space)
     searched(space, "50% macs")
+
+
+# -- layers that are parametrised already -----------------------------------------------------------------------------
+
+
+class Attending(nn.Module):
+    """Attention whose projections have weight norm: their biases are gated beside a parametrised weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = (parametrizations.weight_norm(nn.Linear(5, 16)) for _ in range(3))
+        self.out = nn.Linear(16, 3)
+
+    def forward(self, x):
+        q, k, v = (f(x).unflatten(-1, (4, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        return self.out(((q @ k.mT) * 0.5).softmax(-1).matmul(v).transpose(1, 2).flatten(2))
+
+
+def test_a_gate_on_a_parametrised_layer_leaves_the_users_alone():
+    space = traced(Attending(), torch.randn(2, 3, 5))
+    assert set(space.dimensions) == {"q head_dim", "v head_dim"}
+    assert_exact(space)
+    assert not hasattr(type(space.model.q), "bias")  # which PyTorch would look up there from now on
+    outputs(space.model, space.example_inputs)
+
+
+@pytest.mark.parametrize("norm", [weight_norm, parametrizations.weight_norm])
+def test_weight_norm_along_what_is_removed_is_gated_at_its_magnitude(norm):
+    """A vocoder: transposed convolutions keep a norm for each input channel, and 0 / 0 is no zero."""
+    up = [
+        norm(nn.ConvTranspose1d(16, 8, 4, 2, 1)),
+        nn.LeakyReLU(),
+        norm(nn.ConvTranspose1d(8, 4, 4, 2, 1)),
+        nn.LeakyReLU(),
+    ]
+    model = nn.Sequential(norm(nn.Conv1d(5, 16, 3)), nn.LeakyReLU(), *up, norm(nn.Conv1d(4, 1, 3)))
+    space = traced(model, torch.randn(2, 5, 6))
+    assert {n: d.size for n, d in space.dimensions.items()} == {"0": 16, "2": 8, "4": 4}
+    assert_exact(space)
+
+
+class Raw(nn.Module):
+    """Parameters of its own, and a child: no leaf."""
+
+    def __init__(self, fan_in, fan_out):
+        super().__init__()
+        self.weight, self.act = nn.Parameter(torch.randn(fan_in, fan_out)), nn.GELU()
+
+    def forward(self, x):
+        return self.act(x @ self.weight)
+
+
+def test_masks_are_not_held_by_a_container_that_would_run_them():
+    space = traced(nn.Sequential(Raw(5, 16), Raw(16, 12), Raw(12, 3)), torch.randn(2, 5))
+    assert len(space.dimensions) == 2
+    assert_exact(space)
+
+
+class Positive(nn.Linear):
+    """A linear layer of positive weights: none is zero where its parameter is."""
+
+    def forward(self, x):
+        return F.linear(x, F.softplus(self.weight), self.bias)
+
+
+class LinearAttention(nn.Module):
+    """Attention by features, elu + 1: zero queries do not make zero features."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v, self.out = nn.Linear(5, 16), nn.Linear(5, 16), nn.Linear(5, 16), nn.Linear(16, 3)
+
+    def forward(self, x):
+        q, k, v = (f(x).unflatten(-1, (4, -1)) for f in (self.q, self.k, self.v))
+        q, k = F.elu(q) + 1, F.elu(k) + 1
+        context = torch.einsum("bnhd,bhde->bnhe", q, torch.einsum("bnhd,bnhe->bhde", k, v))
+        return self.out((context / torch.einsum("bnhd,bhd->bnh", q, k.sum(1)).unsqueeze(-1)).flatten(2))
+
+
+@pytest.mark.parametrize(
+    ("model", "x", "free"),
+    [
+        (lambda: nn.Sequential(nn.Linear(5, 16), nn.ReLU(), Positive(16, 3)), torch.randn(4, 5), {"0"}),
+        (LinearAttention, torch.randn(2, 6, 5), {"q head_dim", "v head_dim"}),
+    ],
+    ids=["positive", "linear attention"],
+)
+def test_what_is_not_zero_where_its_weight_is_is_gated_elsewhere(model, x, free):
+    space = traced(model(), x)
+    assert set(space.dimensions) == free
+    assert_exact(space)
+
+
+# -- sizes that nothing else tells ------------------------------------------------------------------------------------
+
+
+class Fields(nn.Module):
+    """Embeddings of fields side by side, by a product of two numbers (DeepFM)."""
+
+    def __init__(self, fields=5, width=8):
+        super().__init__()
+        self.fields, self.width, self.embedding = fields, width, nn.Embedding(50, width)
+        self.last = nn.Linear(fields * width, 3)
+
+    def forward(self, x):
+        return self.last(self.embedding(x).view(-1, self.fields * self.width))
+
+
+class Pictures(nn.Module):
+    """Maps as a vector, by a product with one number twice."""
+
+    def __init__(self, channels=12, side=4):
+        super().__init__()
+        self.channels, self.side, self.conv = channels, side, nn.Conv2d(3, channels, 3)
+        self.last = nn.Linear(channels * side**2, 3)
+
+    def forward(self, x):
+        return self.last(self.conv(x).view(-1, self.channels * self.side * self.side))
+
+
+class PrivateHeads(nn.Module):
+    """Heads that only private names, or a namespace, tell."""
+
+    def __init__(self, namespace):
+        super().__init__()
+        self._heads, self._width, self.first, self.last = 4, 6, nn.Linear(5, 24), nn.Linear(24, 3)
+        self.sizes = types.SimpleNamespace(heads=4, width=6) if namespace else None
+
+    def forward(self, x):
+        heads, width = (self.sizes.heads, self.sizes.width) if self.sizes else (self._heads, self._width)
+        return self.last(self.first(x).view(-1, heads, width).transpose(1, 2).reshape(-1, heads * width))
+
+
+@pytest.mark.parametrize(
+    ("model", "x", "sizes"),
+    [
+        (Fields, torch.randint(50, (2, 5)), [8]), (Pictures, torch.randn(2, 3, 6, 6), [12]),
+        (lambda: PrivateHeads(False), torch.randn(2, 5), [4, 6]), (lambda: PrivateHeads(True), torch.randn(2, 5), [4, 6]),
+    ],
+    ids=["fields", "pictures", "private", "namespace"],
+)  # fmt: skip
+def test_sizes_that_one_equation_tells_of_follow(model, x, sizes):
+    space = traced(model(), x)
+    assert sorted(d.size for d in space.dimensions.values()) == sizes
+    assert_exact(space)
+
+
+SECTIONS = {
+    "hsplit": lambda x: torch.hsplit(x, 2), "hsplit by name": lambda x: torch.hsplit(x, sections=2),
+    "tensor_split": lambda x: x.tensor_split(2, 1), "by name": lambda x: torch.tensor_split(x, sections=2, dim=-1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+def test_sections_stay_equal(name):
+    space = traced(Cut(SECTIONS[name]), torch.randn(4, 5))
+    assert [d.size for d in space.dimensions.values()] == [8, 8]
+    assert_exact(space)
+
+
+@pytest.mark.parametrize(
+    ("cut", "free"),
+    [
+        (lambda x: x.tensor_split((4, 10), 1), {"first (3)", "second"}),
+        (lambda x: torch.tensor_split(x, 3, 1), {"second"}),
+    ],
+)
+def test_unequal_sections_stay_and_so_do_those_before_a_plain_index(cut, free):
+    space = traced(Cut(cut), torch.randn(4, 5))
+    assert set(space.dimensions) == free
+    assert_exact(space)
+
+
+class Cut(nn.Module):
+    """Parts of a layer, each scaled by its number."""
+
+    def __init__(self, cut):
+        super().__init__()
+        self.cut, self.first, self.second, self.last = [cut], nn.Linear(5, 16), nn.Linear(16, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        parts = self.cut[0](self.first(x))
+        return self.last(F.relu(self.second(torch.cat([part * (i + 1) for i, part in enumerate(parts)], 1))))
+
+
+def test_a_trial_finds_parts_that_must_be_equal(monkeypatch):
+    """All halved alike they would stay so."""
+    monkeypatch.delitem(arrivals._HANDLERS, "tensor_split")
+    arrivals._route.cache_clear()
+    space = traced(Cut(SECTIONS["tensor_split"]), torch.randn(4, 5))
+    arrivals._route.cache_clear()
+    assert set(space.dimensions) == {"second"} and any("trial" in reason for reason in space.frozen.values())
+
+
+class Projected(nn.Module):
+    """An LSTM with a projection, which its kernel does not see where it is as long as the hidden state."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm, self.last = nn.LSTM(5, 16, proj_size=8, batch_first=True), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.last(self.lstm(x)[0][:, -1])
+
+
+def test_a_projection_stays_shorter_than_what_it_is_of():
+    space = traced(Projected(), torch.randn(2, 4, 5))
+    assert [d.size for d in space.dimensions.values()] == [8]
+    for size in range(1, 9):
+        space.export(space.structure({n: size for n in space.dimensions}))
+
+
+# -- gradients --------------------------------------------------------------------------------------------------------
+
+
+class Mixture(nn.Module):
+    """The log likelihood under a mixture: a log softmax and a log of a sum of exponentials over a width."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.weights, self.means = nn.Linear(5, 12), nn.Linear(12, 6), nn.Linear(12, 6)
+
+    def forward(self, x):
+        h = self.body(x).relu()
+        parts = -((self.means(h) - x[:, :1]) ** 2) + F.log_softmax(self.weights(h) * 40, -1)
+        return torch.logsumexp(parts, -1, keepdim=True)
+
+
+class Deviations(nn.Module):
+    """Features divided by their deviation, which is zero of a row of zeros."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(5, 12, bias=False), nn.Linear(12, 3)
+
+    def forward(self, x):
+        h = self.first(x)
+        return self.last(h / (h.std(-1, keepdim=True) + 1e-3))
+
+
+@pytest.mark.parametrize(
+    ("model", "x"), [(Mixture, torch.randn(4, 5)), (Deviations, torch.eye(5)[:4] * torch.tensor([[0.0]] + [[1.0]] * 3))]
+)
+def test_gradients_of_a_gated_model_are_numbers(model, x):
+    space = traced(model(), x)
+    assert space.dimensions
+    assert_exact(space)
+    gated = space.gate(space.sample(1))
+    gated(x).square().mean().backward()
+    assert all(bool(p.grad.isfinite().all()) for p in gated.parameters() if p.grad is not None)
+    searched(space, "60% params")
+
+
+class Correlated(nn.Module):
+    """How features of two views go together, one by one: the diagonal of a product, behind a diagonal matrix."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(5, 16), nn.Linear(16, 12), nn.Linear(12, 3)
+        self.scale = nn.Parameter(torch.rand(16))
+
+    def forward(self, x, y):
+        p, q = (self.second(self.first(v).relu() @ torch.diag_embed(self.scale)) for v in (x, y))
+        return self.last((p.T @ q).diagonal())
+
+
+def test_a_diagonal_has_one_axis():
+    space = traced(Correlated(), torch.randn(8, 5), torch.randn(8, 5))
+    assert sorted(d.size for d in space.dimensions.values()) == [12, 16] and not space.trace.record.unknown
+    assert_exact(space)
