@@ -24,7 +24,8 @@ Also = tuple[str, ...]
 def differs_in_training(modules: Iterable[nn.Module]) -> bool:
     """Whether a forward of one of `modules` takes another branch in training mode."""
     for module in modules:
-        for also in _branches(type(module)):
+        cls: Any = type(module)
+        for also in _branches(cls):
             if all(getattr(module, name, True) for name in also):
                 return True
     return False
