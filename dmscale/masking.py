@@ -143,9 +143,9 @@ class _Combined(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:  # type: ignore[override]
-        grads = []
+        own, grads = ctx.saved_tensors, []  # read once: activation checkpointing hands out what was saved a single time
         for i, wanted in enumerate(ctx.needs_input_grad[3:]):
-            by = functools.partial(ctx.combination.mask, ctx.saved_tensors, i)
+            by = functools.partial(ctx.combination.mask, own, i)
             # not from memory where a second derivative is asked for
             others = by() if torch.is_grad_enabled() else ctx.masks.while_known((ctx.dim, "without", i), ctx.dim, by)
             grads.append(ctx.combination.collect(i, grad * others) if wanted else None)

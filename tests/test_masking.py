@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
 
 from dmscale import axes
 from dmscale.axes import Axis
@@ -61,6 +62,22 @@ def test_the_mask_of_a_dimension_is_that_of_its_axes_written_out(drawn):
         assert all(
             torch.allclose(g, w) for g, w in zip(plain, torch.autograd.grad(axes.kept(dim, masks.widths).sum(), own))
         )
+
+
+@given(masked())
+def test_a_mask_that_is_computed_again_in_the_backward_has_the_same_gradients(drawn):
+    dim, widths, hard = drawn
+    masks = Masks(widths, {}, trainable=True)
+    if hard:
+        masks.hard = {a: int(m.sum()) for a, m in widths.items()}
+    own = [masks.widths[a] for a in widths]
+
+    def value():
+        return (masks(dim) * masks.share(dim, 0.5)).square().sum()
+
+    expected = torch.autograd.grad(value(), own)
+    found = torch.autograd.grad(checkpoint(value, use_reentrant=False), own)
+    assert all(torch.equal(f, e) for f, e in zip(found, expected))
 
 
 @given(masked(), st.sampled_from([0.5, -0.5, 1.0]))
