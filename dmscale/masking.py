@@ -97,7 +97,8 @@ class Masks(nn.Module):
             return compute()
         found, like = self._computed.get(key), next(iter(own.values()))
         if found is None or found.device != like.device or found.dtype != like.dtype:  # the model has moved
-            found = self._computed[key] = compute().detach()
+            with torch.inference_mode(False), torch.no_grad():  # a step may need what a validation came by first
+                found = self._computed[key] = compute()
         return found
 
 
@@ -108,6 +109,7 @@ class _Combination:
     places: for each axis, which elements of the dimension each of its own is in, (size, as many for each).
     """
 
+    @torch.inference_mode(False)  # made once, for steps and validations
     def __init__(self, dim: Dim, own: Sequence[Axis]):
         self.elements: list[Tensor] = []
         self.places: list[Tensor] = []
@@ -121,11 +123,15 @@ class _Combination:
         """The mask of the dimension from those of its axes, (N,); `without` the factor of one of these."""
         out = own[0].new_ones(len(self.elements[0]))
         if self.elements[0].device != out.device:
-            self.elements, self.places = ([t.to(out.device) for t in ts] for ts in (self.elements, self.places))
+            self._move(out.device)
         for i, (mask, at) in enumerate(zip(own, self.elements)):
             if i != without:
                 out = out * torch.cat([mask, mask.new_ones(1)])[at]
         return out
+
+    @torch.inference_mode(False)
+    def _move(self, device: torch.device) -> None:
+        self.elements, self.places = ([t.to(device) for t in ts] for ts in (self.elements, self.places))
 
     def collect(self, i: int, values: Tensor) -> Tensor:
         """The sum of `values` (N,) over all that each element of axis number `i` is in, (size,)."""

@@ -89,6 +89,7 @@ class Search:
     model: nn.Module
     history: list[dict[str, Any]]
 
+    @torch.inference_mode(False)  # around it the mode does not matter: what is made here is trained
     def __init__(
         self,
         space: SearchSpace,

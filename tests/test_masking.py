@@ -93,6 +93,20 @@ def test_the_share_that_is_kept_is_the_mean_of_the_mask(drawn, power):
     assert all(torch.allclose(g, w, rtol=1e-9, atol=1e-12) for g, w in zip(got, wanted))
 
 
+@given(masked())
+def test_what_is_remembered_under_inference_mode_has_derivatives_outside(drawn):
+    dim, widths, hard = drawn
+    fresh, visited = (Masks(widths, {}, trainable=True) for _ in range(2))
+    for masks in (fresh, visited) if hard else ():
+        masks.hard = {a: int(m.sum()) for a, m in widths.items()}
+    with torch.inference_mode():
+        visited(dim), visited.share(dim, 0.5)
+    found, expected = (
+        derivatives(torch.stack([*(m(dim) * 2), m.share(dim, 0.5)]), list(m.widths.values())) for m in (visited, fresh)
+    )
+    assert all(torch.equal(f, e) for f, e in zip(found, expected))
+
+
 def test_what_is_remembered_of_masks_ends_when_they_change_and_is_not_shared_with_a_copy():
     dim = (Axis(2), Axis(3))
     masks = Masks({a: torch.ones(a.size) for a in dim}, {}, trainable=True)

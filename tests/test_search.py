@@ -448,6 +448,26 @@ def test_masks_are_ones_until_the_target_falls():
     assert float(search.pruned.detach().max()) > 0
 
 
+@pytest.mark.parametrize("net", ["residual_conv", "split_attention", "group_norm"])
+def test_validating_under_inference_mode_makes_no_difference(net):
+    """Nor does it to make the search there."""
+    found = []
+    for inference in (True, False):
+        model, inputs, batches = problem(net)
+        space = dmscale.trace(model, inputs, verify=False)
+        with torch.inference_mode(inference):
+            search = dmscale.Search(space, "50% macs", STEPS)
+        optimizer = sgd(model.parameters())
+        search.attach(optimizer)
+        for end in range(0, STEPS + 1, 10):
+            train(search, optimizer, batches[:end])
+            with torch.inference_mode(inference):
+                search.model.eval()(inputs)
+            search.model.train()
+        found.append((search.structure, *search.masks, *model.parameters()))
+    assert found[0][0] == found[1][0] and all(torch.equal(a, b) for a, b in zip(found[0][1:], found[1][1:]))
+
+
 @pytest.mark.parametrize("net", ["residual_conv", "residual_stack", "unet"])
 def test_the_weights_settle_in_what_is_exported(net):
     """From the step at which the budget is reached the masks stay as they are."""
