@@ -121,6 +121,25 @@ def test_what_is_remembered_of_masks_ends_when_they_change_and_is_not_shared_wit
     assert bool((twin(tuple(twin.widths)) == 1).all())
 
 
+@given(masked(), st.sampled_from(["in place", "a state", "of a copy", "the data of a copy"]))
+def test_what_is_known_of_masks_ends_when_somebody_changes_them(drawn, how):
+    dim, widths, _ = drawn
+    masks = Masks({a: torch.ones_like(m) for a, m in widths.items()}, {"stack": torch.ones(2)}, trainable=True)
+    masks.hard, masks.decided, masks.settled = {a: a.size for a in widths}, {"stack": [True, True]}, True
+    assert not masks.outdated and masks.is_whole(dim) and bool((masks(dim) == 1).all())
+    masks, dim = copy.deepcopy((masks, dim)) if "copy" in how else (masks, dim)
+    new = [*widths.values(), torch.tensor([0.0, 1.0])]
+    with torch.no_grad():
+        if how == "a state":
+            masks.load_state_dict(dict(zip(masks.state_dict(), new)))
+        else:
+            for mask, values in zip(masks.parameters(), new):
+                (mask.data if "data" in how else mask).copy_(values)
+    assert masks.outdated and not masks.hard and not masks.decided and masks.is_in("stack", 0) is None
+    assert torch.allclose(masks(dim), axes.kept(dim, masks.widths), rtol=1e-12)
+    assert torch.allclose(masks.share(dim, 0.5), axes.kept(dim, masks.widths).mean().sqrt(), rtol=1e-12)
+
+
 @pytest.mark.parametrize("centred", [True, False])
 @pytest.mark.parametrize("over_space", [True, False])
 @pytest.mark.parametrize("input_kept", [True, False])

@@ -497,6 +497,44 @@ def test_masks_that_somebody_has_overwritten_are_set_again_at_the_next_step():
     assert all(torch.equal(m, n) for m, n in zip(search.masks, settled))
 
 
+def test_what_was_known_of_masks_before_they_were_overwritten_is_known_again_after_a_step():
+    """Also if they have their old values, as after a broadcast."""
+    model, inputs, batches = problem()
+    search = dmscale.Search(dmscale.trace(model, inputs), "50% macs", STEPS, decay=0.2)
+    optimizer = adamw(model.parameters())
+    search.attach(optimizer)
+    train(search, optimizer, batches[: STEPS - 2])
+    masks = gates.masks_of(search.model)
+    known = masks.hard, masks.decided
+    assert known[0].keys() == masks.widths.keys()
+    search.model.load_state_dict(search.model.state_dict())
+    assert not masks.hard and not masks.decided
+    train(search, optimizer, batches[: STEPS - 1])
+    assert (masks.hard, masks.decided) == known
+
+
+@pytest.mark.parametrize("net", ["residual_conv", "residual_stack", "split_attention", "group_norm"])
+@pytest.mark.parametrize("start", [0, STEPS])
+def test_an_average_of_the_search_model_computes_with_its_own_masks(net, start):
+    """One that follows at once, so that it must be the search's model after every update."""
+    model, inputs, batches = problem(net)
+    search = dmscale.Search(dmscale.trace(model, inputs, verify=False), "40% macs", STEPS)
+    optimizer = sgd(model.parameters())
+    search.attach(optimizer)
+    train(search, optimizer, batches[:start])
+    follow = torch.optim.swa_utils.get_ema_multi_avg_fn(0.0)
+    average = torch.optim.swa_utils.AveragedModel(search.model, multi_avg_fn=follow, use_buffers=True)
+    train(search, optimizer, batches)
+    average.update_parameters(search.model)  # the first update copies
+    average.update_parameters(search.model)
+    found, expected = outputs(average.module.eval(), inputs), outputs(search.model.eval(), inputs)
+    assert difference(found, expected) <= 1e-5
+    with torch.no_grad():
+        for mask in gates.masks_of(average.module).parameters():
+            mask.fill_(1)
+    assert difference(outputs(average.module, inputs), outputs(model.eval(), inputs)) <= 1e-5
+
+
 def test_multiples_hold_at_every_step_of_the_default_search():
     """They are learnt under, not rounded to after it."""
     torch.manual_seed(0)
