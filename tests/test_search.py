@@ -448,6 +448,28 @@ def test_masks_are_ones_until_the_target_falls():
     assert float(search.pruned.detach().max()) > 0
 
 
+@pytest.mark.parametrize("net, least", [("wide_mlp", 0.98), ("resnet", 0.75)])  # a block goes as a whole
+def test_the_cost_follows_the_target_where_nothing_has_importance(net, least):
+    """As behind a layer that starts with weights of zero, or that is not trained."""
+    from test_budget import FINE
+
+    torch.manual_seed(0)
+    model, inputs = FINE[net]()
+    nn.init.zeros_(model[-1].weight)
+    search = dmscale.Search(dmscale.trace(model, inputs, verify=False), "50% macs", STEPS, log_every=1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    search.attach(optimizer)
+    masks = torch.cat(list(search.masks)).detach()
+    while not search.refining:
+        search.model(inputs).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        before, masks = masks, torch.cat(list(search.masks)).detach()
+        found = search.space.cost(search.method._current()).macs / search.space.cost().macs
+        assert least <= found / search.history[-1]["target"]["macs"] <= 1 + 1e-9
+        assert search.reaches_target or bool((masks <= before).all())  # but for the exact fit what has gone stays gone
+
+
 @pytest.mark.parametrize("net", ["residual_conv", "split_attention", "group_norm"])
 def test_validating_under_inference_mode_makes_no_difference(net):
     """Nor does it to make the search there."""
