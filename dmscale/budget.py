@@ -278,7 +278,8 @@ def allocate(
     Args:
         scores: member -> importance an element, additive over elements and members: an estimate of the loss that its
             removal costs.
-        start: where the first prices are taken; the full structure by default.
+        start: what there is to choose from, its elements being those of the highest scores, and where the first prices are
+            taken; the full structure by default.
     """
     problem = _Problem(space, wanted, scores, None)
     start = start or space.full()
@@ -370,26 +371,32 @@ class _Problem:
             low, high = (middle, high) if self.fits(self._scaled(sizes, middle)) else (low, middle)
         return self._scaled(sizes, low)
 
-    def threshold(self, sizes: np.ndarray, rounds: int = 2) -> np.ndarray:
-        """The largest sizes (D,) at which every kept step has more importance per cost than one global threshold."""
-        owner = np.repeat(np.arange(len(self.dimensions)), self.full)
-        gain = np.concatenate([_in_steps(np.diff(k), a) for k, a in zip(self.kept, self.allowed)])
-        lowest = np.array([a[0] for a in self.allowed])
-        for _ in range(rounds):
-            density = gain / self._prices(sizes)[owner]
-            candidates = np.unique(density)
+    def threshold(self, most: np.ndarray, rounds: int = 2) -> np.ndarray:
+        """The largest sizes (D,), `most` at most, at which every kept step has more importance per cost than those that go.
 
-            def above(threshold: float, density: np.ndarray = density) -> np.ndarray:
-                kept = np.bincount(owner[density > threshold], minlength=len(self.dimensions))
+        Equals, such as steps without any importance, go from all dimensions alike.
+        """
+        if self.fits(most):
+            return most.copy()
+        ends = [a[a <= k] for a, k in zip(self.allowed, most)]
+        lengths = np.concatenate([np.diff(e, prepend=0) for e in ends])
+        owner = np.repeat(np.arange(len(ends)), [len(e) for e in ends])
+        gain = np.concatenate([_in_steps(k, e) for k, e in zip(self.kept, ends)])
+        middle_of = (np.concatenate(ends) - lengths / 2) / self.full[owner]
+        lowest, sizes = np.array([a[0] for a in self.allowed]), most
+        for _ in range(rounds):
+            # the steps of a dimension stay in their order
+            order = np.lexsort((middle_of, -gain / self._prices(sizes)[owner]))
+
+            def best(few: int, order: np.ndarray = order) -> np.ndarray:
+                kept = np.bincount(owner[order[:few]], lengths[order[:few]], len(ends)).astype(np.int64)
                 return np.maximum(kept, lowest)
 
-            low, high = 0, len(candidates) - 1  # at the highest candidate nothing but the minimum is kept
-            if self.fits(self.full):
-                return self.full.copy()
+            low, high = 0, len(order) - 1
             while low < high:
-                middle = (low + high) // 2
-                low, high = (low, middle) if self.fits(above(candidates[middle])) else (middle + 1, high)
-            sizes = above(candidates[low])
+                middle = (low + high + 1) // 2
+                low, high = (middle, high) if self.fits(best(middle)) else (low, middle - 1)
+            sizes = best(low)
         return sizes
 
     def _prices(self, sizes: np.ndarray) -> np.ndarray:
@@ -640,12 +647,10 @@ class _Steps:
         return out
 
 
-def _in_steps(gain: np.ndarray, allowed: np.ndarray) -> np.ndarray:
-    """Importance of each element of a dimension, (N,) descending, made even within every step that is kept or left."""
-    ends = np.union1d([0], allowed)
-    lengths = np.diff(ends)
-    even = np.repeat(np.add.reduceat(gain, ends[:-1]) / lengths, lengths)
-    return np.minimum.accumulate(even)  # links may break the order a little
+def _in_steps(kept: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Importance of an element in each step, (S,) descending, given that of the first k elements and where steps end."""
+    gain = np.diff(kept[ends], prepend=0.0) / np.diff(ends, prepend=0)
+    return np.minimum.accumulate(gain)  # links may break the order a little
 
 
 def _allowed(d: Dimension) -> np.ndarray:

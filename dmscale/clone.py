@@ -103,6 +103,9 @@ def _copy(
         elif key != "_compiled_call_impl":
             state[key] = copy.deepcopy(value, memo)
     state.pop("_compiled_call_impl", None)
+    if module._forward_hooks or module._forward_pre_hooks:  # a handle that is kept somewhere refers to these as well
+        for key in _BESIDE_HOOKS:
+            state[key] = copy.deepcopy(module.__dict__[key], memo)
     for name in _slots(cls):
         if hasattr(module, name):
             setattr(twin, name, copy.deepcopy(getattr(module, name), memo))
@@ -131,6 +134,8 @@ def _copies_itself(cls: Any) -> bool:
 _COPY_PROTOCOL = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__")
 _ATOMIC = {int, float, str, bool, type(None), bytes, torch.dtype, torch.device, type, types.FunctionType}
 _EMPTY = {dict, list, set, collections.OrderedDict}
+_BESIDE_HOOKS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
+"""Where a module says how its hooks are to be called."""
 _NOT_RUN = frozenset({
     "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",

@@ -611,7 +611,7 @@ class KeptCount:
         site, mask, count = self.site, self.masks(self.site.dim), self.masks.count(self.site.dim)
         at, groups, shape = site.position % x.dim(), axes.size(site.group), x.shape
         # the gates of blocks keep their inputs once every block is in or out
-        kept = site.input_kept and groups == 1 and bool(self.masks.decided) and not torch.compiler.is_compiling()
+        kept = site.input_kept and groups == 1 and not torch.compiler.is_compiling() and bool(self.masks.decided)
         if groups > 1:
             x, at = x.reshape(*shape[:at], groups, mask.numel(), *shape[at + 1 :]), at + 1
         with calls.unseen():
@@ -654,7 +654,7 @@ class BlockGate:
         It is run where somebody counts on it: several processes, which wait for the gradients of all parameters; a forward
         around it that counts the calls inside; a compiled model, which would be compiled anew for every block.
         """
-        if self.form is None or self.stack not in self.masks.gone or not self.masks.gone[self.stack][self.index]:
+        if self.form is None or not self.masks.settled or self.masks.is_in(self.stack, self.index) is not False:
             return False
         return not (calls.counting() or attachment.several_processes())
 
@@ -662,15 +662,15 @@ class BlockGate:
         x = running.tensors_in((args, kwargs))[0]
         gate = self.masks.depths[self.stack][self.index]
         # a compiled model would be compiled anew at every change of what is decided, and fuses the lerp anyway
-        decided = None if torch.compiler.is_compiling() else self.masks.decided.get(self.stack)
+        is_in = None if torch.compiler.is_compiling() else self.masks.is_in(self.stack, self.index)
         if self.skipped:
             return out  # as `SkippableForward` made it
-        if decided is None:
+        if is_in is None:
             x = torch.zeros_like(x) if self.branch else x
             return replace_first(out, lambda y: torch.lerp(x, y, gate.to(y.dtype)))
         if self.branch:
-            return replace_first(out, lambda y: Kept.apply(y, gate, decided[self.index]))
-        return replace_first(out, lambda y: Chosen.apply(x, y, gate, decided[self.index]))
+            return replace_first(out, lambda y: Kept.apply(y, gate, is_in))
+        return replace_first(out, lambda y: Chosen.apply(x, y, gate, is_in))
 
 
 class SkippableForward(running.StandIn):

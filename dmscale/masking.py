@@ -22,15 +22,19 @@ class Masks(nn.Module):
 
     Being parameters they collect gradients over micro-batches, are reduced by DDP and unscaled by a GradScaler like all
     others; a search reads them once per optimizer step.
+
+    What is known of a mask holds until somebody changes it in place: loads a state, broadcasts, averages.  A copy knows
+    nothing, since it may be changed in ways that leave no trace (through `.data`).
     """
 
     def __init__(self, widths: Mapping[Axis, Tensor], depths: Mapping[str, Tensor], trainable: bool):
         super().__init__()
         self.widths = dict(zip(widths, (nn.Parameter(m, requires_grad=trainable) for m in widths.values())))
         self.depths = dict(zip(depths, (nn.Parameter(m, requires_grad=trainable) for m in depths.values())))
-        self.decided: dict[str, list[bool]] = {}  # stacks whose gates are known to be zero or one
-        self.gone: dict[str, list[bool]] = {}  # stack -> which of its blocks are out for good
+        self.settled = False  # whether blocks that are out are so for good
         self._hard: dict[Axis, int] = {}
+        self._decided: dict[str, list[bool]] = {}
+        self._told_at: dict[Axis | str, int] = {}  # versions of the masks when `hard` and `decided` were set
         self._found: dict[Dim, dict[Axis, Tensor]] = {}
         self._combinations: dict[Dim, _Combination | None] = {}
         self._computed: dict[Any, Tensor] = {}  # from masks that are known: as long as they are
@@ -39,12 +43,37 @@ class Masks(nn.Module):
     @property
     def hard(self) -> dict[Axis, int]:
         """Axes whose masks are known to be zeros and ones -> how many ones.  To be set again whenever such a mask changes."""
-        return self._hard
+        return {a: ones for a, ones in self._hard.items() if self._told_at[a] == self.widths[a]._version}
 
     @hard.setter
     def hard(self, known: dict[Axis, int]) -> None:
         self._hard = known
         self._computed.clear()
+        self._told_at |= {a: mask._version for a, mask in self.widths.items()}
+
+    @property
+    def decided(self) -> dict[str, list[bool]]:
+        """Stacks whose gates are known to be zero or one -> which are one.  To be set again whenever such a gate changes."""
+        return {n: ones for n, ones in self._decided.items() if self._told_at[n] == self.depths[n]._version}
+
+    @decided.setter
+    def decided(self, known: dict[str, list[bool]]) -> None:
+        self._decided = known
+        self._told_at |= {n: mask._version for n, mask in self.depths.items()}
+
+    @property
+    def outdated(self) -> bool:
+        """Whether a mask has been changed since `hard` and `decided` were set, or they never were."""
+        return self._told_at != {k: mask._version for k, mask in (*self.widths.items(), *self.depths.items())}
+
+    def __getstate__(self) -> dict[str, Any]:
+        unknown = {"settled": False, "_hard": {}, "_decided": {}, "_told_at": {}, "_computed": {}}
+        return self.__dict__ | unknown
+
+    def is_in(self, stack: str, block: int) -> bool | None:
+        """Whether the gate of a block is one; None where it is not known to be zero or one."""
+        ones = self._decided.get(stack)
+        return None if ones is None or self._told_at[stack] != self.depths[stack]._version else ones[block]
 
     def forward(self, dim: Dim) -> Tensor:
         """The mask of `dim`, (size(dim),)."""
@@ -79,9 +108,12 @@ class Masks(nn.Module):
     def count(self, dim: Dim) -> int | None:
         """How many ones the mask of `dim` holds, where it is known to be zeros and ones."""
         # a compiled model would be compiled anew at every change of what is known, and fuses the products anyway
-        if torch.compiler.is_compiling() or not all(a in self._hard for a in self._of(dim)):
+        if torch.compiler.is_compiling() or not self._are_hard(self._of(dim)):
             return None
         return int(axes.measure(dim, self._hard))  # type: ignore[call-overload]
+
+    def _are_hard(self, own: Mapping[Axis, Tensor]) -> bool:
+        return all(a in self._hard and self._told_at[a] == mask._version for a, mask in own.items())
 
     def _of(self, dim: Dim) -> dict[Axis, Tensor]:
         if torch.compiler.is_compiling():
@@ -93,11 +125,12 @@ class Masks(nn.Module):
     def while_known(self, key: Any, dim: Dim, compute: Callable[[], Tensor]) -> Tensor:
         """What `compute` makes of the masks of `dim`, remembered under `key` while they are known; without gradient."""
         own = self._of(dim)
-        if not all(a in self._hard for a in own):
+        if not self._are_hard(own):
             return compute()
         found, like = self._computed.get(key), next(iter(own.values()))
         if found is None or found.device != like.device or found.dtype != like.dtype:  # the model has moved
-            found = self._computed[key] = compute().detach()
+            with torch.inference_mode(False), torch.no_grad():  # a step may need what a validation came by first
+                found = self._computed[key] = compute()
         return found
 
 
@@ -108,6 +141,7 @@ class _Combination:
     places: for each axis, which elements of the dimension each of its own is in, (size, as many for each).
     """
 
+    @torch.inference_mode(False)  # made once, for steps and validations
     def __init__(self, dim: Dim, own: Sequence[Axis]):
         self.elements: list[Tensor] = []
         self.places: list[Tensor] = []
@@ -121,11 +155,15 @@ class _Combination:
         """The mask of the dimension from those of its axes, (N,); `without` the factor of one of these."""
         out = own[0].new_ones(len(self.elements[0]))
         if self.elements[0].device != out.device:
-            self.elements, self.places = ([t.to(out.device) for t in ts] for ts in (self.elements, self.places))
+            self._move(out.device)
         for i, (mask, at) in enumerate(zip(own, self.elements)):
             if i != without:
                 out = out * torch.cat([mask, mask.new_ones(1)])[at]
         return out
+
+    @torch.inference_mode(False)
+    def _move(self, device: torch.device) -> None:
+        self.elements, self.places = ([t.to(device) for t in ts] for ts in (self.elements, self.places))
 
     def collect(self, i: int, values: Tensor) -> Tensor:
         """The sum of `values` (N,) over all that each element of axis number `i` is in, (size,)."""
@@ -143,9 +181,9 @@ class _Combined(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:  # type: ignore[override]
-        grads = []
+        own, grads = ctx.saved_tensors, []  # read once: activation checkpointing hands out what was saved a single time
         for i, wanted in enumerate(ctx.needs_input_grad[3:]):
-            by = functools.partial(ctx.combination.mask, ctx.saved_tensors, i)
+            by = functools.partial(ctx.combination.mask, own, i)
             # not from memory where a second derivative is asked for
             others = by() if torch.is_grad_enabled() else ctx.masks.while_known((ctx.dim, "without", i), ctx.dim, by)
             grads.append(ctx.combination.collect(i, grad * others) if wanted else None)

@@ -89,6 +89,7 @@ class Search:
     model: nn.Module
     history: list[dict[str, Any]]
 
+    @torch.inference_mode(False)  # around it the mode does not matter: what is made here is trained
     def __init__(
         self,
         space: SearchSpace,
@@ -323,12 +324,13 @@ class Search:
 
         Those are products with ones, and blends of blocks that are wholly in or out.
         """
-        if not torch.equal(torch.cat([m.data for m in self._masks]).to(flat.dtype), flat):
-            torch._foreach_copy_([m.data for m in self._masks], list(flat.split(self.layout.sizes)))
-            self._tell(flat)  # else what gates remember of the masks stays good
         masks = gates.masks_of(self.model)
-        final = self.method.final or self.done
-        masks.gone = {n: [not kept for kept in blocks] for n, blocks in masks.decided.items()} if final else {}
+        changes = not torch.equal(torch.cat([m.data for m in self._masks]).to(flat.dtype), flat)
+        if changes:
+            torch._foreach_copy_([m.data for m in self._masks], list(flat.split(self.layout.sizes)))
+        if changes or masks.outdated:  # else what gates remember of the masks stays good
+            self._tell(flat)
+        masks.settled = self.method.final or self.done
 
     def _tell(self, flat: Tensor) -> None:
         parts = np.split(flat.cpu().numpy(), np.cumsum(self.layout.sizes)[:-1])

@@ -13,6 +13,7 @@ from torch import nn
 
 import dmscale
 from dmscale import BudgetError, DmscaleError, TraceError
+from dmscale.clone import clone
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -304,6 +305,34 @@ class WithHooks(nn.Module):
 
 def test_the_users_own_hooks_stay_and_run():
     works(WithHooks(), torch.randn(3, 8))
+
+
+class HoldsHandles(nn.Module):
+    """Keeps the handles of its hooks, that of a module which comes later among them."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head, self.calls = nn.Linear(8, 16), nn.Linear(16, 4), []
+        self.stem.handles = [
+            self.stem.register_forward_hook(lambda module, args, out: self.calls.append("stem")),
+            self.head.register_forward_hook(lambda module, args, out: self.calls.append("head"), always_call=True),
+            self.head.register_forward_pre_hook(lambda module, args, kwargs: None, with_kwargs=True),
+        ]
+
+    def forward(self, x):
+        return self.head(self.stem(x).relu())
+
+
+def test_handles_of_hooks_that_a_module_keeps_are_those_of_its_copy():
+    model, x = HoldsHandles(), torch.randn(3, 8)
+    assert kinds(works(model, x)) == {("width", 16): 1}
+    once = clone(model)
+    twice = copy.deepcopy(clone(once))
+    for handle in twice.stem.handles:
+        handle.remove()
+    for net, hooks in ((twice, 0), (once, 3 + 2), (model, 3 + 2)):  # two are noted again: how they are to be called
+        places = [d for m in (net.stem, net.head) for n, d in vars(m).items() if n.startswith("_forward")]
+        assert sum(map(len, places)) == hooks
 
 
 def test_inference_and_no_grad_contexts_do_not_disturb():

@@ -382,6 +382,37 @@ def test_the_fit_keeps_what_scores_high():
             assert scores[name][kept].min() >= scores[name][~kept].max()
 
 
+@pytest.mark.parametrize(
+    "net, multiple", [("wide_mlp", 1), ("wide_mlp", 8), ("resnet", 1), ("resnet", 4), ("llama", 1)]
+)
+def test_what_has_no_importance_goes_as_far_as_the_budget_asks_and_from_all_dimensions_alike(net, multiple):
+    over = space(net, multiple=multiple)
+    nothing = {m: np.zeros(n) for d in over.dimensions.values() for m, n in over._members(d)}
+    found = over.full()
+    for target in ("95% macs", "80% macs", "50% macs"):
+        wanted = budgets.parse(target, over)
+        found = budgets.allocate(over, wanted, nothing, start=found)
+        steps = {n: next(k for k in range(found.sizes[n] + 1, d.size + 1) if d.allowed(k) == k)
+                 for n, d in over.dimensions.items() if found.sizes[n] < d.size}  # fmt: skip
+        larger = [over.structure(found.sizes | {n: k}) for n, k in steps.items()]
+        assert used(over.cost(found), wanted.targets) <= 1
+        assert any(used(over.cost(s), wanted.targets) > 1 for s in larger)
+        shares = [found.share(n) for n, d in over.dimensions.items() if d.size >= 48]
+        assert max(shares) - min(shares) <= 2 * multiple / 48
+        for name, d in over.dimensions.items():
+            assert d.allowed(found.sizes[name]) == found.sizes[name]
+
+
+def test_what_is_no_choice_any_more_does_not_come_back():
+    """However little importance is left: where less has gone than the budget asks, no more than that is taken back."""
+    over = space("wide_mlp")
+    nothing = {m: np.zeros(n) for d in over.dimensions.values() for m, n in over._members(d)}
+    start = over.uniform(0.6)
+    assert budgets.allocate(over, budgets.parse("90% macs", over), nothing, start).sizes == start.sizes
+    found = budgets.allocate(over, budgets.parse("20% macs", over), nothing, start)
+    assert all(k <= start.sizes[n] for n, k in found.sizes.items()) and found.sizes != start.sizes
+
+
 @pytest.mark.parametrize("net", ["wide_mlp", "resnet", "llama"])
 def test_baselines_are_on_the_same_budget(net):
     """Uniform scaling and random structures, the two that every comparison needs."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
 
 from dmscale import axes
 from dmscale.axes import Axis
@@ -63,6 +64,22 @@ def test_the_mask_of_a_dimension_is_that_of_its_axes_written_out(drawn):
         )
 
 
+@given(masked())
+def test_a_mask_that_is_computed_again_in_the_backward_has_the_same_gradients(drawn):
+    dim, widths, hard = drawn
+    masks = Masks(widths, {}, trainable=True)
+    if hard:
+        masks.hard = {a: int(m.sum()) for a, m in widths.items()}
+    own = [masks.widths[a] for a in widths]
+
+    def value():
+        return (masks(dim) * masks.share(dim, 0.5)).square().sum()
+
+    expected = torch.autograd.grad(value(), own)
+    found = torch.autograd.grad(checkpoint(value, use_reentrant=False), own)
+    assert all(torch.equal(f, e) for f, e in zip(found, expected))
+
+
 @given(masked(), st.sampled_from([0.5, -0.5, 1.0]))
 def test_the_share_that_is_kept_is_the_mean_of_the_mask(drawn, power):
     dim, widths, hard = drawn
@@ -74,6 +91,20 @@ def test_the_share_that_is_kept_is_the_mean_of_the_mask(drawn, power):
     assert masks.share(dim, power).item() == pytest.approx(expected.item(), rel=1e-12)
     got, wanted = derivatives(masks.share(dim, power), own), derivatives(expected, own)
     assert all(torch.allclose(g, w, rtol=1e-9, atol=1e-12) for g, w in zip(got, wanted))
+
+
+@given(masked())
+def test_what_is_remembered_under_inference_mode_has_derivatives_outside(drawn):
+    dim, widths, hard = drawn
+    fresh, visited = (Masks(widths, {}, trainable=True) for _ in range(2))
+    for masks in (fresh, visited) if hard else ():
+        masks.hard = {a: int(m.sum()) for a, m in widths.items()}
+    with torch.inference_mode():
+        visited(dim), visited.share(dim, 0.5)
+    found, expected = (
+        derivatives(torch.stack([*(m(dim) * 2), m.share(dim, 0.5)]), list(m.widths.values())) for m in (visited, fresh)
+    )
+    assert all(torch.equal(f, e) for f, e in zip(found, expected))
 
 
 def test_what_is_remembered_of_masks_ends_when_they_change_and_is_not_shared_with_a_copy():
@@ -88,6 +119,25 @@ def test_what_is_remembered_of_masks_ends_when_they_change_and_is_not_shared_wit
     assert masks.share(dim, 1.0).item() == pytest.approx(2 / 3)
     assert masks.double()(dim).dtype == torch.float64  # and when the model moves
     assert bool((twin(tuple(twin.widths)) == 1).all())
+
+
+@given(masked(), st.sampled_from(["in place", "a state", "of a copy", "the data of a copy"]))
+def test_what_is_known_of_masks_ends_when_somebody_changes_them(drawn, how):
+    dim, widths, _ = drawn
+    masks = Masks({a: torch.ones_like(m) for a, m in widths.items()}, {"stack": torch.ones(2)}, trainable=True)
+    masks.hard, masks.decided, masks.settled = {a: a.size for a in widths}, {"stack": [True, True]}, True
+    assert not masks.outdated and masks.is_whole(dim) and bool((masks(dim) == 1).all())
+    masks, dim = copy.deepcopy((masks, dim)) if "copy" in how else (masks, dim)
+    new = [*widths.values(), torch.tensor([0.0, 1.0])]
+    with torch.no_grad():
+        if how == "a state":
+            masks.load_state_dict(dict(zip(masks.state_dict(), new)))
+        else:
+            for mask, values in zip(masks.parameters(), new):
+                (mask.data if "data" in how else mask).copy_(values)
+    assert masks.outdated and not masks.hard and not masks.decided and masks.is_in("stack", 0) is None
+    assert torch.allclose(masks(dim), axes.kept(dim, masks.widths), rtol=1e-12)
+    assert torch.allclose(masks.share(dim, 0.5), axes.kept(dim, masks.widths).mean().sqrt(), rtol=1e-12)
 
 
 @pytest.mark.parametrize("centred", [True, False])

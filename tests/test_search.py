@@ -448,6 +448,48 @@ def test_masks_are_ones_until_the_target_falls():
     assert float(search.pruned.detach().max()) > 0
 
 
+@pytest.mark.parametrize("net, least", [("wide_mlp", 0.98), ("resnet", 0.75)])  # a block goes as a whole
+def test_the_cost_follows_the_target_where_nothing_has_importance(net, least):
+    """As behind a layer that starts with weights of zero, or that is not trained."""
+    from test_budget import FINE
+
+    torch.manual_seed(0)
+    model, inputs = FINE[net]()
+    nn.init.zeros_(model[-1].weight)
+    search = dmscale.Search(dmscale.trace(model, inputs, verify=False), "50% macs", STEPS, log_every=1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    search.attach(optimizer)
+    masks = torch.cat(list(search.masks)).detach()
+    while not search.refining:
+        search.model(inputs).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        before, masks = masks, torch.cat(list(search.masks)).detach()
+        found = search.space.cost(search.method._current()).macs / search.space.cost().macs
+        assert least <= found / search.history[-1]["target"]["macs"] <= 1 + 1e-9
+        assert search.reaches_target or bool((masks <= before).all())  # but for the exact fit what has gone stays gone
+
+
+@pytest.mark.parametrize("net", ["residual_conv", "split_attention", "group_norm"])
+def test_validating_under_inference_mode_makes_no_difference(net):
+    """Nor does it to make the search there."""
+    found = []
+    for inference in (True, False):
+        model, inputs, batches = problem(net)
+        space = dmscale.trace(model, inputs, verify=False)
+        with torch.inference_mode(inference):
+            search = dmscale.Search(space, "50% macs", STEPS)
+        optimizer = sgd(model.parameters())
+        search.attach(optimizer)
+        for end in range(0, STEPS + 1, 10):
+            train(search, optimizer, batches[:end])
+            with torch.inference_mode(inference):
+                search.model.eval()(inputs)
+            search.model.train()
+        found.append((search.structure, *search.masks, *model.parameters()))
+    assert found[0][0] == found[1][0] and all(torch.equal(a, b) for a, b in zip(found[0][1:], found[1][1:]))
+
+
 @pytest.mark.parametrize("net", ["residual_conv", "residual_stack", "unet"])
 def test_the_weights_settle_in_what_is_exported(net):
     """From the step at which the budget is reached the masks stay as they are."""
@@ -475,6 +517,44 @@ def test_masks_that_somebody_has_overwritten_are_set_again_at_the_next_step():
     assert not all(torch.equal(m, n) for m, n in zip(search.masks, settled))
     train(search, optimizer, batches[: STEPS - 1])
     assert all(torch.equal(m, n) for m, n in zip(search.masks, settled))
+
+
+def test_what_was_known_of_masks_before_they_were_overwritten_is_known_again_after_a_step():
+    """Also if they have their old values, as after a broadcast."""
+    model, inputs, batches = problem()
+    search = dmscale.Search(dmscale.trace(model, inputs), "50% macs", STEPS, decay=0.2)
+    optimizer = adamw(model.parameters())
+    search.attach(optimizer)
+    train(search, optimizer, batches[: STEPS - 2])
+    masks = gates.masks_of(search.model)
+    known = masks.hard, masks.decided
+    assert known[0].keys() == masks.widths.keys()
+    search.model.load_state_dict(search.model.state_dict())
+    assert not masks.hard and not masks.decided
+    train(search, optimizer, batches[: STEPS - 1])
+    assert (masks.hard, masks.decided) == known
+
+
+@pytest.mark.parametrize("net", ["residual_conv", "residual_stack", "split_attention", "group_norm"])
+@pytest.mark.parametrize("start", [0, STEPS])
+def test_an_average_of_the_search_model_computes_with_its_own_masks(net, start):
+    """One that follows at once, so that it must be the search's model after every update."""
+    model, inputs, batches = problem(net)
+    search = dmscale.Search(dmscale.trace(model, inputs, verify=False), "40% macs", STEPS)
+    optimizer = sgd(model.parameters())
+    search.attach(optimizer)
+    train(search, optimizer, batches[:start])
+    follow = torch.optim.swa_utils.get_ema_multi_avg_fn(0.0)
+    average = torch.optim.swa_utils.AveragedModel(search.model, multi_avg_fn=follow, use_buffers=True)
+    train(search, optimizer, batches)
+    average.update_parameters(search.model)  # the first update copies
+    average.update_parameters(search.model)
+    found, expected = outputs(average.module.eval(), inputs), outputs(search.model.eval(), inputs)
+    assert difference(found, expected) <= 1e-5
+    with torch.no_grad():
+        for mask in gates.masks_of(average.module).parameters():
+            mask.fill_(1)
+    assert difference(outputs(average.module, inputs), outputs(model.eval(), inputs)) <= 1e-5
 
 
 def test_multiples_hold_at_every_step_of_the_default_search():

@@ -63,7 +63,8 @@ class Knapsack(Method):
         search = self.search
         if search.warming or search.refining or (search.step % self.every and not search.reaches_target):
             return
-        scores = self.layout.by_member(self.scores())
+        # what has gone is below what is left without importance, so that it stays gone
+        scores = self.layout.by_member(torch.where(self.kept > 0, self.scores(), -1.0))
         target = budgets.Budget(search.targets())
         found = budgets.allocate(search.space, target, scores, start=self._current())
         if search.reaches_target:  # from here on the weights train in exactly what will be exported
