@@ -12,16 +12,18 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import os
 import random
 import socket
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import attachment
 from .errors import CheckpointError
@@ -54,9 +56,10 @@ def write(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
     """Write `content` (tensors and plain data) to `path`, atomically.
 
     Raises:
-        CheckpointError: it could not be written; an earlier file of that name is as it was.
+        CheckpointError: it could not be written, or not be read back; an earlier file of that name is as it was.
     """
     path = Path(path)
+    plain = {key: _plain(value, key, path) for key, value in content.items()}
     temporary = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -64,7 +67,7 @@ def write(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
         with open(temporary, "wb") as file:
             file.write(_MAGIC + b"0" * 64 + b"\n")
             hashing = _Hashing(file)
-            torch.save(dict(content), hashing)  # type: ignore[arg-type]
+            torch.save(plain, hashing)  # type: ignore[arg-type]
             file.seek(len(_MAGIC))
             file.write(hashing.digest.hexdigest().encode())
             file.flush()
@@ -79,6 +82,49 @@ def write(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+_LEAVES = (Tensor, nn.Parameter, bool, int, float, complex, str, bytes, type(None))
+"""What `read` is known to take, beside containers of it."""
+
+
+def _plain(value: Any, where: str, path: Path) -> Any:
+    """`value` as `read` will give it: with Python's numbers for NumPy's.
+
+    Args:
+        where: names it in the file.
+    Raises:
+        CheckpointError: `read` would refuse it, and the whole file with it.
+    """
+    if isinstance(value, np.generic):
+        value = value.item()
+    kind = type(value)
+    if kind in (dict, OrderedDict):
+        items = [(_plain(k, f"a key of {where}", path), _plain(v, f"{where}[{k!r}]", path)) for k, v in value.items()]
+        made = kind(items)
+        if kind is OrderedDict:  # the state of a module keeps versions there
+            vars(made).update(vars(value))
+        return made
+    if kind in (list, tuple):
+        return kind(_plain(v, f"{where}[{i}]", path) for i, v in enumerate(value))
+    if kind not in _LEAVES and not _readable(value):
+        raise CheckpointError(
+            f"{where} is a {kind.__module__}.{kind.__qualname__}, which cannot be read back; {path} was not written. Store "
+            "tensors and plain data: torch.from_numpy(array), str(path), vars(settings), the state_dict() of an object."
+        )
+    return value
+
+
+def _readable(value: Any) -> bool:
+    """Whether `read` takes `value`: tried, since PyTorch knows some classes and the user may have added to them."""
+    file = io.BytesIO()
+    try:
+        torch.save(value, file)
+        file.seek(0)
+        torch.load(file, map_location="cpu", weights_only=True)
+    except Exception:  # whatever a class raises that does not pickle
+        return False
+    return True
 
 
 def _remove_orphans(path: Path) -> None:

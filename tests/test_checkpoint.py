@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import pathlib
 import random
 
 import numpy as np
@@ -191,6 +192,38 @@ def test_a_checkpoint_that_does_not_fit_changes_nothing(tmp_path):
     unattached = torch.optim.AdamW(search.space.model.parameters())
     with pytest.raises(CheckpointError, match="attach the search before loading"):
         search.load(path, unattached)
+
+
+def test_numbers_of_numpy_come_back_as_pythons(tmp_path):
+    """In what the user adds and among the settings of an optimizer; what a module's state carries beside stays."""
+    model, inputs = NETS["residual_conv"]()
+    search = dmscale.Search(dmscale.trace(model, inputs, verify=False), "50% macs", STEPS)
+    optimizer = torch.optim.AdamW(model.parameters(), np.float64(1e-2))
+    search.attach(optimizer)
+    search.save(tmp_path / "s.ckpt", optimizer, extra={"best": np.float64(0.5), np.int64(3): [(np.bool_(True),)]})
+    extra = search.load(tmp_path / "s.ckpt", optimizer)
+    assert extra == {"best": 0.5, 3: [(True,)]}
+    assert [type(v) for v in extra.values()] == [float, list] and type(extra[3][0][0]) is bool
+    assert type(optimizer.param_groups[0]["lr"]) is float
+    assert checkpoint.read(tmp_path / "s.ckpt")["model"]._metadata == model.state_dict()._metadata
+
+
+@pytest.mark.parametrize(
+    "extra, where",
+    [
+        ({"order": np.arange(3)}, r"extra\['order'\] is a numpy.ndarray"),
+        ({"state": [{"made": pathlib.Path("a")}]}, r"extra\['state'\]\[0\]\['made'\] is a pathlib"),
+        ({"late": lambda: 0}, r"extra\['late'\] is a builtins.function"),
+    ],
+)
+def test_what_could_not_be_read_back_is_not_written(extra, where, tmp_path):
+    search, optimizer = searching()
+    path = tmp_path / "s.ckpt"
+    search.save(path, optimizer)
+    before = path.read_bytes()
+    with pytest.raises(CheckpointError, match=f"{where}.*was not written.*state_dict"):
+        search.save(path, optimizer, extra=extra)
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["s.ckpt"]
 
 
 # -- the place in a loader --------------------------------------------------------------------------------------------
