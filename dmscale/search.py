@@ -206,6 +206,10 @@ class Search:
         optimizer.add_param_group(group | own_settings | self._names(optimizer))
         optimizer.register_step_pre_hook(self._before_step)
         optimizer.register_step_post_hook(self._after_step)
+        if not attachment.shards(self.model):  # shards are not in the user's model: to clear them is to clear the masks
+            masks = {id(m) for m in self._masks}
+            weights = [p for p in self.model.parameters() if id(p) not in masks]
+            self.model.register_forward_pre_hook(attachment.Following(self._masks, weights))
         self._optimizer = weakref.ref(optimizer)
 
     def _names(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

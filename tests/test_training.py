@@ -219,7 +219,7 @@ def test_what_cannot_be_done_with_shards_is_refused_with_the_remedy(ranks):
 # -- mixed precision --------------------------------------------------------------------------------------------------
 
 
-def _scaled(make, scale=2.0**12, bad=(), clip=None, net="residual_stack", dtype=None):
+def _scaled(make, scale=2.0**12, bad=(), clip=None, net="residual_stack", dtype=None, clear=None):
     """A search under a GradScaler; steps in `bad` have a loss that overflows.  Tells which steps were taken."""
     search, optimizer, batches = searching(net, make)
     scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=10**6)
@@ -236,7 +236,7 @@ def _scaled(make, scale=2.0**12, bad=(), clip=None, net="residual_stack", dtype=
         before = search.step, search.pruned.detach().clone(), search.importance.clone()
         scaler.step(optimizer)
         scaler.update()
-        optimizer.zero_grad()
+        clear(search.space.model) if clear else optimizer.zero_grad()
         taken.append(search.step > before[0])
         if not taken[-1]:
             assert torch.equal(search.pruned, before[1]) and torch.equal(search.importance, before[2])
@@ -266,6 +266,14 @@ def test_a_step_that_overflows_is_left_out(make, clip):
     assert_like(search, single(), 0.0 if make is sgd else 1e-6)
 
 
+@pytest.mark.parametrize("to_none", [True, False])
+def test_what_masks_hold_of_a_step_that_was_given_up_goes_with_the_gradients_of_the_weights(to_none):
+    """The user's own model has no masks to clear."""
+    search, taken = _scaled(sgd, bad=(1, 5, 9), clear=lambda model: model.zero_grad(set_to_none=to_none))
+    assert [i for i, t in enumerate(taken) if not t] == [1, 5, 9]
+    assert_like(search, single(), 0.0)
+
+
 @pytest.mark.parametrize("net", ["residual_conv", "fused_attention"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(dtype, net):
@@ -288,6 +296,23 @@ def test_accumulation_gathers_the_importance_of_the_whole_batch():
         optimizer.zero_grad()
         note(search)
     assert_like(search, single())
+
+
+def test_masks_gather_over_micro_batches_whatever_trains():
+    """No weight holds a gradient where all are frozen: that must not read as if they had been cleared."""
+
+    def frozen(parts):
+        search, optimizer, batches = searching(train_weights=False)
+        search.space.model.requires_grad_(False)
+        for x, y in batches:
+            for part, target in zip(x.chunk(parts), y.chunk(parts)):
+                (F.mse_loss(search.model(part), target) / parts).backward()
+            optimizer.step()
+            search.space.model.zero_grad()
+            note(search)
+        return search
+
+    assert_like(frozen(4), frozen(1))
 
 
 def test_clipping_the_weights_leaves_importance_alone():
