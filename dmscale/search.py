@@ -77,7 +77,8 @@ class Search:
         warmup: share of the steps at the start in which the target stays at the full cost and importance is gathered.
         decay: share of the steps after which the target has reached the budget.
         momentum: of the moving average of importance; 0 takes the last step alone.
-        train_weights: False for a structure-only search: the weights do not move.
+        train_weights: False for a structure-only search: no step of the optimizer moves the weights, after the last one of
+            the search neither.
         seed: of the noise that some methods draw.
         log_every: steps between two entries of `history`; 200 entries by default.
         callbacks: what watches the search, see `dmscale.callbacks`; `search.callbacks` may be appended to.
@@ -232,6 +233,8 @@ class Search:
             m.grad = None  # masks are set, not stepped
         for p in self.method.parameters():
             p.grad = None
+        if not self.train_weights:
+            self._hold_weights(optimizer)
         if self.done or attachment.leaves_out(optimizer):
             return
         if all(g is None for g in grads):
@@ -255,12 +258,19 @@ class Search:
                 if p.grad is not None:
                     p.grad.mul_(scale)  # which the optimizer takes out again
         self._has_read = True
-        learnt = {id(p) for p in self.method.parameters()}
-        own = learnt | {id(m) for m in self._masks}
         for group in optimizer.param_groups:
-            if any(id(p) in own for p in group["params"]):
+            if self._is_own(group):
                 group["lr"] = self.method.lr  # constant, whatever a scheduler does to the others
-            elif not self.train_weights:
+
+    def _is_own(self, group: Mapping[str, Any]) -> bool:
+        """Whether a group of the optimizer is the one that `attach` has added."""
+        own = {id(p) for p in (*self.method.parameters(), *self._masks)}
+        return any(id(p) in own for p in group["params"])
+
+    def _hold_weights(self, optimizer: torch.optim.Optimizer) -> None:
+        """Leave the optimizer nothing to move but the structure, and once that is final nothing at all."""
+        for group in optimizer.param_groups:
+            if not self._is_own(group):
                 for p in group["params"]:
                     p.grad = None
 
