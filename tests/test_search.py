@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import math
 
@@ -629,6 +630,42 @@ def test_a_resumed_search_keeps_the_family_that_it_had():
     assert [m.structure for m in again.family] == [m.structure for m in whole.family]
     for a, b in zip(again.family, whole.family):
         assert all(torch.equal(p, q) for p, q in zip(a.model.state_dict().values(), b.model.state_dict().values()))
+
+
+def test_a_resumed_family_has_the_settings_of_what_it_was():
+    """The object that a model was built from says the sizes of a member, before and after."""
+
+    @dataclasses.dataclass
+    class Settings:
+        width: int = 24
+
+    class Built(nn.Module):
+        config_class = Settings  # as models of transformers say it
+
+        def __init__(self, config):
+            super().__init__()
+            self.config = config
+            self.up, self.down = nn.Linear(8, config.width), nn.Linear(config.width, 4)
+
+        def forward(self, x):
+            return self.down(self.up(x).relu())
+
+    def make():
+        torch.manual_seed(0)
+        model = Built(Settings())
+        space = dmscale.trace(model, torch.randn(2, 8))
+        search = dmscale.Search(space, steps=STEPS, budgets=["75% macs", "50% macs"])
+        optimizer = sgd(model.parameters())
+        search.attach(optimizer)
+        return search, optimizer
+
+    search, optimizer = make()
+    train(search, optimizer, [(torch.randn(4, 8), torch.randn(4, 4)) for _ in range(STEPS - 5)])
+    resumed, _ = make()
+    resumed.load_state_dict(search.state_dict())
+    for found in (search, resumed):
+        (member,) = found.family
+        assert member.model.config.width == member.model.up.out_features < 24
 
 
 @pytest.mark.parametrize(
