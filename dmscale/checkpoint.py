@@ -247,7 +247,6 @@ def save(
         path,
         {
             "search": search.state_dict(),
-            "budget": dict(search.budget.targets),
             "random": random_state(),
             "model": search.space.model.state_dict() if model else None,
             "optimizer": optimizer.state_dict() if optimizer is not None else None,
@@ -270,12 +269,7 @@ def load(
         check_weights(model, content["model"], path)
     if optimizer is not None:
         _check_optimizer(optimizer, content["optimizer"], path)
-    if content["budget"] != dict(search.budget.targets):
-        raise CheckpointError(
-            f"{path} is of a search for {content['budget']}, this one is for {dict(search.budget.targets)}; give the same "
-            "budget, or another file"
-        )
-    search.load_state_dict(content["search"])  # refuses another space before it changes anything
+    search.load_state_dict(content["search"])  # refuses another search before it changes anything
     if content["model"] is not None:
         model.load_state_dict(content["model"])
     if optimizer is not None:

@@ -67,6 +67,11 @@ class Meter:
         self._blocks = _watch_blocks(space, model, self.depth_kind) if watched else {}
         self._fixed: dict[str, Tensor] = {}
 
+    @property
+    def kinds(self) -> dict[str, Any]:
+        """The kinds asked for, by the argument of `Search`."""
+        return {"importance": self.kind, "depth_importance": self.depth_kind}
+
     def measure(self, search: Any, mask: Tensor, gradient: Tensor) -> Tensor:
         """Importance of this step, (E,), from the mask and the loss's gradient by it, both (E,)."""
         widths = self._of(self.kind, search, mask, gradient)

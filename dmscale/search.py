@@ -38,13 +38,15 @@ from . import attachment, checkpoint, gates, methods, recovery
 from . import budget as _budgets
 from . import importance as _importance
 from .callbacks import Callback
-from .errors import SearchError
+from .errors import CheckpointError, SearchError
 from .layout import Layout
 from .space import SearchSpace
 from .structure import Structure
 
 PENALTY = 1.0
 """lambda of the resource loss; the paper's."""
+
+_VERSION = 4  # of the state of a search
 
 
 @dataclass(frozen=True)
@@ -434,11 +436,12 @@ class Search:
     def state_dict(self) -> dict[str, Any]:
         """Everything but the weights (those are in the user's model and optimizer): a resumed search goes on alike."""
         return {
-            "version": 3,
+            "version": _VERSION,
             "step": self.step,
             "steps": self.steps,
             "method": self.method_name,
             "dimensions": [(d.name, d.size) for d in self.layout.dimensions],
+            "terms": self._terms(),
             "importance": self.importance.clone(),
             "learnt": self.method.state_dict(),
             "history": list(self.history),
@@ -447,19 +450,21 @@ class Search:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state_dict()`.
+        """Continue from `state_dict()`; nothing is changed where that is refused.
 
         Raises:
             SearchError: the state is of another space, method or length.
+            CheckpointError: it is of another budget, or of other settings; all that differ are named.
         """
         own = [(d.name, d.size) for d in self.layout.dimensions]
         theirs = [tuple(d) for d in state.get("dimensions", [])]
         if theirs != own:
             differing = [n for n, _ in theirs if n not in dict(own)] + [n for n, _ in own if n not in dict(theirs)]
             raise SearchError(f"the state is of another search space; dimensions differ: {differing[:5] or 'in size'}")
-        for what, mine in (("version", 3), ("steps", self.steps), ("method", self.method_name)):
+        for what, mine in (("version", _VERSION), ("steps", self.steps), ("method", self.method_name)):
             if state.get(what) != mine:
                 raise SearchError(f"the state is of a search with {what}={state.get(what)!r}, this one has {mine!r}")
+        self._check_terms(state["terms"])
         self.importance.copy_(state["importance"])
         self.method.load_state_dict(state["learnt"])
         self.step, self.history = state["step"], list(state["history"])
@@ -469,6 +474,48 @@ class Search:
             self._finish()
         elif self.step:
             self._write(self.method.masks())
+
+    def _terms(self) -> dict[str, Any]:
+        """What the outcome depends on, beside weights and data: a search may go on from a state of the same alone."""
+        kinds = {
+            k: getattr(v, "__name__", type(v).__name__) if callable(v) else v for k, v in self._meter.kinds.items()
+        }
+        return {
+            "budgets": [dict(b.targets) for b in self.budgets],
+            "full cost": {m: v for m, v in self._full.items() if m != "latency"},  # which is measured anew
+            "allowed": {d.name: (d.lowest, d.multiple) for d in self.layout.dimensions},
+            "settings": {
+                "warmup": self.warmup, "decay": self.decay, "momentum": self.momentum, "train_weights": self.train_weights,
+                "seed": self.seed, **kinds, **self.method.settings(),
+            },
+        }  # fmt: skip
+
+    def _check_terms(self, theirs: Mapping[str, Any]) -> None:
+        own, problems = self._terms(), []
+        if theirs["budgets"] != own["budgets"]:
+            problems.append(
+                f"is of a search for {theirs['budgets']}, this one is for {own['budgets']}: give the same budget"
+            )
+        elif theirs["full cost"] != own["full cost"]:
+            problems.append(
+                f"is of a model that costs {theirs['full cost']}, this one costs {own['full cost']}: trace with the same "
+                "example inputs"
+            )
+        bounds = [n for n, bound in own["allowed"].items() if tuple(theirs["allowed"][n]) != bound]
+        if bounds:
+            (least, step), (lowest, multiple) = theirs["allowed"][bounds[0]], own["allowed"][bounds[0]]
+            problems.append(
+                f"keeps {least} or more by {step} of {bounds[0]!r}, this one {lowest} or more by {multiple}"
+                f"{f', and {len(bounds) - 1} further dimensions differ' if bounds[1:] else ''}: trace with the same minimum "
+                "and multiple"
+            )
+        before, now = theirs["settings"], own["settings"]
+        other = [k for k in before.keys() | now.keys() if before.get(k) != now.get(k)]
+        if other:
+            was, has = (", ".join(f"{k}={of.get(k)!r}" for k in sorted(other)) for of in (before, now))
+            problems.append(f"is of a search with {was}, this one has {has}: give the same arguments")
+        if problems:
+            raise CheckpointError(f"the state {'; it '.join(problems)}. Else begin anew, with another file.")
 
     def save(
         self,
@@ -498,7 +545,8 @@ class Search:
         Returns:
             what was given as `extra`.
         Raises:
-            CheckpointError: the file is missing, damaged, or of another model or optimizer; nothing has been changed.
+            CheckpointError: the file is missing, damaged, or of another model, optimizer, budget or other settings; nothing
+                has been changed.
             SearchError: it is of another search space or length; nothing has been changed.
         """
         return checkpoint.load(self, path, optimizer)

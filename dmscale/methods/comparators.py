@@ -7,7 +7,7 @@ come from the papers named; constants that a paper does not fix are said to be o
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -49,6 +49,9 @@ class Relaxation(Method):
     def expected(self) -> Tensor:
         """The probability of each element to be kept, (E,), differentiable."""
         raise NotImplementedError
+
+    def settings(self) -> dict[str, Any]:
+        return super().settings() | self.pressure.settings()
 
     def parameters(self) -> list[nn.Parameter]:
         return [self.theta]

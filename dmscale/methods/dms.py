@@ -7,7 +7,7 @@ what it saves, and a common shift then puts the cost on the target at every step
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -43,6 +43,9 @@ class Dms(Method):
         self.task_norm = torch.zeros(())
         self.pressure = Pressure(self.mode or "penalty", penalty, adapt)
         self.pressure_state = self.pressure.state
+
+    def settings(self) -> dict[str, Any]:
+        return super().settings() | self.pressure.settings() | {"hard": self.hard, "balance": self.balance}
 
     def parameters(self) -> list[nn.Parameter]:
         return [self.pruned]
