@@ -250,6 +250,7 @@ def save(
             "random": random_state(),
             "model": search.space.model.state_dict() if model else None,
             "optimizer": optimizer.state_dict() if optimizer is not None else None,
+            "optimizer class": type(optimizer).__name__ if optimizer is not None else None,
             "extra": dict(extra or {}),
         },
     )
@@ -268,7 +269,7 @@ def load(
     if content["model"] is not None:
         check_weights(model, content["model"], path)
     if optimizer is not None:
-        _check_optimizer(optimizer, content["optimizer"], path)
+        _check_optimizer(optimizer, content["optimizer"], content.get("optimizer class"), path)
     search.load_state_dict(content["search"])  # refuses another search before it changes anything
     if content["model"] is not None:
         model.load_state_dict(content["model"])
@@ -296,9 +297,16 @@ def check_weights(model: nn.Module, weights: Mapping[str, Any], path: Any) -> No
         )
 
 
-def _check_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any] | None, path: Any) -> None:
+def _check_optimizer(
+    optimizer: torch.optim.Optimizer, state: Mapping[str, Any] | None, kind: str | None, path: Any
+) -> None:
     if state is None:
         raise CheckpointError(f"{path} holds no state of an optimizer; it was saved without optimizer=")
+    if kind != type(optimizer).__name__:
+        raise CheckpointError(
+            f"the optimizer in {path} is of the class {kind}, this one of {type(optimizer).__name__}, which keeps another "
+            "state; build it as when it was saved"
+        )
     own = [len(g["params"]) for g in optimizer.param_groups]
     theirs = [len(g["params"]) for g in state["param_groups"]]
     if own != theirs:

@@ -231,6 +231,17 @@ def test_a_search_on_other_terms_is_refused_and_told_which(was, has, says, tmp_p
     assert other.step == 0 and all(torch.equal(a, b) for a, b in zip(before, other.space.model.parameters()))
 
 
+def test_the_state_of_another_class_of_optimizers_is_refused(tmp_path):
+    search, optimizer = searching()
+    search.save(tmp_path / "s.ckpt", optimizer)
+    model, inputs = NETS["mlp"]()
+    other = dmscale.Search(dmscale.trace(model, inputs, verify=False), "50% macs", STEPS)
+    sgd = torch.optim.SGD(model.parameters(), 0.1)
+    other.attach(sgd)
+    with pytest.raises(CheckpointError, match="is of the class AdamW, this one of SGD"):
+        other.load(tmp_path / "s.ckpt", sgd)
+
+
 def test_numbers_of_numpy_come_back_as_pythons(tmp_path):
     """In what the user adds and among the settings of an optimizer; what a module's state carries beside stays."""
     model, inputs = NETS["residual_conv"]()
