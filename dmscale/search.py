@@ -24,6 +24,7 @@ become a structure is the method's part: see `methods`.
 from __future__ import annotations
 
 import math
+import numbers
 import os
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
@@ -58,6 +59,40 @@ class Member:
     model: nn.Module
 
 
+def _check_numbers(
+    steps: Any, warmup: Any, decay: Any, momentum: Any, lr: Any, penalty: Any, seed: Any, log_every: Any
+) -> None:
+    """Refuse numbers that a search cannot run with, all at once; the arguments are those of `Search`."""
+    whole = {"steps": (steps, 1), "seed": (seed, None), "log_every": (1 if log_every is None else log_every, 1)}
+    problems = [
+        f"{name}={value!r} is no whole number{'' if least is None else ' of at least 1'}"
+        for name, (value, least) in whole.items()
+        if not _is_number(value, numbers.Integral) or (least is not None and value < least)
+    ]
+    problems += [
+        f"{name}={value!r} is no number between 0 (included) and 1"
+        for name, value in (("warmup", warmup), ("momentum", momentum))
+        if not (_is_number(value, numbers.Real) and 0 <= value < 1)
+    ]
+    if not (_is_number(decay, numbers.Real) and 0 < decay <= 1):
+        problems.append(f"decay={decay!r} is no number between 0 and 1 (included)")
+    elif not problems and warmup >= decay:
+        problems.append(
+            f"warmup={warmup!r} leaves the target no time to fall before decay={decay!r}, the share of the steps after which "
+            "it has reached the budget: give a smaller warmup or a larger decay"
+        )
+    if lr is not None and not (_is_number(lr, numbers.Real) and 0 < lr < math.inf):
+        problems.append(f"lr={lr!r} is no positive number")
+    if not (_is_number(penalty, numbers.Real) and 0 <= penalty < math.inf):
+        problems.append(f"penalty={penalty!r} is no number of at least 0")
+    if problems:
+        raise SearchError("; ".join(problems))
+
+
+def _is_number(value: Any, kind: type) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
 class Search:
     """A search for the structure of `space` that meets `budget`, while the network trains.
 
@@ -77,7 +112,7 @@ class Search:
             member -> scores; "taylor" by default.
         depth_importance: the same for blocks, if it should differ: one of `importance.DEPTH_KINDS`.
         warmup: share of the steps at the start in which the target stays at the full cost and importance is gathered.
-        decay: share of the steps after which the target has reached the budget.
+        decay: share of the steps after which the target has reached the budget; more than `warmup`.
         momentum: of the moving average of importance; 0 takes the last step alone.
         train_weights: False for a structure-only search: no step of the optimizer moves the weights, after the last one of
             the search neither.
@@ -86,7 +121,7 @@ class Search:
         callbacks: what watches the search, see `dmscale.callbacks`; `search.callbacks` may be appended to.
     Raises:
         BudgetError: the budget cannot be read or reached; nothing has been trained then.
-        SearchError: an option is misspelt or does not go with the method.
+        SearchError: an option is misspelt, out of range, or does not go with the method.
     """
 
     model: nn.Module
@@ -116,8 +151,7 @@ class Search:
         log_every: int | None = None,
         callbacks: Iterable[Callback] = (),
     ):
-        if steps < 1:
-            raise SearchError(f"steps={steps}: a search needs at least one optimizer step")
+        _check_numbers(steps, warmup, decay, momentum, lr, penalty, seed, log_every)
         attachment.refuse_sharded(space.model, SearchError)
         self.space, self.steps, self.method_name, self.seed = space, steps, method, seed
         self.warmup, self.decay, self.momentum = warmup, decay, momentum

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -547,6 +548,31 @@ def test_wrong_arguments_are_named(options, says):
     model, inputs, _ = problem("mlp")
     with pytest.raises(SearchError, match=says):
         dmscale.Search(dmscale.trace(model, inputs), "50% macs", **options)
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [(dict(steps="100"), "steps='100' is no whole number of at least 1"), (dict(steps=True), "steps=True"),
+     (dict(steps=10.5), "steps=10.5"), (dict(seed=0.5), "seed=0.5 is no whole number"), (dict(log_every=0), "log_every=0"),
+     (dict(warmup=-1), r"warmup=-1 is no number between 0 \(included\) and 1"), (dict(warmup="5%"), "warmup='5%'"),
+     (dict(momentum=1.5), "momentum=1.5"), (dict(momentum=1.0), "momentum=1.0"), (dict(momentum=math.nan), "momentum=nan"),
+     (dict(decay=0.0), r"decay=0.0 is no number between 0 and 1 \(included\)"), (dict(decay=1.5), "decay=1.5"),
+     (dict(decay=None), "decay=None"), (dict(warmup=0.9), "warmup=0.9 leaves .* before decay=0.8.*smaller warmup or a larger"),
+     (dict(method="dms", lr=-1.0), "lr=-1.0 is no positive number"), (dict(method="dms", penalty=-1), "penalty=-1"),
+     (dict(momentum=2, lr=0, decay=2), "momentum=2 .*decay=2 .*lr=0 ")],
+)  # fmt: skip
+def test_numbers_that_no_search_can_run_with_are_refused_together(options, says):
+    model, inputs, _ = problem("mlp")
+    with pytest.raises(SearchError, match=says):
+        dmscale.Search(dmscale.trace(model, inputs, verify=False), **{"budget": "50% macs", "steps": 10} | options)
+
+
+def test_numbers_of_numpy_are_numbers():
+    model, inputs, _ = problem("mlp")
+    search = dmscale.Search(
+        dmscale.trace(model, inputs, verify=False), "50% macs", np.int64(10), warmup=np.float32(0.5), seed=np.int32(1)
+    )
+    assert search.steps == 10
 
 
 # -- importance -------------------------------------------------------------------------------------------------------
