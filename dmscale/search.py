@@ -427,6 +427,7 @@ class Search:
             recalibrate: batches (inputs, or (inputs, ...)) on which BatchNorm statistics are measured anew.
         Raises:
             ExportError: it differs from the gated model; the search stays usable.
+            DmscaleError: there is no batch to recalibrate on.
         """
         attachment.gather(self.model, self.space.model)
         small = self.space.export(self.structure)
