@@ -149,6 +149,11 @@ def average(t: Tensor, groups: Iterable[Any]) -> Tensor:
     return t
 
 
+def average_over_all(t: Tensor) -> Tensor:
+    """The mean of `t` over all processes that train together; `t` where there is one."""
+    return average(t, [torch.distributed.group.WORLD]) if several_processes() else t
+
+
 def gather(gated: nn.Module, model: nn.Module) -> None:
     """Copy the sharded weights of the gated model into the user's, in place, on every rank; all ranks must call it.
 

@@ -607,6 +607,29 @@ def test_an_activation_importance_is_the_mean_square_that_is_taken_in():
     torch.testing.assert_close(search.importance, ((before + after) / 2).detach())
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("options", [dict(importance="activation"), dict(depth_importance="residual")], ids=label)
+def test_validation_between_steps_leaves_importance_alone(options, training):
+    """Whether gradients are disabled for it or not; a search in evaluation mode counts what it runs for its steps."""
+
+    def run(validate):
+        model, inputs, batches = problem("residual_stack")
+        search = dmscale.Search(dmscale.trace(model, inputs), "50% macs", STEPS, **options)
+        optimizer = torch.optim.SGD(model.parameters(), 1e-2)
+        search.attach(optimizer)
+        for batch in batches[:10]:
+            search.model.train(training)
+            train(search, optimizer, [*[batch] * search.step, batch])
+            search.model.eval()
+            if validate:
+                with torch.set_grad_enabled(training):
+                    search.model(3 * batch[0])
+        return search
+
+    expected = run(False).importance
+    assert float(expected.max()) > 0 and torch.equal(run(True).importance, expected)
+
+
 def test_the_user_may_say_what_matters():
     wanted = torch.randperm(32)
     model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))

@@ -120,6 +120,7 @@ def _rank(rank, folder):
     torch.distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
     try:
         found = {name: work(rank) for name, work in _work().items()}
+        found |= {name: _ddp_watching(rank, options) for name, options in WATCHING.items()}
         torch.save(found | {"refusals": _refusals(rank)}, folder / f"{rank}.pt")
     finally:
         torch.distributed.destroy_process_group()
@@ -167,6 +168,31 @@ def _ddp(rank, owner):
     return _found(train(search, optimizer, _halves(batches, rank), run))
 
 
+def noise(search):
+    """An importance that every rank would draw for itself."""
+    rank = torch.distributed.get_rank()
+    g = torch.Generator().manual_seed(100 * rank + search.step)
+    return {m: torch.rand(n, generator=g) for m, n in zip(search.layout.members, search.layout.sizes)}
+
+
+WATCHING = {
+    "activation": dict(importance="activation"),
+    "residual": dict(depth_importance="residual"),
+    "similarity": dict(depth_importance="similarity"),
+    "a function": dict(importance=noise),
+}
+"""Importances that are no gradients, which DDP would average."""
+
+
+def _ddp_watching(rank, options):
+    space, batches = problem()
+    search = make_search(space, **options)
+    run = DistributedDataParallel(search.model)
+    optimizer = sgd(space.model.parameters())
+    search.attach(optimizer)
+    return _found(train(search, optimizer, _halves(batches, rank), run))
+
+
 def _ddp_accumulating(rank):
     search, optimizer, batches = searching()
     run = DistributedDataParallel(search.model)
@@ -208,6 +234,15 @@ def test_two_processes_find_what_one_finds_on_the_global_batch(name, ranks):
     for name, t in expected.export().state_dict().items():
         assert torch.equal(one["weights"][name], two["weights"][name]), name
         torch.testing.assert_close(one["weights"][name], t, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", WATCHING)
+def test_two_processes_agree_on_what_is_no_gradient(name, ranks):
+    one, two = ranks[name]
+    assert one["structure"] == two["structure"] and one["history"] == two["history"]
+    assert torch.equal(one["importance"], two["importance"])
+    if name != "a function":  # halves of a batch have the mean of the whole
+        assert_near(one["early"], plain(**WATCHING[name]).early, 1e-5)
 
 
 def test_what_cannot_be_done_with_shards_is_refused_with_the_remedy(ranks):
