@@ -103,6 +103,15 @@ def parse(target: Any, space: SearchSpace) -> Budget:
     return found
 
 
+def names_latency(target: Any) -> bool:
+    """Whether a budget, as users write one, bounds what must be measured.
+
+    Raises:
+        BudgetError: it is misspelt.
+    """
+    return any(key == "latency" for key, _ in _entries(target))
+
+
 def _entries(target: Any) -> Iterator[tuple[str, tuple[float, bool]]]:
     """(metric with its scope, (number, whether it is a share)) of each constraint."""
     if isinstance(target, Budget):

@@ -35,7 +35,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import attachment, checkpoint, gates, methods, recovery
+from . import attachment, checkpoint, gates, latency, methods, recovery
 from . import budget as _budgets
 from . import importance as _importance
 from .callbacks import Callback
@@ -180,7 +180,10 @@ class Search:
         if budget is not None and several:
             raise SearchError("give a budget, or a sequence of budgets=, and not both")
         several = [several] if isinstance(several, (str, Mapping)) else several
-        found = [_budgets.parse(b, self.space) for b in (several or [budget])]
+        several = several or [budget]
+        if any(_budgets.names_latency(b) for b in several):
+            latency.share(self.space)
+        found = [_budgets.parse(b, self.space) for b in several]
         metrics = {m for b in found for m in b.targets}
         if any(b.targets.keys() != metrics for b in found):
             raise SearchError(f"all budgets of a family must name the same metrics ({', '.join(sorted(metrics))})")

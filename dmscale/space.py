@@ -295,12 +295,17 @@ class SearchSpace:
         Raises:
             DmscaleError: the model has no weights (it is on the meta device), or the runtime cannot run it.
         """
-        self.latency = latency.learn(
+        found = latency.learn(
             self, runtime=runtime, threads=threads, calibration=calibration, repeats=repeats, cache=cache,
             progress=progress, meter=meter,
         )  # fmt: skip
+        self.use_latency(found)
+        return found
+
+    def use_latency(self, found: latency.Latency) -> None:
+        """Predict by what has been measured elsewhere: by `measure_latency`, of a space of the same model."""
+        self.latency = found
         self.__dict__.pop("costs", None)
-        return self.latency
 
     def _latency_metric(self) -> latency.LatencyMetric:
         return latency.LatencyMetric(self.latency or self.measure_latency(), self)

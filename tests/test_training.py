@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from nets import NETS
+from test_latency import FakeMeter
 from test_search import assert_on_budget
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -99,6 +100,21 @@ def _work():
     }
 
 
+def _on_latency(rank):
+    """Targets and structure of a search on ranks of which one is three times as slow, as each would measure."""
+    space, batches = problem("mlp")
+    space.measure_latency(meter=FakeMeter(launch=1e-3 + 2e-3 * rank), cache=False)
+    search = dmscale.Search(space, "80% latency", STEPS)
+    run = DistributedDataParallel(search.model)
+    optimizer = sgd(space.model.parameters())
+    search.attach(optimizer)
+    for x, y in _halves(batches, rank):
+        F.mse_loss(run(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return dict(search.budget.targets), search.structure.to_json(), search.space.cost(search.structure)["latency"]
+
+
 def _refusals(rank):
     """What is said of models that are sharded too early, and of one file for sharded weights."""
     from torch.distributed.fsdp import fully_shard
@@ -121,7 +137,7 @@ def _rank(rank, folder):
     try:
         found = {name: work(rank) for name, work in _work().items()}
         found |= {name: _ddp_watching(rank, options) for name, options in WATCHING.items()}
-        torch.save(found | {"refusals": _refusals(rank)}, folder / f"{rank}.pt")
+        torch.save(found | {"latency": _on_latency(rank), "refusals": _refusals(rank)}, folder / f"{rank}.pt")
     finally:
         torch.distributed.destroy_process_group()
 
@@ -243,6 +259,15 @@ def test_two_processes_agree_on_what_is_no_gradient(name, ranks):
     assert torch.equal(one["importance"], two["importance"])
     if name != "a function":  # halves of a batch have the mean of the whole
         assert_near(one["early"], plain(**WATCHING[name]).early, 1e-5)
+
+
+def test_two_processes_agree_on_a_latency(ranks):
+    """That of the first, whose measurement the other takes."""
+    one, two = ranks["latency"]
+    assert one == two
+    space, _ = problem("mlp")
+    space.measure_latency(meter=FakeMeter(launch=1e-3), cache=False)
+    assert one[0] == {"latency": pytest.approx(0.8 * space.cost()["latency"])}
 
 
 def test_what_cannot_be_done_with_shards_is_refused_with_the_remedy(ranks):
