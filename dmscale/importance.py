@@ -113,7 +113,7 @@ class _Watch:
     total: Any = 0.0
     count: int = 0
     trained: bool = False
-    last: Tensor = field(default_factory=lambda: torch.zeros(()))
+    last: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float32))
 
     def add(self, value: Tensor, training: bool) -> None:
         if training and not self.trained:

@@ -171,7 +171,7 @@ class Search:
         self._plan_schedule(budget, budgets)
         self._make_model()
         self._meter = _importance.Meter(space, self.layout, self.model, importance, depth_importance)
-        self.importance = torch.zeros(self.layout.elements, device=self.device)
+        self.importance = torch.zeros(self.layout.elements, dtype=torch.float32, device=self.device)
         self.measured = torch.zeros_like(self.importance)  # importance in the last step alone
         self.method = methods.make(self, mode, lr, penalty, adapt, hard, balance)
 
@@ -202,12 +202,13 @@ class Search:
 
     def _make_model(self) -> None:
         """The gated model, with masks of one that collect gradients."""
-        ones = {a: torch.ones(a.size, device=self.device) for a in self.layout.axes}
-        blocks = {n: torch.ones(len(s.paths), device=self.device) for n, s in self.space.stacks.items()}
+        dtype = torch.float32  # whatever the default is: importance is an average of small squares
+        ones = {a: torch.ones(a.size, dtype=dtype, device=self.device) for a in self.layout.axes}
+        blocks = {n: torch.ones(len(s.paths), dtype=dtype, device=self.device) for n, s in self.space.stacks.items()}
         self.model = gates.attach(self.space.model, self.space.sites, ones, blocks, trainable=True)
         masks = gates.masks_of(self.model)
         self._masks = [*(masks.widths[a] for a in self.layout.axes), *(masks.depths[n] for n in self.space.stacks)]
-        self._tell(torch.ones(self.layout.elements))
+        self._tell(torch.ones(self.layout.elements, dtype=dtype))
 
     # -- in the loop --------------------------------------------------------------------------------------------------
 

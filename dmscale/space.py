@@ -233,10 +233,10 @@ class SearchSpace:
                 for a in inside:
                     member, size = index[a]
                     at = axes.coordinates(dim, a)  # which element each position belongs to; -1: none
-                    total = torch.zeros(size).index_add_(0, at.clamp(min=0), along * (at >= 0))
-                    scores[member] = scores.get(member, torch.zeros(size)) + total
+                    total = along.new_zeros(size).index_add_(0, at.clamp(min=0), along * (at >= 0))
+                    scores[member] = scores.get(member, 0) + total
         for stack in self.stacks.values():
-            scores[stack.name] = torch.tensor([self._inside(path, values) for path in stack.paths])
+            scores[stack.name] = torch.tensor([self._inside(path, values) for path in stack.paths], dtype=torch.float32)
         return scores
 
     def _inside(self, path: str, values: Mapping[str, Tensor]) -> float:
@@ -507,6 +507,6 @@ def _best(total: int, wanted: int, score: Any) -> tuple[int, ...]:
 
 
 def _indicator(size: int, kept: Sequence[int], device: torch.device) -> Tensor:
-    mask = torch.zeros(size, device=device)
+    mask = torch.zeros(size, dtype=torch.float32, device=device)
     mask[list(kept)] = 1
     return mask

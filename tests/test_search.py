@@ -351,6 +351,26 @@ def test_a_state_is_a_copy():
     assert state["history"] == copied["history"]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("options", [dict(method="knapsack"), dict(method="dms"), dict(method="gumbel"),
+                                     dict(importance="activation"), dict(depth_importance="residual")], ids=label)  # fmt: skip
+def test_a_search_runs_whatever_the_default_dtype_is(options, dtype):
+    """Masks and what is learnt of them are float32: small squares are averaged."""
+    torch.set_default_dtype(dtype)
+    try:
+        model, inputs, batches = problem("residual_stack")
+        search = dmscale.Search(dmscale.trace(model, inputs), "50% macs", 8, **options)
+        optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+        search.attach(optimizer)
+        assert_on_budget(train(search, optimizer, batches))
+        small = search.export()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(p.dtype == dtype for p in small.parameters())
+    assert all(m.dtype == torch.float32 for m in search.masks)
+    assert search.importance.dtype == torch.float32 and float(search.importance.max()) > 0
+
+
 # -- manners ----------------------------------------------------------------------------------------------------------
 
 

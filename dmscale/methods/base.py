@@ -107,7 +107,7 @@ class Pressure:
 
     def __init__(self, mode: str, strength: float, adapt: bool):
         self.mode, self.strength, self.adapt = mode, strength, adapt
-        self.state = torch.tensor([1.0, 0.0])  # what the strength is multiplied with; mu
+        self.state = torch.tensor([1.0, 0.0], dtype=torch.float32)  # what the strength is multiplied with; mu
 
     def settings(self) -> dict[str, Any]:
         """What the user has chosen of it."""
