@@ -817,6 +817,14 @@ def test_scale_does_all_of_it():
     assert all(torch.equal(a, b) for a, b in zip(again.model.state_dict().values(), found.model.state_dict().values()))
 
 
+def test_the_seed_of_scale_is_that_of_the_search():
+    model, inputs, batches = problem("mlp")
+    found = dmscale.scale(
+        model, inputs, batches, F.mse_loss, budget="50% macs", steps=2, finetune_steps=1, progress=False, seed=5
+    )
+    assert found.search.seed == 5
+
+
 @pytest.mark.parametrize("loader, says", [([], "no batch"), ([torch.zeros(2, 8)], "expected pairs")])
 def test_scale_names_a_wrong_loader(loader, says):
     model, inputs, _ = problem("mlp")
