@@ -47,6 +47,9 @@ from .structure import Structure
 PENALTY = 1.0
 """lambda of the resource loss; the paper's."""
 
+_RIDING: weakref.WeakKeyDictionary[torch.optim.Optimizer, weakref.WeakSet[Search]] = weakref.WeakKeyDictionary()
+"""The searches that ride on each optimizer."""
+
 _VERSION = 4  # of the state of a search
 
 
@@ -229,11 +232,12 @@ class Search:
 
         Raises:
             SearchError: it owns none of them, or the search is attached already, or it is an optimizer that cannot carry
-                the structure (LBFGS, Muon).
+                the structure (LBFGS, Muon), or carries another search of this model that has steps to take.
         """
         if self._optimizer is not None and self._optimizer() is not None:
             raise SearchError("this search is attached to an optimizer already; make one Search for each")
         attachment.check(optimizer)
+        self._refuse_beside(_RIDING.get(optimizer, ()))
         own = {id(p) for m in (self.space.model, self.model) for p in m.parameters()} - {id(m) for m in self._masks}
         if self.train_weights and not any(id(p) in own for g in optimizer.param_groups for p in g["params"]):
             raise SearchError(
@@ -252,6 +256,18 @@ class Search:
             weights = [p for p in self.model.parameters() if id(p) not in masks]
             self.model.register_forward_pre_hook(attachment.Following(self._masks, weights))
         self._optimizer = weakref.ref(optimizer)
+        _RIDING.setdefault(optimizer, weakref.WeakSet()).add(self)
+
+    def _refuse_beside(self, others: Iterable[Search]) -> None:
+        """Raise if one of `others` waits for gradients of masks that no forward of this search gives."""
+        own = {id(p) for p in self.space.model.parameters()}
+        for other in others:
+            if not other.done and any(id(p) in own for p in other.space.model.parameters()):
+                raise SearchError(
+                    f"the optimizer carries another search of this model, which has taken {other.step} of {other.steps} steps "
+                    "and would wait for gradients in every step of this one: take the remaining steps first, or attach this "
+                    "search to a new optimizer of the same parameters"
+                )
 
     def _names(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """Names for the added parameters, where the optimizer was built from named ones."""

@@ -545,6 +545,40 @@ def test_a_search_has_one_optimizer():
             search.attach(other)
 
 
+def test_a_search_beside_an_unfinished_one_of_the_same_model_is_refused_with_the_remedy():
+    model, inputs, batches = problem("mlp")
+    space = dmscale.trace(model, inputs, verify=False)
+    first, second = dmscale.Search(space, "80% macs", STEPS), dmscale.Search(space, "50% macs", STEPS)
+    optimizer = sgd(model.parameters())
+    first.attach(optimizer)
+    train(first, optimizer, batches[:5])
+    groups = len(optimizer.param_groups)
+    with pytest.raises(SearchError, match=f"has taken 5 of {STEPS} steps.*remaining steps first.*a new optimizer"):
+        second.attach(optimizer)
+    assert len(optimizer.param_groups) == groups
+    train(first, optimizer, batches)
+    second.attach(optimizer)  # one after the other
+    assert_on_budget(train(second, optimizer, batches))
+    third = dmscale.Search(space, "50% macs", STEPS)
+    other = sgd(model.parameters())
+    third.attach(other)
+    assert_on_budget(train(third, other, batches))
+
+
+def test_two_searches_of_two_models_share_an_optimizer():
+    pairs = [problem("mlp"), problem("mlp", seed=1)]
+    searches = [dmscale.Search(dmscale.trace(m, x, verify=False), "50% macs", STEPS) for m, x, _ in pairs]
+    optimizer = sgd([p for m, _, _ in pairs for p in m.parameters()])
+    for search in searches:
+        search.attach(optimizer)
+    for batches in zip(*(b for _, _, b in pairs)):
+        sum(F.mse_loss(s.model(x), y) for s, (x, y) in zip(searches, batches)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for search in searches:
+        assert_on_budget(search)
+
+
 def test_an_optimizer_of_something_else_is_refused():
     model, inputs, _ = problem()
     search = dmscale.Search(dmscale.trace(model, inputs), "50% macs", STEPS)
