@@ -1,11 +1,13 @@
 """How a search rides on an optimizer, whatever surrounds it: closures, loss scales, sharded weights.
 
-`Search` reads the gradients of its masks in a hook before the optimizer's step.  Three things may have happened to them, or
+`Search` reads the gradients of its masks in a hook before the optimizer's step.  Four things may have happened to them, or
 not yet:
 
 closure   `optimizer.step(closure)` computes the gradients inside of the step: the reading moves to the end of the closure.
 scale     a `GradScaler` unscales the gradients before the step and leaves a step out if one is not finite; for a fused
           optimizer it does neither, and hands the scale and what it found to the optimizer instead.
+skipping  a step that is left out has no hook, and `model.zero_grad()` does not reach the masks: what they hold of such a
+          step goes before the next forward, where the weights hold nothing any more.
 sharding  DDP averages the gradients of the masks like those of any parameter.  FSDP2 averages those of the weights that it
           shards; masks stay whole on every rank, and are averaged here.
 """
@@ -90,6 +92,32 @@ def loss_scale(optimizer: Optimizer) -> Tensor | float:
     return 1.0 if scale is None else scale
 
 
+class Following:
+    """A hook before the forward of `search.model`: gradients of masks go when those of the weights have gone.
+
+    The user accumulates and clears gradients of weights.  Where some hold one the step goes on; where none does, whatever
+    masks still hold is of a step that was given up, infinite under a `GradScaler`, and would stay there for good.  Under a
+    compiler the forward does not ask.  A copy of the model follows nothing.
+
+    Args:
+        masks, weights: of the gated model.
+    """
+
+    def __init__(self, masks: Iterable[nn.Parameter] = (), weights: Iterable[nn.Parameter] = ()):
+        self.masks, self.weights = list(masks), list(weights)
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if torch.compiler.is_compiling() or all(m.grad is None for m in self.masks):
+            return
+        trained = [w for w in self.weights if w.requires_grad]
+        if trained and not any(w.grad is not None and bool(w.grad.any()) for w in trained):
+            for m in self.masks:
+                m.grad = None
+
+    def __reduce__(self) -> Any:
+        return Following, ()
+
+
 # -- sharded weights (FSDP2) -------------------------------------------------------------------------------------------
 
 
@@ -119,6 +147,11 @@ def average(t: Tensor, groups: Iterable[Any]) -> Tensor:
         torch.distributed.all_reduce(t, group=group)
         t = t / torch.distributed.get_world_size(group)
     return t
+
+
+def average_over_all(t: Tensor) -> Tensor:
+    """The mean of `t` over all processes that train together; `t` where there is one."""
+    return average(t, [torch.distributed.group.WORLD]) if several_processes() else t
 
 
 def gather(gated: nn.Module, model: nn.Module) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import numbers
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -103,12 +104,21 @@ def parse(target: Any, space: SearchSpace) -> Budget:
     return found
 
 
+def names_latency(target: Any) -> bool:
+    """Whether a budget, as users write one, bounds what must be measured.
+
+    Raises:
+        BudgetError: it is misspelt.
+    """
+    return any(key == "latency" for key, _ in _entries(target))
+
+
 def _entries(target: Any) -> Iterator[tuple[str, tuple[float, bool]]]:
     """(metric with its scope, (number, whether it is a share)) of each constraint."""
     if isinstance(target, Budget):
         for key, value in target.targets.items():
             key = _checked(key)
-            if not isinstance(value, (int, float)) or isinstance(value, bool):
+            if not isinstance(value, numbers.Real) or isinstance(value, bool):
                 raise BudgetError(f"budget {key}={value!r} is no number")
             yield key, (float(value), False)
     elif isinstance(target, Mapping):
@@ -116,8 +126,8 @@ def _entries(target: Any) -> Iterator[tuple[str, tuple[float, bool]]]:
             key = _checked(key)
             if isinstance(value, str):
                 yield from _entries(f"{value} {key}")
-            elif isinstance(value, (int, float)) and not isinstance(value, bool):
-                yield key, (float(value), value <= 1)
+            elif isinstance(value, numbers.Real) and not isinstance(value, bool):
+                yield key, (float(value), float(value) <= 1)
             else:
                 raise BudgetError(f"budget {key}={value!r} is no number")
     elif isinstance(target, str):

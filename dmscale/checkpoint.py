@@ -12,16 +12,18 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import os
 import random
 import socket
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import attachment
 from .errors import CheckpointError
@@ -54,9 +56,10 @@ def write(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
     """Write `content` (tensors and plain data) to `path`, atomically.
 
     Raises:
-        CheckpointError: it could not be written; an earlier file of that name is as it was.
+        CheckpointError: it could not be written, or not be read back; an earlier file of that name is as it was.
     """
     path = Path(path)
+    plain = {key: _plain(value, key, path) for key, value in content.items()}
     temporary = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -64,7 +67,7 @@ def write(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
         with open(temporary, "wb") as file:
             file.write(_MAGIC + b"0" * 64 + b"\n")
             hashing = _Hashing(file)
-            torch.save(dict(content), hashing)  # type: ignore[arg-type]
+            torch.save(plain, hashing)  # type: ignore[arg-type]
             file.seek(len(_MAGIC))
             file.write(hashing.digest.hexdigest().encode())
             file.flush()
@@ -79,6 +82,49 @@ def write(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+_LEAVES = (Tensor, nn.Parameter, bool, int, float, complex, str, bytes, type(None))
+"""What `read` is known to take, beside containers of it."""
+
+
+def _plain(value: Any, where: str, path: Path) -> Any:
+    """`value` as `read` will give it: with Python's numbers for NumPy's.
+
+    Args:
+        where: names it in the file.
+    Raises:
+        CheckpointError: `read` would refuse it, and the whole file with it.
+    """
+    if isinstance(value, np.generic):
+        value = value.item()
+    kind = type(value)
+    if kind in (dict, OrderedDict):
+        items = [(_plain(k, f"a key of {where}", path), _plain(v, f"{where}[{k!r}]", path)) for k, v in value.items()]
+        made = kind(items)
+        if kind is OrderedDict:  # the state of a module keeps versions there
+            vars(made).update(vars(value))
+        return made
+    if kind in (list, tuple):
+        return kind(_plain(v, f"{where}[{i}]", path) for i, v in enumerate(value))
+    if kind not in _LEAVES and not _readable(value):
+        raise CheckpointError(
+            f"{where} is a {kind.__module__}.{kind.__qualname__}, which cannot be read back; {path} was not written. Store "
+            "tensors and plain data: torch.from_numpy(array), str(path), vars(settings), the state_dict() of an object."
+        )
+    return value
+
+
+def _readable(value: Any) -> bool:
+    """Whether `read` takes `value`: tried, since PyTorch knows some classes and the user may have added to them."""
+    file = io.BytesIO()
+    try:
+        torch.save(value, file)
+        file.seek(0)
+        torch.load(file, map_location="cpu", weights_only=True)
+    except Exception:  # whatever a class raises that does not pickle
+        return False
+    return True
 
 
 def _remove_orphans(path: Path) -> None:
@@ -201,10 +247,10 @@ def save(
         path,
         {
             "search": search.state_dict(),
-            "budget": dict(search.budget.targets),
             "random": random_state(),
             "model": search.space.model.state_dict() if model else None,
             "optimizer": optimizer.state_dict() if optimizer is not None else None,
+            "optimizer class": type(optimizer).__name__ if optimizer is not None else None,
             "extra": dict(extra or {}),
         },
     )
@@ -223,13 +269,8 @@ def load(
     if content["model"] is not None:
         check_weights(model, content["model"], path)
     if optimizer is not None:
-        _check_optimizer(optimizer, content["optimizer"], path)
-    if content["budget"] != dict(search.budget.targets):
-        raise CheckpointError(
-            f"{path} is of a search for {content['budget']}, this one is for {dict(search.budget.targets)}; give the same "
-            "budget, or another file"
-        )
-    search.load_state_dict(content["search"])  # refuses another space before it changes anything
+        _check_optimizer(optimizer, content["optimizer"], content.get("optimizer class"), path)
+    search.load_state_dict(content["search"])  # refuses another search before it changes anything
     if content["model"] is not None:
         model.load_state_dict(content["model"])
     if optimizer is not None:
@@ -256,9 +297,16 @@ def check_weights(model: nn.Module, weights: Mapping[str, Any], path: Any) -> No
         )
 
 
-def _check_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any] | None, path: Any) -> None:
+def _check_optimizer(
+    optimizer: torch.optim.Optimizer, state: Mapping[str, Any] | None, kind: str | None, path: Any
+) -> None:
     if state is None:
         raise CheckpointError(f"{path} holds no state of an optimizer; it was saved without optimizer=")
+    if kind != type(optimizer).__name__:
+        raise CheckpointError(
+            f"the optimizer in {path} is of the class {kind}, this one of {type(optimizer).__name__}, which keeps another "
+            "state; build it as when it was saved"
+        )
     own = [len(g["params"]) for g in optimizer.param_groups]
     theirs = [len(g["params"]) for g in state["param_groups"]]
     if own != theirs:

@@ -11,6 +11,10 @@ It is averaged over steps and never trained.  The choices:
     index       falls with the position: the last elements go first
     a function  of the search, that returns member -> scores
 
+What a module takes in counts where it is taken in for a step: with gradients enabled, in evaluation mode only if nothing has
+run in training mode since the last step.  Means of that, and what a function says, are averaged over the processes that train
+together, whose gradients are averaged already: all must find one structure.
+
 For blocks "residual" and "similarity" are further choices: |f(x)|^2 / |x|^2 and 1 - cos(x, x + f(x)) of a block x + f(x).
 """
 
@@ -23,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import axes, running
+from . import attachment, axes, running
 from .errors import SearchError
 from .layout import Layout
 from .space import SearchSpace
@@ -67,6 +71,11 @@ class Meter:
         self._blocks = _watch_blocks(space, model, self.depth_kind) if watched else {}
         self._fixed: dict[str, Tensor] = {}
 
+    @property
+    def kinds(self) -> dict[str, Any]:
+        """The kinds asked for, by the argument of `Search`."""
+        return {"importance": self.kind, "depth_importance": self.depth_kind}
+
     def measure(self, search: Any, mask: Tensor, gradient: Tensor) -> Tensor:
         """Importance of this step, (E,), from the mask and the loss's gradient by it, both (E,)."""
         widths = self._of(self.kind, search, mask, gradient)
@@ -76,14 +85,15 @@ class Meter:
 
     def _of(self, kind: Any, search: Any, mask: Tensor, gradient: Tensor) -> Tensor:
         if callable(kind):
-            return self.layout.flat(kind(search), mask.device)
+            return attachment.average_over_all(self.layout.flat(kind(search), mask.device))
         if kind in GRADIENT:
             return GRADIENT[kind](mask, gradient)
         if kind == "activation":
-            return self.layout.flat({m: w.mean() for m, w in self._activations.items()}, mask.device)
+            means = {m: w.mean() for m, w in self._activations.items()}
+            return attachment.average_over_all(self.layout.flat(means, mask.device))
         if kind in ("residual", "similarity"):
             means = {n: torch.stack([w.mean() for w in each]) for n, each in self._blocks.items()}
-            return self.layout.flat(means, mask.device)
+            return attachment.average_over_all(self.layout.flat(means, mask.device))
         if kind == "magnitude":  # weights move while the network trains
             return self.layout.flat({m: s.square() for m, s in self.space.magnitudes().items()}, mask.device)
         if kind not in self._fixed:
@@ -94,19 +104,27 @@ class Meter:
 
 @dataclass
 class _Watch:
-    """A running sum of what a hook sees, emptied by `mean`."""
+    """A running sum of what a hook sees in the forwards of a step, emptied by `mean`.
+
+    trained: whether it is of forwards in training mode, which displace those in evaluation mode: validation, as a rule, but
+        a search may run in evaluation mode throughout, so that statistics of BatchNorm stay.
+    """
 
     total: Any = 0.0
     count: int = 0
-    last: Tensor = field(default_factory=lambda: torch.zeros(()))
+    trained: bool = False
+    last: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float32))
 
-    def add(self, value: Tensor) -> None:
-        self.total, self.count = self.total + value.detach().float(), self.count + 1
+    def add(self, value: Tensor, training: bool) -> None:
+        if training and not self.trained:
+            self.total, self.count, self.trained = 0.0, 0, True
+        if training == self.trained:
+            self.total, self.count = self.total + value.detach().float(), self.count + 1
 
     def mean(self) -> Tensor:
         if self.count:
             self.last = self.total / self.count
-            self.total, self.count = 0.0, 0
+            self.total, self.count, self.trained = 0.0, 0, False
         return self.last
 
 
@@ -121,15 +139,16 @@ def _watch_inputs(space: SearchSpace, model: nn.Module) -> dict[str, _Watch]:
             found = axes.atoms(dim)
             if len(found) == 1 and found[0] in member and call.path:
                 name, size = member[found[0]]
-                watch = watches.setdefault(name, _Watch(last=torch.zeros(size)))
+                watch = watches.setdefault(name, _Watch(last=torch.zeros(size, dtype=torch.float32)))
                 _on_input(model.get_submodule(call.path), position, watch)
     return watches
 
 
 def _on_input(module: nn.Module, position: int, watch: _Watch) -> None:
     def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        x = running.tensors_in((args, kwargs))[0].detach()
-        watch.add(x.float().square().mean([i for i in range(x.dim()) if i != position]))
+        if torch.is_grad_enabled():
+            x = running.tensors_in((args, kwargs))[0].detach()
+            watch.add(x.float().square().mean([i for i in range(x.dim()) if i != position]), module.training)
 
     module.register_forward_pre_hook(hook, with_kwargs=True)
 
@@ -146,11 +165,14 @@ def _watch_blocks(space: SearchSpace, model: nn.Module, kind: str) -> dict[str, 
 
 def _on_block(module: nn.Module, kind: str, watch: _Watch) -> None:
     def hook(module: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
+        if not torch.is_grad_enabled():
+            return
         x = running.tensors_in((args, kwargs))[0].detach().float().flatten(1)
         y = running.tensors_in(out)[0].detach().float().flatten(1)
         if kind == "residual":
-            watch.add(((y - x).square().sum(1) / x.square().sum(1).clamp(min=1e-12)).mean())
+            value = ((y - x).square().sum(1) / x.square().sum(1).clamp(min=1e-12)).mean()
         else:
-            watch.add((1 - torch.cosine_similarity(x, y, dim=1)).mean())
+            value = (1 - torch.cosine_similarity(x, y, dim=1)).mean()
+        watch.add(value, module.training)
 
     module.register_forward_hook(hook, with_kwargs=True, prepend=True)

@@ -31,7 +31,7 @@ import tempfile
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +39,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import axes, cost
+from . import attachment, axes, cost
 from .axes import Axis, Dim
 from .errors import DmscaleError
 from .optional import require
@@ -605,6 +605,37 @@ def learn(
     return found
 
 
+def share(space: SearchSpace) -> None:
+    """Let what the first process has measured hold for all that train together: their budgets would else differ.
+
+    Every process must call it; the first one measures if it has not yet.
+
+    Raises:
+        DmscaleError: on every process, if the first cannot measure, or if a process has another model.
+    """
+    if not attachment.several_processes():
+        return
+    told: list[Any] = [None]
+    if torch.distributed.get_rank() == 0:
+        try:
+            found = space.latency or space.measure_latency()
+            told = [(found.machine, found.runtime, [(t.ms, t.measured) for t in found.tables], found.coefficients,
+                     found.calibration)]  # fmt: skip
+        except DmscaleError as error:
+            told = [error]
+    torch.distributed.broadcast_object_list(told, src=0)
+    if isinstance(told[0], DmscaleError):
+        raise told[0]
+    machine, runtime, measured, coefficients, calibration = told[0]
+    empty = [_empty_table(space, instance) for instance in space.trace.record.instances]
+    if [t.ms.shape for t in empty] != [ms.shape for ms, _ in measured]:
+        raise DmscaleError(
+            "the processes have traced different models: the latency that the first one measured fits no other"
+        )
+    tables = [replace(t, ms=ms, measured=done) for t, (ms, done) in zip(empty, measured)]
+    space.use_latency(Latency(machine, runtime, tables, coefficients, calibration))
+
+
 @contextmanager
 def _threads(wanted: int | None) -> Iterator[None]:
     before = torch.get_num_threads()
@@ -618,19 +649,25 @@ def _threads(wanted: int | None) -> Iterator[None]:
 
 def _table(space: SearchSpace, instance: Instance, meter: Meter, store: Cache) -> Table:
     """Measure one operator instance, or take from the cache what is known."""
-    factors = _free_factors(space, instance)
-    points = _POINTS.get(len(factors), 2)
-    grid = tuple(_spaced(*_range(space, a), points) for a in factors)
-    combinations = [dict(zip(factors, (int(n) for n in sizes))) for sizes in itertools.product(*grid)]
+    empty = _empty_table(space, instance)
+    combinations = [dict(zip(empty.factors, (int(n) for n in sizes))) for sizes in itertools.product(*empty.grid)]
     keys = [_key(instance, sizes) for sizes in combinations]
     missing = [(k, sizes) for k, sizes in zip(keys, combinations) if k not in store.known]
     if missing:
         times = meter.operators(instance, [sizes for _, sizes in missing])
         if times is None:
-            return Table(instance, factors, grid, np.zeros([len(g) for g in grid]), measured=False)
+            return empty
         store.known.update({k: t for (k, _), t in zip(missing, times)})
-    ms = np.array([store.known[k] for k in keys]).reshape([len(g) for g in grid])
-    return Table(instance, factors, grid, rising(ms))
+    ms = np.array([store.known[k] for k in keys]).reshape(empty.ms.shape)
+    return replace(empty, ms=rising(ms), measured=True)
+
+
+def _empty_table(space: SearchSpace, instance: Instance) -> Table:
+    """The sizes at which an operator instance is to be measured."""
+    factors = _free_factors(space, instance)
+    points = _POINTS.get(len(factors), 2)
+    grid = tuple(_spaced(*_range(space, a), points) for a in factors)
+    return Table(instance, factors, grid, np.zeros([len(g) for g in grid]), measured=False)
 
 
 def _free_factors(space: SearchSpace, instance: Instance) -> tuple[Axis, ...]:

@@ -60,9 +60,9 @@ class Layout:
         self.in_depth = torch.tensor(depth, dtype=torch.bool)[self.segment]
         coarse = torch.tensor([self.dimensions[i].kind != "width" for i in owner], dtype=torch.bool)[self.segment]
         self.element_size = sizes[self.segment].float()
-        self.sharpness = self.element_size * torch.where(coarse, 4.0, 1.0)
+        self.sharpness = torch.where(coarse, 4 * self.element_size, self.element_size)
         self.inside = self._inside()
-        self.ceiling = torch.tensor([1 - d.lowest / d.size for d in self.dimensions])
+        self.ceiling = torch.tensor([1 - d.lowest / d.size for d in self.dimensions], dtype=torch.float32)
         self.ceiling_array = self.ceiling.double().numpy()
         self.is_width = np.array([d.kind != "depth" for d in self.dimensions])
         self._width_columns = np.array([i for i, d in enumerate(self.dimensions) for _ in d.axes], dtype=np.int64)
@@ -126,7 +126,7 @@ class Layout:
 
     def mask_of(self, structure: Structure, device: torch.device) -> Tensor:
         """The mask of a structure, (E,) of 0 and 1."""
-        mask = torch.zeros(self.elements)
+        mask = torch.zeros(self.elements, dtype=torch.float32)
         kept: Sequence[tuple[int, ...]] = [structure.kept[m] for m in self.members]
         places = np.concatenate([np.asarray(k, dtype=np.int64) + int(s) for k, s in zip(kept, self.start.tolist())])
         mask[torch.from_numpy(places)] = 1

@@ -6,6 +6,7 @@ small = recover(search.export(), loader, criterion, steps=2000, teacher=dense, d
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -227,23 +228,34 @@ def recalibrate(model: nn.Module, batches: Iterable[Any], limit: int = 100) -> n
         limit: number of batches to use at most.
     Returns:
         the model.
+    Raises:
+        DmscaleError: there is no batch to measure on; the statistics are as they were, as after any exception.
     """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     if not norms:
         return model
+    used = itertools.islice(batches, limit)
+    first = next(used, None)
+    if first is None:
+        raise DmscaleError(
+            "there is no batch to measure BatchNorm on; a generator can be run through only once, give a list or DataLoader"
+        )
     momenta = {m: m.momentum for m in norms}
+    before = [(b, b.clone()) for m in norms for b in m.buffers(recurse=False)]
     try:
         with torch.no_grad(), running.evaluating(model):
             for m in norms:
                 m.reset_running_stats()
                 m.momentum = None  # cumulative average
                 m.train()
-            for i, batch in enumerate(batches):
-                if i == limit:
-                    break
+            for batch in itertools.chain([first], used):
                 inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
                 args, kwargs = running.arguments(inputs)
                 model(*args, **kwargs)
+    except BaseException:
+        for buffer, value in before:
+            buffer.copy_(value)
+        raise
     finally:
         for m, momentum in momenta.items():
             m.momentum = momentum

@@ -90,7 +90,7 @@ def scale(
         finetune_steps: optimizer steps of the fine-tuning; by default twice `steps`, and none with train_weights=False, after
             which BatchNorm statistics alone are measured anew.
         lr: learning rate of the weights, in both phases.
-        seed: of PyTorch's generators while this runs; they are restored.
+        seed: of PyTorch's generators while this runs, which are restored, and of the noise that some methods draw.
         progress: whether to show a bar, if the output is a terminal.
         freeze, only, minimum, multiple: as in `trace`.
         inherit: whether the fine-tuning starts from the weights that the search has trained.  If not, it starts from those
@@ -128,7 +128,7 @@ def scale(
         steps = max(200, 2 * _length(loader))
     finetune_steps = (2 * steps if moves else 0) if finetune_steps is None else finetune_steps
     how = Distill.parse(distill)
-    search = Search(space, budget, steps, callbacks=callbacks, **options)
+    search = Search(space, budget, steps, seed=seed, callbacks=callbacks, **options)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     training = model.training
     with checkpoints.preserving_random_state(), contextlib.ExitStack() as stack:

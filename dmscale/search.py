@@ -24,6 +24,7 @@ become a structure is the method's part: see `methods`.
 from __future__ import annotations
 
 import math
+import numbers
 import os
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
@@ -34,17 +35,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import attachment, checkpoint, gates, methods, recovery
+from . import attachment, checkpoint, gates, latency, methods, recovery
 from . import budget as _budgets
 from . import importance as _importance
 from .callbacks import Callback
-from .errors import SearchError
+from .errors import CheckpointError, SearchError
 from .layout import Layout
 from .space import SearchSpace
 from .structure import Structure
 
 PENALTY = 1.0
 """lambda of the resource loss; the paper's."""
+
+_RIDING: weakref.WeakKeyDictionary[torch.optim.Optimizer, weakref.WeakSet[Search]] = weakref.WeakKeyDictionary()
+"""The searches that ride on each optimizer."""
+
+_VERSION = 4  # of the state of a search
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,40 @@ class Member:
     budget: _budgets.Budget
     structure: Structure
     model: nn.Module
+
+
+def _check_numbers(
+    steps: Any, warmup: Any, decay: Any, momentum: Any, lr: Any, penalty: Any, seed: Any, log_every: Any
+) -> None:
+    """Refuse numbers that a search cannot run with, all at once; the arguments are those of `Search`."""
+    whole = {"steps": (steps, 1), "seed": (seed, None), "log_every": (1 if log_every is None else log_every, 1)}
+    problems = [
+        f"{name}={value!r} is no whole number{'' if least is None else ' of at least 1'}"
+        for name, (value, least) in whole.items()
+        if not _is_number(value, numbers.Integral) or (least is not None and value < least)
+    ]
+    problems += [
+        f"{name}={value!r} is no number between 0 (included) and 1"
+        for name, value in (("warmup", warmup), ("momentum", momentum))
+        if not (_is_number(value, numbers.Real) and 0 <= value < 1)
+    ]
+    if not (_is_number(decay, numbers.Real) and 0 < decay <= 1):
+        problems.append(f"decay={decay!r} is no number between 0 and 1 (included)")
+    elif not problems and warmup >= decay:
+        problems.append(
+            f"warmup={warmup!r} leaves the target no time to fall before decay={decay!r}, the share of the steps after which "
+            "it has reached the budget: give a smaller warmup or a larger decay"
+        )
+    if lr is not None and not (_is_number(lr, numbers.Real) and 0 < lr < math.inf):
+        problems.append(f"lr={lr!r} is no positive number")
+    if not (_is_number(penalty, numbers.Real) and 0 <= penalty < math.inf):
+        problems.append(f"penalty={penalty!r} is no number of at least 0")
+    if problems:
+        raise SearchError("; ".join(problems))
+
+
+def _is_number(value: Any, kind: type) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 class Search:
@@ -75,15 +115,16 @@ class Search:
             member -> scores; "taylor" by default.
         depth_importance: the same for blocks, if it should differ: one of `importance.DEPTH_KINDS`.
         warmup: share of the steps at the start in which the target stays at the full cost and importance is gathered.
-        decay: share of the steps after which the target has reached the budget.
+        decay: share of the steps after which the target has reached the budget; more than `warmup`.
         momentum: of the moving average of importance; 0 takes the last step alone.
-        train_weights: False for a structure-only search: the weights do not move.
+        train_weights: False for a structure-only search: no step of the optimizer moves the weights, after the last one of
+            the search neither.
         seed: of the noise that some methods draw.
         log_every: steps between two entries of `history`; 200 entries by default.
         callbacks: what watches the search, see `dmscale.callbacks`; `search.callbacks` may be appended to.
     Raises:
         BudgetError: the budget cannot be read or reached; nothing has been trained then.
-        SearchError: an option is misspelt or does not go with the method.
+        SearchError: an option is misspelt, out of range, or does not go with the method.
     """
 
     model: nn.Module
@@ -114,8 +155,7 @@ class Search:
         log_every: int | None = None,
         callbacks: Iterable[Callback] = (),
     ):
-        if steps < 1:
-            raise SearchError(f"steps={steps}: a search needs at least one optimizer step")
+        _check_numbers(steps, warmup, decay, momentum, lr, penalty, seed, log_every)
         attachment.refuse_sharded(space.model, SearchError)
         self.space, self.steps, self.method_name, self.seed = space, steps, method, seed
         self.warmup, self.decay, self.momentum = warmup, decay, momentum
@@ -135,7 +175,7 @@ class Search:
         self._plan_schedule(budget, budgets)
         self._make_model()
         self._meter = _importance.Meter(space, self.layout, self.model, importance, depth_importance)
-        self.importance = torch.zeros(self.layout.elements, device=self.device)
+        self.importance = torch.zeros(self.layout.elements, dtype=torch.float32, device=self.device)
         self.measured = torch.zeros_like(self.importance)  # importance in the last step alone
         self.method = methods.make(self, mode, lr, penalty, adapt, hard, balance)
 
@@ -144,7 +184,10 @@ class Search:
         if budget is not None and several:
             raise SearchError("give a budget, or a sequence of budgets=, and not both")
         several = [several] if isinstance(several, (str, Mapping)) else several
-        found = [_budgets.parse(b, self.space) for b in (several or [budget])]
+        several = several or [budget]
+        if any(_budgets.names_latency(b) for b in several):
+            latency.share(self.space)
+        found = [_budgets.parse(b, self.space) for b in several]
         metrics = {m for b in found for m in b.targets}
         if any(b.targets.keys() != metrics for b in found):
             raise SearchError(f"all budgets of a family must name the same metrics ({', '.join(sorted(metrics))})")
@@ -163,12 +206,13 @@ class Search:
 
     def _make_model(self) -> None:
         """The gated model, with masks of one that collect gradients."""
-        ones = {a: torch.ones(a.size, device=self.device) for a in self.layout.axes}
-        blocks = {n: torch.ones(len(s.paths), device=self.device) for n, s in self.space.stacks.items()}
+        dtype = torch.float32  # whatever the default is: importance is an average of small squares
+        ones = {a: torch.ones(a.size, dtype=dtype, device=self.device) for a in self.layout.axes}
+        blocks = {n: torch.ones(len(s.paths), dtype=dtype, device=self.device) for n, s in self.space.stacks.items()}
         self.model = gates.attach(self.space.model, self.space.sites, ones, blocks, trainable=True)
         masks = gates.masks_of(self.model)
         self._masks = [*(masks.widths[a] for a in self.layout.axes), *(masks.depths[n] for n in self.space.stacks)]
-        self._tell(torch.ones(self.layout.elements))
+        self._tell(torch.ones(self.layout.elements, dtype=dtype))
 
     # -- in the loop --------------------------------------------------------------------------------------------------
 
@@ -189,11 +233,12 @@ class Search:
 
         Raises:
             SearchError: it owns none of them, or the search is attached already, or it is an optimizer that cannot carry
-                the structure (LBFGS, Muon).
+                the structure (LBFGS, Muon), or carries another search of this model that has steps to take.
         """
         if self._optimizer is not None and self._optimizer() is not None:
             raise SearchError("this search is attached to an optimizer already; make one Search for each")
         attachment.check(optimizer)
+        self._refuse_beside(_RIDING.get(optimizer, ()))
         own = {id(p) for m in (self.space.model, self.model) for p in m.parameters()} - {id(m) for m in self._masks}
         if self.train_weights and not any(id(p) in own for g in optimizer.param_groups for p in g["params"]):
             raise SearchError(
@@ -207,7 +252,23 @@ class Search:
         optimizer.add_param_group(group | own_settings | self._names(optimizer))
         optimizer.register_step_pre_hook(self._before_step)
         optimizer.register_step_post_hook(self._after_step)
+        if not attachment.shards(self.model):  # shards are not in the user's model: to clear them is to clear the masks
+            masks = {id(m) for m in self._masks}
+            weights = [p for p in self.model.parameters() if id(p) not in masks]
+            self.model.register_forward_pre_hook(attachment.Following(self._masks, weights))
         self._optimizer = weakref.ref(optimizer)
+        _RIDING.setdefault(optimizer, weakref.WeakSet()).add(self)
+
+    def _refuse_beside(self, others: Iterable[Search]) -> None:
+        """Raise if one of `others` waits for gradients of masks that no forward of this search gives."""
+        own = {id(p) for p in self.space.model.parameters()}
+        for other in others:
+            if not other.done and any(id(p) in own for p in other.space.model.parameters()):
+                raise SearchError(
+                    f"the optimizer carries another search of this model, which has taken {other.step} of {other.steps} steps "
+                    "and would wait for gradients in every step of this one: take the remaining steps first, or attach this "
+                    "search to a new optimizer of the same parameters"
+                )
 
     def _names(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """Names for the added parameters, where the optimizer was built from named ones."""
@@ -229,6 +290,8 @@ class Search:
             m.grad = None  # masks are set, not stepped
         for p in self.method.parameters():
             p.grad = None
+        if not self.train_weights:
+            self._hold_weights(optimizer)
         if self.done or attachment.leaves_out(optimizer):
             return
         if all(g is None for g in grads):
@@ -252,12 +315,19 @@ class Search:
                 if p.grad is not None:
                     p.grad.mul_(scale)  # which the optimizer takes out again
         self._has_read = True
-        learnt = {id(p) for p in self.method.parameters()}
-        own = learnt | {id(m) for m in self._masks}
         for group in optimizer.param_groups:
-            if any(id(p) in own for p in group["params"]):
+            if self._is_own(group):
                 group["lr"] = self.method.lr  # constant, whatever a scheduler does to the others
-            elif not self.train_weights:
+
+    def _is_own(self, group: Mapping[str, Any]) -> bool:
+        """Whether a group of the optimizer is the one that `attach` has added."""
+        own = {id(p) for p in (*self.method.parameters(), *self._masks)}
+        return any(id(p) in own for p in group["params"])
+
+    def _hold_weights(self, optimizer: torch.optim.Optimizer) -> None:
+        """Leave the optimizer nothing to move but the structure, and once that is final nothing at all."""
+        for group in optimizer.param_groups:
+            if not self._is_own(group):
                 for p in group["params"]:
                     p.grad = None
 
@@ -379,6 +449,7 @@ class Search:
             recalibrate: batches (inputs, or (inputs, ...)) on which BatchNorm statistics are measured anew.
         Raises:
             ExportError: it differs from the gated model; the search stays usable.
+            DmscaleError: there is no batch to recalibrate on.
         """
         attachment.gather(self.model, self.space.model)
         small = self.space.export(self.structure)
@@ -422,11 +493,12 @@ class Search:
     def state_dict(self) -> dict[str, Any]:
         """Everything but the weights (those are in the user's model and optimizer): a resumed search goes on alike."""
         return {
-            "version": 3,
+            "version": _VERSION,
             "step": self.step,
             "steps": self.steps,
             "method": self.method_name,
             "dimensions": [(d.name, d.size) for d in self.layout.dimensions],
+            "terms": self._terms(),
             "importance": self.importance.clone(),
             "learnt": self.method.state_dict(),
             "history": list(self.history),
@@ -435,19 +507,21 @@ class Search:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state_dict()`.
+        """Continue from `state_dict()`; nothing is changed where that is refused.
 
         Raises:
             SearchError: the state is of another space, method or length.
+            CheckpointError: it is of another budget, or of other settings; all that differ are named.
         """
         own = [(d.name, d.size) for d in self.layout.dimensions]
         theirs = [tuple(d) for d in state.get("dimensions", [])]
         if theirs != own:
             differing = [n for n, _ in theirs if n not in dict(own)] + [n for n, _ in own if n not in dict(theirs)]
             raise SearchError(f"the state is of another search space; dimensions differ: {differing[:5] or 'in size'}")
-        for what, mine in (("version", 3), ("steps", self.steps), ("method", self.method_name)):
+        for what, mine in (("version", _VERSION), ("steps", self.steps), ("method", self.method_name)):
             if state.get(what) != mine:
                 raise SearchError(f"the state is of a search with {what}={state.get(what)!r}, this one has {mine!r}")
+        self._check_terms(state["terms"])
         self.importance.copy_(state["importance"])
         self.method.load_state_dict(state["learnt"])
         self.step, self.history = state["step"], list(state["history"])
@@ -457,6 +531,48 @@ class Search:
             self._finish()
         elif self.step:
             self._write(self.method.masks())
+
+    def _terms(self) -> dict[str, Any]:
+        """What the outcome depends on, beside weights and data: a search may go on from a state of the same alone."""
+        kinds = {
+            k: getattr(v, "__name__", type(v).__name__) if callable(v) else v for k, v in self._meter.kinds.items()
+        }
+        return {
+            "budgets": [dict(b.targets) for b in self.budgets],
+            "full cost": {m: v for m, v in self._full.items() if m != "latency"},  # which is measured anew
+            "allowed": {d.name: (d.lowest, d.multiple) for d in self.layout.dimensions},
+            "settings": {
+                "warmup": self.warmup, "decay": self.decay, "momentum": self.momentum, "train_weights": self.train_weights,
+                "seed": self.seed, **kinds, **self.method.settings(),
+            },
+        }  # fmt: skip
+
+    def _check_terms(self, theirs: Mapping[str, Any]) -> None:
+        own, problems = self._terms(), []
+        if theirs["budgets"] != own["budgets"]:
+            problems.append(
+                f"is of a search for {theirs['budgets']}, this one is for {own['budgets']}: give the same budget"
+            )
+        elif theirs["full cost"] != own["full cost"]:
+            problems.append(
+                f"is of a model that costs {theirs['full cost']}, this one costs {own['full cost']}: trace with the same "
+                "example inputs"
+            )
+        bounds = [n for n, bound in own["allowed"].items() if tuple(theirs["allowed"][n]) != bound]
+        if bounds:
+            (least, step), (lowest, multiple) = theirs["allowed"][bounds[0]], own["allowed"][bounds[0]]
+            problems.append(
+                f"keeps {least} or more by {step} of {bounds[0]!r}, this one {lowest} or more by {multiple}"
+                f"{f', and {len(bounds) - 1} further dimensions differ' if bounds[1:] else ''}: trace with the same minimum "
+                "and multiple"
+            )
+        before, now = theirs["settings"], own["settings"]
+        other = [k for k in before.keys() | now.keys() if before.get(k) != now.get(k)]
+        if other:
+            was, has = (", ".join(f"{k}={of.get(k)!r}" for k in sorted(other)) for of in (before, now))
+            problems.append(f"is of a search with {was}, this one has {has}: give the same arguments")
+        if problems:
+            raise CheckpointError(f"the state {'; it '.join(problems)}. Else begin anew, with another file.")
 
     def save(
         self,
@@ -486,13 +602,14 @@ class Search:
         Returns:
             what was given as `extra`.
         Raises:
-            CheckpointError: the file is missing, damaged, or of another model or optimizer; nothing has been changed.
+            CheckpointError: the file is missing, damaged, or of another model, optimizer, budget or other settings; nothing
+                has been changed.
             SearchError: it is of another search space or length; nothing has been changed.
         """
         return checkpoint.load(self, path, optimizer)
 
     def _restored(self, budget: _budgets.Budget, text: str, weights: Mapping[str, Tensor]) -> Member:
         structure = Structure.from_json(text)
-        model = self.space.build(structure)
+        model = self.space.export(structure, verify=False)  # it was verified, with the weights that it gets now
         model.load_state_dict(weights)
         return Member(budget, structure, model)

@@ -239,10 +239,10 @@ class SearchSpace:
                 for a in inside:
                     member, size = index[a]
                     at = axes.coordinates(dim, a)  # which element each position belongs to; -1: none
-                    total = torch.zeros(size).index_add_(0, at.clamp(min=0), along * (at >= 0))
-                    scores[member] = scores.get(member, torch.zeros(size)) + total
+                    total = along.new_zeros(size).index_add_(0, at.clamp(min=0), along * (at >= 0))
+                    scores[member] = scores.get(member, 0) + total
         for stack in self.stacks.values():
-            scores[stack.name] = torch.tensor([self._inside(path, values) for path in stack.paths])
+            scores[stack.name] = torch.tensor([self._inside(path, values) for path in stack.paths], dtype=torch.float32)
         return scores
 
     def _inside(self, path: str, values: Mapping[str, Tensor]) -> float:
@@ -301,12 +301,17 @@ class SearchSpace:
         Raises:
             DmscaleError: the model has no weights (it is on the meta device), or the runtime cannot run it.
         """
-        self.latency = latency.learn(
+        found = latency.learn(
             self, runtime=runtime, threads=threads, calibration=calibration, repeats=repeats, cache=cache,
             progress=progress, meter=meter,
         )  # fmt: skip
+        self.use_latency(found)
+        return found
+
+    def use_latency(self, found: latency.Latency) -> None:
+        """Predict by what has been measured elsewhere: by `measure_latency`, of a space of the same model."""
+        self.latency = found
         self.__dict__.pop("costs", None)
-        return self.latency
 
     def _latency_metric(self) -> latency.LatencyMetric:
         return latency.LatencyMetric(self.latency or self.measure_latency(), self)
@@ -509,6 +514,6 @@ def _best(total: int, wanted: int, score: Any) -> tuple[int, ...]:
 
 
 def _indicator(size: int, kept: Sequence[int], device: torch.device) -> Tensor:
-    mask = torch.zeros(size, device=device)
+    mask = torch.zeros(size, dtype=torch.float32, device=device)
     mask[list(kept)] = 1
     return mask

@@ -95,6 +95,17 @@ def test_a_budget_says_itself():
     assert str(budgets.parse("6k params, 2.4e4 bytes", space())) == "6 k parameters, 24 k bytes"
 
 
+@pytest.mark.parametrize("kind", [np.int64, np.float64, np.float32, int])
+def test_a_cost_of_many_is_a_budget(kind):
+    """Numbers of NumPy are numbers: absolute ones, and shares."""
+    model, inputs = NETS["mlp"]()
+    over = dmscale.trace(model, inputs, verify=False)
+    half = over.cost_of_many([over.uniform(0.5)], "macs")[0]
+    assert budgets.parse({"macs": kind(half)}, over) == budgets.parse({"macs": int(half)}, over)
+    assert budgets.parse(Budget({"macs": kind(half)}), over) == Budget({"macs": float(half)})
+    assert budgets.parse({"macs": np.float32(0.5)}, over) == budgets.parse("50% macs", over)
+
+
 @pytest.mark.parametrize(
     "written, says",
     [

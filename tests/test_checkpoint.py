@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import pathlib
 import random
 
 import numpy as np
@@ -191,6 +192,86 @@ def test_a_checkpoint_that_does_not_fit_changes_nothing(tmp_path):
     unattached = torch.optim.AdamW(search.space.model.parameters())
     with pytest.raises(CheckpointError, match="attach the search before loading"):
         search.load(path, unattached)
+
+
+def mlp_search(budget="50% macs", inputs=4, bounds=None, **options):
+    """A search that differs from the plain one in what is said."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 24), nn.ReLU(), nn.Linear(24, 4))
+    space = dmscale.trace(model, torch.randn(inputs, 8), verify=False, **(bounds or {}))
+    return dmscale.Search(space, budget, STEPS, **options)
+
+
+@pytest.mark.parametrize(
+    "was, has, says",
+    [
+        (dict(budget=None, budgets=["80% macs", "50% macs"]), dict(budget=None, budgets=["70% macs", "50% macs"]), "921.* 806"),
+        (dict(budget=None, budgets=["80% macs", "50% macs"]), {}, "is of a search for .*give the same budget"),
+        (dict(budget=dict(macs=512)), dict(budget=dict(macs=512), inputs=8), "costs .*1152.* costs .*2304.*example inputs"),
+        ({}, dict(bounds=dict(multiple=8)), "keeps 1 or more by 1 of '0', this one 8 or more by 8.*minimum and multiple"),
+        ({}, dict(bounds=dict(minimum=2)), "keeps 1 or more by 1 of '0', this one 2 or more by 1"),
+        ({}, dict(momentum=0.9, warmup=0.1), "momentum=0.99, warmup=0.05, this one has momentum=0.9, warmup=0.1"),
+        ({}, dict(decay=0.7), "decay=0.8, this one has decay=0.7"),
+        ({}, dict(train_weights=False), "train_weights=True, this one has train_weights=False"),
+        ({}, dict(seed=1), "seed=0, this one has seed=1"),
+        ({}, dict(importance="index"), "importance='taylor', this one has .*importance='index'"),
+        ({}, dict(importance=mlp_search), "this one has .*importance='mlp_search'"),
+        (dict(method="dms"), dict(method="dms", mode="lagrangian"), "mode='penalty', this one has mode='lagrangian'"),
+        (dict(method="dms"), dict(method="dms", lr=1.0, hard=True), "hard=False, lr=.*, this one has hard=True, lr=1.0"),
+        (dict(method="gumbel"), dict(method="gumbel", penalty=2.0, adapt=False), "adapt=True, penalty=1.0, this one has adapt=F"),
+    ],
+)  # fmt: skip
+def test_a_search_on_other_terms_is_refused_and_told_which(was, has, says, tmp_path):
+    mlp_search(**was).save(tmp_path / "s.ckpt")
+    mlp_search(**was).load(tmp_path / "s.ckpt")
+    other = mlp_search(**has)
+    before = [p.clone() for p in other.space.model.parameters()]
+    with pytest.raises(CheckpointError, match=says):
+        other.load(tmp_path / "s.ckpt")
+    assert other.step == 0 and all(torch.equal(a, b) for a, b in zip(before, other.space.model.parameters()))
+
+
+def test_the_state_of_another_class_of_optimizers_is_refused(tmp_path):
+    search, optimizer = searching()
+    search.save(tmp_path / "s.ckpt", optimizer)
+    model, inputs = NETS["mlp"]()
+    other = dmscale.Search(dmscale.trace(model, inputs, verify=False), "50% macs", STEPS)
+    sgd = torch.optim.SGD(model.parameters(), 0.1)
+    other.attach(sgd)
+    with pytest.raises(CheckpointError, match="is of the class AdamW, this one of SGD"):
+        other.load(tmp_path / "s.ckpt", sgd)
+
+
+def test_numbers_of_numpy_come_back_as_pythons(tmp_path):
+    """In what the user adds and among the settings of an optimizer; what a module's state carries beside stays."""
+    model, inputs = NETS["residual_conv"]()
+    search = dmscale.Search(dmscale.trace(model, inputs, verify=False), "50% macs", STEPS)
+    optimizer = torch.optim.AdamW(model.parameters(), np.float64(1e-2))
+    search.attach(optimizer)
+    search.save(tmp_path / "s.ckpt", optimizer, extra={"best": np.float64(0.5), np.int64(3): [(np.bool_(True),)]})
+    extra = search.load(tmp_path / "s.ckpt", optimizer)
+    assert extra == {"best": 0.5, 3: [(True,)]}
+    assert [type(v) for v in extra.values()] == [float, list] and type(extra[3][0][0]) is bool
+    assert type(optimizer.param_groups[0]["lr"]) is float
+    assert checkpoint.read(tmp_path / "s.ckpt")["model"]._metadata == model.state_dict()._metadata
+
+
+@pytest.mark.parametrize(
+    "extra, where",
+    [
+        ({"order": np.arange(3)}, r"extra\['order'\] is a numpy.ndarray"),
+        ({"state": [{"made": pathlib.Path("a")}]}, r"extra\['state'\]\[0\]\['made'\] is a pathlib"),
+        ({"late": lambda: 0}, r"extra\['late'\] is a builtins.function"),
+    ],
+)
+def test_what_could_not_be_read_back_is_not_written(extra, where, tmp_path):
+    search, optimizer = searching()
+    path = tmp_path / "s.ckpt"
+    search.save(path, optimizer)
+    before = path.read_bytes()
+    with pytest.raises(CheckpointError, match=f"{where}.*was not written.*state_dict"):
+        search.save(path, optimizer, extra=extra)
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["s.ckpt"]
 
 
 # -- the place in a loader --------------------------------------------------------------------------------------------

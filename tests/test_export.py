@@ -284,6 +284,18 @@ def test_batchnorm_is_recalibrated_as_a_plain_average():
     assert small[1].momentum == over.model[1].momentum
 
 
+@pytest.mark.parametrize("batches", ["none", "of another width"])
+def test_statistics_stay_where_nothing_can_be_measured(batches):
+    model = nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4), nn.Dropout(), nn.Linear(4, 2))
+    model(torch.randn(16, 8))
+    before = {n: b.clone() for n, b in model.named_buffers()}
+    given = iter([]) if batches == "none" else [torch.randn(4, 8), torch.randn(4, 7)]
+    with pytest.raises(dmscale.DmscaleError if batches == "none" else RuntimeError, match="no batch to measure|mat1"):
+        dmscale.recovery.recalibrate(model, given)
+    assert all(torch.equal(before[n], b) for n, b in model.named_buffers())
+    assert model.training and model[1].momentum == 0.1
+
+
 @pytest.mark.parametrize("name", ["unet", "residual_conv", "gqa_by_expand", "branch_on_value"])
 def test_the_exported_model_goes_through_torch_export(name):
     over = space(name)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -349,6 +351,26 @@ def test_a_state_is_a_copy():
     assert state["history"] == copied["history"]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("options", [dict(method="knapsack"), dict(method="dms"), dict(method="gumbel"),
+                                     dict(importance="activation"), dict(depth_importance="residual")], ids=label)  # fmt: skip
+def test_a_search_runs_whatever_the_default_dtype_is(options, dtype):
+    """Masks and what is learnt of them are float32: small squares are averaged."""
+    torch.set_default_dtype(dtype)
+    try:
+        model, inputs, batches = problem("residual_stack")
+        search = dmscale.Search(dmscale.trace(model, inputs), "50% macs", 8, **options)
+        optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+        search.attach(optimizer)
+        assert_on_budget(train(search, optimizer, batches))
+        small = search.export()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(p.dtype == dtype for p in small.parameters())
+    assert all(m.dtype == torch.float32 for m in search.masks)
+    assert search.importance.dtype == torch.float32 and float(search.importance.max()) > 0
+
+
 # -- manners ----------------------------------------------------------------------------------------------------------
 
 
@@ -386,6 +408,11 @@ def test_a_structure_only_search_leaves_the_weights(make_optimizer):
     search.attach(optimizer)
     train(search, optimizer, batches)
     assert_on_budget(search)
+    assert_same(before, fingerprint(model))
+    for x, y in batches[:2]:  # a loop that does not stop in time
+        F.mse_loss(search.model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
     assert_same(before, fingerprint(model))
 
 
@@ -598,6 +625,40 @@ def test_a_search_has_one_optimizer():
             search.attach(other)
 
 
+def test_a_search_beside_an_unfinished_one_of_the_same_model_is_refused_with_the_remedy():
+    model, inputs, batches = problem("mlp")
+    space = dmscale.trace(model, inputs, verify=False)
+    first, second = dmscale.Search(space, "80% macs", STEPS), dmscale.Search(space, "50% macs", STEPS)
+    optimizer = sgd(model.parameters())
+    first.attach(optimizer)
+    train(first, optimizer, batches[:5])
+    groups = len(optimizer.param_groups)
+    with pytest.raises(SearchError, match=f"has taken 5 of {STEPS} steps.*remaining steps first.*a new optimizer"):
+        second.attach(optimizer)
+    assert len(optimizer.param_groups) == groups
+    train(first, optimizer, batches)
+    second.attach(optimizer)  # one after the other
+    assert_on_budget(train(second, optimizer, batches))
+    third = dmscale.Search(space, "50% macs", STEPS)
+    other = sgd(model.parameters())
+    third.attach(other)
+    assert_on_budget(train(third, other, batches))
+
+
+def test_two_searches_of_two_models_share_an_optimizer():
+    pairs = [problem("mlp"), problem("mlp", seed=1)]
+    searches = [dmscale.Search(dmscale.trace(m, x, verify=False), "50% macs", STEPS) for m, x, _ in pairs]
+    optimizer = sgd([p for m, _, _ in pairs for p in m.parameters()])
+    for search in searches:
+        search.attach(optimizer)
+    for batches in zip(*(b for _, _, b in pairs)):
+        sum(F.mse_loss(s.model(x), y) for s, (x, y) in zip(searches, batches)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for search in searches:
+        assert_on_budget(search)
+
+
 def test_an_optimizer_of_something_else_is_refused():
     model, inputs, _ = problem()
     search = dmscale.Search(dmscale.trace(model, inputs), "50% macs", STEPS)
@@ -621,6 +682,31 @@ def test_wrong_arguments_are_named(options, says):
     model, inputs, _ = problem("mlp")
     with pytest.raises(SearchError, match=says):
         dmscale.Search(dmscale.trace(model, inputs), "50% macs", **options)
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [(dict(steps="100"), "steps='100' is no whole number of at least 1"), (dict(steps=True), "steps=True"),
+     (dict(steps=10.5), "steps=10.5"), (dict(seed=0.5), "seed=0.5 is no whole number"), (dict(log_every=0), "log_every=0"),
+     (dict(warmup=-1), r"warmup=-1 is no number between 0 \(included\) and 1"), (dict(warmup="5%"), "warmup='5%'"),
+     (dict(momentum=1.5), "momentum=1.5"), (dict(momentum=1.0), "momentum=1.0"), (dict(momentum=math.nan), "momentum=nan"),
+     (dict(decay=0.0), r"decay=0.0 is no number between 0 and 1 \(included\)"), (dict(decay=1.5), "decay=1.5"),
+     (dict(decay=None), "decay=None"), (dict(warmup=0.9), "warmup=0.9 leaves .* before decay=0.8.*smaller warmup or a larger"),
+     (dict(method="dms", lr=-1.0), "lr=-1.0 is no positive number"), (dict(method="dms", penalty=-1), "penalty=-1"),
+     (dict(momentum=2, lr=0, decay=2), "momentum=2 .*decay=2 .*lr=0 ")],
+)  # fmt: skip
+def test_numbers_that_no_search_can_run_with_are_refused_together(options, says):
+    model, inputs, _ = problem("mlp")
+    with pytest.raises(SearchError, match=says):
+        dmscale.Search(dmscale.trace(model, inputs, verify=False), **{"budget": "50% macs", "steps": 10} | options)
+
+
+def test_numbers_of_numpy_are_numbers():
+    model, inputs, _ = problem("mlp")
+    search = dmscale.Search(
+        dmscale.trace(model, inputs, verify=False), "50% macs", np.int64(10), warmup=np.float32(0.5), seed=np.int32(1)
+    )
+    assert search.steps == 10
 
 
 # -- importance -------------------------------------------------------------------------------------------------------
@@ -653,6 +739,29 @@ def test_an_activation_importance_is_the_mean_square_that_is_taken_in():
     search.model(x).sum().backward()
     optimizer.step()
     torch.testing.assert_close(search.importance, ((before + after) / 2).detach())
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("options", [dict(importance="activation"), dict(depth_importance="residual")], ids=label)
+def test_validation_between_steps_leaves_importance_alone(options, training):
+    """Whether gradients are disabled for it or not; a search in evaluation mode counts what it runs for its steps."""
+
+    def run(validate):
+        model, inputs, batches = problem("residual_stack")
+        search = dmscale.Search(dmscale.trace(model, inputs), "50% macs", STEPS, **options)
+        optimizer = torch.optim.SGD(model.parameters(), 1e-2)
+        search.attach(optimizer)
+        for batch in batches[:10]:
+            search.model.train(training)
+            train(search, optimizer, [*[batch] * search.step, batch])
+            search.model.eval()
+            if validate:
+                with torch.set_grad_enabled(training):
+                    search.model(3 * batch[0])
+        return search
+
+    expected = run(False).importance
+    assert float(expected.max()) > 0 and torch.equal(run(True).importance, expected)
 
 
 def test_the_user_may_say_what_matters():
@@ -704,6 +813,42 @@ def test_a_resumed_search_keeps_the_family_that_it_had():
     assert [m.structure for m in again.family] == [m.structure for m in whole.family]
     for a, b in zip(again.family, whole.family):
         assert all(torch.equal(p, q) for p, q in zip(a.model.state_dict().values(), b.model.state_dict().values()))
+
+
+def test_a_resumed_family_has_the_settings_of_what_it_was():
+    """The object that a model was built from says the sizes of a member, before and after."""
+
+    @dataclasses.dataclass
+    class Settings:
+        width: int = 24
+
+    class Built(nn.Module):
+        config_class = Settings  # as models of transformers say it
+
+        def __init__(self, config):
+            super().__init__()
+            self.config = config
+            self.up, self.down = nn.Linear(8, config.width), nn.Linear(config.width, 4)
+
+        def forward(self, x):
+            return self.down(self.up(x).relu())
+
+    def make():
+        torch.manual_seed(0)
+        model = Built(Settings())
+        space = dmscale.trace(model, torch.randn(2, 8))
+        search = dmscale.Search(space, steps=STEPS, budgets=["75% macs", "50% macs"])
+        optimizer = sgd(model.parameters())
+        search.attach(optimizer)
+        return search, optimizer
+
+    search, optimizer = make()
+    train(search, optimizer, [(torch.randn(4, 8), torch.randn(4, 4)) for _ in range(STEPS - 5)])
+    resumed, _ = make()
+    resumed.load_state_dict(search.state_dict())
+    for found in (search, resumed):
+        (member,) = found.family
+        assert member.model.config.width == member.model.up.out_features < 24
 
 
 @pytest.mark.parametrize(
@@ -784,6 +929,14 @@ def test_scale_does_all_of_it():
     )
     assert again.structure == found.structure
     assert all(torch.equal(a, b) for a, b in zip(again.model.state_dict().values(), found.model.state_dict().values()))
+
+
+def test_the_seed_of_scale_is_that_of_the_search():
+    model, inputs, batches = problem("mlp")
+    found = dmscale.scale(
+        model, inputs, batches, F.mse_loss, budget="50% macs", steps=2, finetune_steps=1, progress=False, seed=5
+    )
+    assert found.search.seed == 5
 
 
 @pytest.mark.parametrize("loader, says", [([], "no batch"), ([torch.zeros(2, 8)], "expected pairs")])

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from nets import NETS
+from test_latency import FakeMeter
 from test_search import assert_on_budget
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -99,6 +100,21 @@ def _work():
     }
 
 
+def _on_latency(rank):
+    """Targets and structure of a search on ranks of which one is three times as slow, as each would measure."""
+    space, batches = problem("mlp")
+    space.measure_latency(meter=FakeMeter(launch=1e-3 + 2e-3 * rank), cache=False)
+    search = dmscale.Search(space, "80% latency", STEPS)
+    run = DistributedDataParallel(search.model)
+    optimizer = sgd(space.model.parameters())
+    search.attach(optimizer)
+    for x, y in _halves(batches, rank):
+        F.mse_loss(run(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return dict(search.budget.targets), search.structure.to_json(), search.space.cost(search.structure)["latency"]
+
+
 def _refusals(rank):
     """What is said of models that are sharded too early, and of one file for sharded weights."""
     from torch.distributed.fsdp import fully_shard
@@ -120,7 +136,8 @@ def _rank(rank, folder):
     torch.distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
     try:
         found = {name: work(rank) for name, work in _work().items()}
-        torch.save(found | {"refusals": _refusals(rank)}, folder / f"{rank}.pt")
+        found |= {name: _ddp_watching(rank, options) for name, options in WATCHING.items()}
+        torch.save(found | {"latency": _on_latency(rank), "refusals": _refusals(rank)}, folder / f"{rank}.pt")
     finally:
         torch.distributed.destroy_process_group()
 
@@ -163,6 +180,31 @@ def _ddp(rank, owner):
     search = make_search(space)
     run = DistributedDataParallel(search.model)
     optimizer = sgd(owner(search, run).parameters())
+    search.attach(optimizer)
+    return _found(train(search, optimizer, _halves(batches, rank), run))
+
+
+def noise(search):
+    """An importance that every rank would draw for itself."""
+    rank = torch.distributed.get_rank()
+    g = torch.Generator().manual_seed(100 * rank + search.step)
+    return {m: torch.rand(n, generator=g) for m, n in zip(search.layout.members, search.layout.sizes)}
+
+
+WATCHING = {
+    "activation": dict(importance="activation"),
+    "residual": dict(depth_importance="residual"),
+    "similarity": dict(depth_importance="similarity"),
+    "a function": dict(importance=noise),
+}
+"""Importances that are no gradients, which DDP would average."""
+
+
+def _ddp_watching(rank, options):
+    space, batches = problem()
+    search = make_search(space, **options)
+    run = DistributedDataParallel(search.model)
+    optimizer = sgd(space.model.parameters())
     search.attach(optimizer)
     return _found(train(search, optimizer, _halves(batches, rank), run))
 
@@ -210,6 +252,24 @@ def test_two_processes_find_what_one_finds_on_the_global_batch(name, ranks):
         torch.testing.assert_close(one["weights"][name], t, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", WATCHING)
+def test_two_processes_agree_on_what_is_no_gradient(name, ranks):
+    one, two = ranks[name]
+    assert one["structure"] == two["structure"] and one["history"] == two["history"]
+    assert torch.equal(one["importance"], two["importance"])
+    if name != "a function":  # halves of a batch have the mean of the whole
+        assert_near(one["early"], plain(**WATCHING[name]).early, 1e-5)
+
+
+def test_two_processes_agree_on_a_latency(ranks):
+    """That of the first, whose measurement the other takes."""
+    one, two = ranks["latency"]
+    assert one == two
+    space, _ = problem("mlp")
+    space.measure_latency(meter=FakeMeter(launch=1e-3), cache=False)
+    assert one[0] == {"latency": pytest.approx(0.8 * space.cost()["latency"])}
+
+
 def test_what_cannot_be_done_with_shards_is_refused_with_the_remedy(ranks):
     early, late, checkpoint = ranks["refusals"][0]
     assert early == late and "sharded already" in early and "then fully_shard(search.model)" in early
@@ -219,7 +279,7 @@ def test_what_cannot_be_done_with_shards_is_refused_with_the_remedy(ranks):
 # -- mixed precision --------------------------------------------------------------------------------------------------
 
 
-def _scaled(make, scale=2.0**12, bad=(), clip=None, net="residual_stack", dtype=None):
+def _scaled(make, scale=2.0**12, bad=(), clip=None, net="residual_stack", dtype=None, clear=None):
     """A search under a GradScaler; steps in `bad` have a loss that overflows.  Tells which steps were taken."""
     search, optimizer, batches = searching(net, make)
     scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=10**6)
@@ -236,7 +296,7 @@ def _scaled(make, scale=2.0**12, bad=(), clip=None, net="residual_stack", dtype=
         before = search.step, search.pruned.detach().clone(), search.importance.clone()
         scaler.step(optimizer)
         scaler.update()
-        optimizer.zero_grad()
+        clear(search.space.model) if clear else optimizer.zero_grad()
         taken.append(search.step > before[0])
         if not taken[-1]:
             assert torch.equal(search.pruned, before[1]) and torch.equal(search.importance, before[2])
@@ -266,6 +326,14 @@ def test_a_step_that_overflows_is_left_out(make, clip):
     assert_like(search, single(), 0.0 if make is sgd else 1e-6)
 
 
+@pytest.mark.parametrize("to_none", [True, False])
+def test_what_masks_hold_of_a_step_that_was_given_up_goes_with_the_gradients_of_the_weights(to_none):
+    """The user's own model has no masks to clear."""
+    search, taken = _scaled(sgd, bad=(1, 5, 9), clear=lambda model: model.zero_grad(set_to_none=to_none))
+    assert [i for i, t in enumerate(taken) if not t] == [1, 5, 9]
+    assert_like(search, single(), 0.0)
+
+
 @pytest.mark.parametrize("net", ["residual_conv", "fused_attention"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(dtype, net):
@@ -288,6 +356,23 @@ def test_accumulation_gathers_the_importance_of_the_whole_batch():
         optimizer.zero_grad()
         note(search)
     assert_like(search, single())
+
+
+def test_masks_gather_over_micro_batches_whatever_trains():
+    """No weight holds a gradient where all are frozen: that must not read as if they had been cleared."""
+
+    def frozen(parts):
+        search, optimizer, batches = searching(train_weights=False)
+        search.space.model.requires_grad_(False)
+        for x, y in batches:
+            for part, target in zip(x.chunk(parts), y.chunk(parts)):
+                (F.mse_loss(search.model(part), target) / parts).backward()
+            optimizer.step()
+            search.space.model.zero_grad()
+            note(search)
+        return search
+
+    assert_like(frozen(4), frozen(1))
 
 
 def test_clipping_the_weights_leaves_importance_alone():

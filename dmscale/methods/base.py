@@ -48,6 +48,10 @@ class Method:
             raise SearchError(f"mode={mode!r}: method {search.method_name!r} {offered}")
         self.search, self.layout, self.mode = search, search.layout, mode or next(iter(self.modes), None)
 
+    def settings(self) -> dict[str, Any]:
+        """What the user may choose of it, as it is: a resumed search must have the same."""
+        return {"mode": self.mode, "lr": self.lr}
+
     def parameters(self) -> list[nn.Parameter]:
         """What the optimizer steps."""
         return []
@@ -103,7 +107,11 @@ class Pressure:
 
     def __init__(self, mode: str, strength: float, adapt: bool):
         self.mode, self.strength, self.adapt = mode, strength, adapt
-        self.state = torch.tensor([1.0, 0.0])  # what the strength is multiplied with; mu
+        self.state = torch.tensor([1.0, 0.0], dtype=torch.float32)  # what the strength is multiplied with; mu
+
+    def settings(self) -> dict[str, Any]:
+        """What the user has chosen of it."""
+        return {"penalty": self.strength, "adapt": self.adapt}
 
     def __call__(self, load: float) -> float:
         """The factor at a ratio of cost to target, `load`."""

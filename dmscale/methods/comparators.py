@@ -7,7 +7,7 @@ come from the papers named; constants that a paper does not fix are said to be o
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -49,6 +49,9 @@ class Relaxation(Method):
     def expected(self) -> Tensor:
         """The probability of each element to be kept, (E,), differentiable."""
         raise NotImplementedError
+
+    def settings(self) -> dict[str, Any]:
+        return super().settings() | self.pressure.settings()
 
     def parameters(self) -> list[nn.Parameter]:
         return [self.theta]
@@ -97,7 +100,7 @@ class Relaxation(Method):
 
     def uniform(self, *shape: int) -> Tensor:
         """Noise in (0, 1) that a resumed search draws again."""
-        noise = torch.rand(*shape, generator=self.generator, device=self.search.device)
+        noise = torch.rand(*shape, generator=self.generator, dtype=torch.float32, device=self.search.device)
         return noise.clamp(1e-6, 1 - 1e-6)
 
     def gumbel(self, *shape: int) -> Tensor:
@@ -119,7 +122,7 @@ class Gumbel(Relaxation):
     temperature = 0.1
 
     def make(self) -> Tensor:
-        return torch.tensor([0.0, 3.0], device=self.search.device).repeat(self.layout.elements, 1)
+        return torch.tensor([0.0, 3.0], dtype=torch.float32, device=self.search.device).repeat(self.layout.elements, 1)
 
     def draw(self) -> Tensor:
         soft = ((self.theta + self.gumbel(*self.theta.shape)) / self.temperature).softmax(1)[:, 1]
@@ -138,7 +141,8 @@ class NumberSelection(Relaxation):
     temperature = 0.1
 
     def make(self) -> Tensor:
-        return torch.zeros(self.layout.elements, device=self.search.device).index_fill_(0, self._ends(), 3.0)
+        logits = torch.zeros(self.layout.elements, dtype=torch.float32, device=self.search.device)
+        return logits.index_fill_(0, self._ends(), 3.0)
 
     def _ends(self) -> Tensor:
         return self.layout.start + self.layout.size - 1  # logit i of a segment stands for keeping i + 1 elements
@@ -146,9 +150,9 @@ class NumberSelection(Relaxation):
     def _kept(self, logits: Tensor) -> Tensor:
         """P(count > i) of each element i, from the softmax over the counts of its segment."""
         segment, count = self.layout.segment, len(self.layout.sizes)
-        top = torch.full((count,), -torch.inf, device=logits.device).scatter_reduce(0, segment, logits.detach(), "amax")
+        top = logits.new_full((count,), -torch.inf).scatter_reduce(0, segment, logits.detach(), "amax")
         weights = (logits - top[segment]).exp()
-        share = weights / torch.zeros(count, device=logits.device).index_add(0, segment, weights)[segment]
+        share = weights / logits.new_zeros(count).index_add(0, segment, weights)[segment]
         ahead = share.flip(0).cumsum(0).flip(0)  # what this and all later elements of all segments sum to
         after = torch.cat([ahead, ahead.new_zeros(1)])[self._ends() + 1]
         return (ahead - after[segment]).clamp(0, 1)
@@ -169,7 +173,7 @@ class HardConcrete(Relaxation):
     rate = 5e-2
 
     def make(self) -> Tensor:
-        return torch.full((self.layout.elements,), 3.0, device=self.search.device)
+        return torch.full((self.layout.elements,), 3.0, dtype=torch.float32, device=self.search.device)
 
     def draw(self) -> Tensor:
         u = self.uniform(self.layout.elements)
@@ -206,7 +210,7 @@ class ContinuousSparsification(Relaxation):
     rate = 3e-2
 
     def make(self) -> Tensor:
-        return torch.full((self.layout.elements,), 3.0, device=self.search.device)
+        return torch.full((self.layout.elements,), 3.0, dtype=torch.float32, device=self.search.device)
 
     def draw(self) -> Tensor:
         progress = min(1.0, self.search.step / max(self.search.decay * self.search.steps, 1))

@@ -7,7 +7,7 @@ what it saves, and a common shift then puts the cost on the target at every step
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -38,11 +38,14 @@ class Dms(Method):
         super().__init__(search, mode)
         self.lr = lr if lr is not None else 1.0 / (search.decay * search.steps)
         self.hard, self.normalise, self.balance = hard, normalise, balance
-        self.pruned = nn.Parameter(torch.zeros(len(self.layout.dimensions), device=search.device))
+        self.pruned = nn.Parameter(torch.zeros(len(self.layout.dimensions), dtype=torch.float32, device=search.device))
         self.direction = torch.zeros_like(self.pruned.data)  # smoothed task gradient
-        self.task_norm = torch.zeros(())
+        self.task_norm = torch.zeros((), dtype=torch.float32)
         self.pressure = Pressure(self.mode or "penalty", penalty, adapt)
         self.pressure_state = self.pressure.state
+
+    def settings(self) -> dict[str, Any]:
+        return super().settings() | self.pressure.settings() | {"hard": self.hard, "balance": self.balance}
 
     def parameters(self) -> list[nn.Parameter]:
         return [self.pruned]
@@ -95,7 +98,7 @@ class Dms(Method):
         if self.normalise:
             return topk.mid_ranks(importance, layout.segment, layout.start, layout.size)
         low, high = (
-            torch.zeros(len(layout.sizes), device=importance.device).scatter_reduce_(
+            importance.new_zeros(len(layout.sizes)).scatter_reduce_(
                 0, layout.segment, importance, how, include_self=False
             )[layout.segment]
             for how in ("amin", "amax")
@@ -151,4 +154,4 @@ class EstimatedTopk(Dms):
     """Hard top-k by importance with dm/da = -1 for every element, a plain straight-through estimate (DMS, table 2)."""
 
     def _mask_slope(self) -> Tensor:
-        return -torch.ones(self.layout.elements, device=self.pruned.device)
+        return -self.pruned.new_ones(self.layout.elements)

@@ -43,7 +43,7 @@ class Knapsack(Method):
 
     def __init__(self, search: Search, mode: str | None):
         super().__init__(search, mode)
-        self.kept = torch.ones(self.layout.elements, device=search.device)
+        self.kept = torch.ones(self.layout.elements, dtype=torch.float32, device=search.device)
         self.every = max(1, search.steps // UPDATES)
         self.recent = torch.zeros_like(self.kept)  # importance by the short average
         self.pace = max(1 - search.momentum, 1 / max(RECENT * search.steps, FEWEST))
