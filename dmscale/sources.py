@@ -104,7 +104,7 @@ def _how_to_write(spec: str, kinds: Iterable[str]) -> str:
 
 
 def allow_missing_torchvision_operators() -> None:
-    """Let torchvision, which timm imports too, be imported where its compiled operators do not fit torch.
+    """Let torchvision, which timm and transformers import too, be imported where its compiled operators do not fit torch.
 
     Such an installation, a CUDA wheel of torchvision beside a CPU build of torch, has no
     `torchvision::nms`, and registering a fake kernel for it at import fails.  Only the two schemas are
@@ -166,6 +166,7 @@ def _transformers(spec: str, name: str, shape: tuple[int, ...] | None, classes: 
             f"{spec}: there is no {config_file}; hf: takes a local config.json or a local folder with one "
             "(models are not downloaded)"
         )
+    allow_missing_torchvision_operators()  # transformers imports torchvision with the models, where there is one
     transformers = require("transformers", "transformers", spec)
     options: dict[str, Any] = {} if classes is None else {"num_labels": classes}
     config = build(spec, lambda: transformers.AutoConfig.from_pretrained(config_file, local_files_only=True, **options))
@@ -173,7 +174,7 @@ def _transformers(spec: str, name: str, shape: tuple[int, ...] | None, classes: 
         for key, value in (("image_size", shape[-1]), ("num_channels", shape[1])):
             if hasattr(config, key):
                 setattr(config, key, value)
-    architecture = getattr(transformers, (config.architectures or [""])[0], None)
+    architecture = build(spec, lambda: getattr(transformers, (config.architectures or [""])[0], None))
     if path.is_dir() and (any(path.glob("*.safetensors")) or any(path.glob("*.bin"))):
         # float32 whatever the file holds: the search trains, and half precision is slow on a CPU.
         reader = (architecture or transformers.AutoModel).from_pretrained

@@ -239,6 +239,14 @@ def test_torchvision_imports_in_a_fresh_interpreter():
     assert out.stdout.strip() == "True"
 
 
+def test_a_transformers_model_is_built_in_a_fresh_interpreter(tmp_path):
+    """Where torchvision does not import, every model of transformers failed with "Could not import module"."""
+    (tmp_path / "config.json").write_text(json.dumps(GPT | {"architectures": ["GPT2LMHeadModel"]}))
+    code = f"from dmscale.sources import load_model; print(type(load_model('hf:{tmp_path}').model).__name__)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert out.stdout.strip() == "GPT2LMHeadModel", out.stderr
+
+
 # Data
 
 
