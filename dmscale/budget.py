@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import axes, naming
-from .cost import METRICS, UNITS, Cost, metric_name, split_name, within
+from .cost import METRICS, UNITS, Cost, metric_name, module_names, refusal, split_name, within
 from .errors import BudgetError
 from .structure import Structure
 from .tables import number
@@ -152,30 +152,14 @@ def _term(text: str) -> tuple[str, float, bool]:
 
 def _checked(key: Any) -> str:
     """`key` in the form of `metric_name`, its metric known."""
-    metric, scope = split_name(str(key))
-    if metric not in _METRICS:
-        import difflib
-
-        close = difflib.get_close_matches(metric, _METRICS, 1, 0.4)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
-        raise BudgetError(f"unknown metric {metric!r} in the budget{hint}; metrics are {', '.join(_METRICS)}")
-    if scope and metric == "latency":
-        raise BudgetError(f"budget {key!r}: latency is of the whole model; bound macs or activations of a part of it")
-    return metric_name(metric, scope)
+    if problem := refusal(str(key)):
+        raise BudgetError(problem)
+    return metric_name(*split_name(str(key)))
 
 
 def _check_scope(key: str, space: SearchSpace) -> None:
-    scope = split_name(key)[1]
-    names = [n for n, _ in space.model.named_modules() if n]
-    if scope is None or any(within(n, scope) for n in names):
-        return
-    import difflib
-
-    close = difflib.get_close_matches(scope.rstrip(".*"), names, 3, 0.4) or names[:3]
-    raise BudgetError(
-        f"{key!r}: no module of the model matches {scope!r}; did you mean {', '.join(map(repr, close))}? "
-        "A scope is a glob over the names of modules, what lies below them included."
-    )
+    if problem := refusal(key, module_names(space.model)):
+        raise BudgetError(problem)
 
 
 def _check_reachable(space: SearchSpace, wanted: Budget, full: Cost) -> None:

@@ -28,7 +28,9 @@ class Dimension:
 
     name: after what a user recognises, `layer3.0.conv1`, `blocks.4.attn heads`, `blocks depth`.
     kind: 'width', 'heads' or 'depth'.
-    size: number of elements; what a structure keeps of it is between `minimum` and `size`.
+    size: number of elements.
+    minimum: fewest elements that a structure may keep: the user's, or more where operators need more (as many experts as are
+        chosen, two channels under a variance).  Rounded up to `multiple` it is `lowest`.
     multiple: a structure keeps a multiple of this many elements (or all).
     axes: the axes behind a width, the dimension's own first; linked ones keep the same share, each its own elements.
     members: a name for each axis.
@@ -71,6 +73,7 @@ class Options:
     multiple: dict[str, int] = field(default_factory=dict)
     no_depth: dict[str, str] = field(default_factory=dict)  # stacks taken out -> reason
     branches: bool = False
+    by_hand: set[str] = field(default_factory=set)  # reasons that the user gave to `SearchSpace.freeze`
     held: dict[Axis, tuple[int, int]] = field(default_factory=dict)  # size and step of what decides otherwise below
 
     def refuses(self, name: str) -> str | None:
