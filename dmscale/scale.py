@@ -15,7 +15,7 @@ import contextlib
 import dataclasses
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -270,4 +270,7 @@ class _Store:
 
 
 def _length(loader: Iterable[Any]) -> int:
-    return len(loader) if isinstance(loader, Sized) else 0
+    try:
+        return len(loader)  # type: ignore[arg-type]
+    except TypeError:  # a DataLoader of a stream has the method, and no length
+        return 0

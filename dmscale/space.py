@@ -624,7 +624,8 @@ def _by_glob(argument: str, bound: int | Mapping[str, int], least: int) -> dict[
 def _check_globs(argument: str, globs: Iterable[str], names: Sequence[str]) -> None:
     for glob in globs:
         if glob != "*" and glob not in names and not any(_matches(n, (glob,)) for n in names):
-            raise DmscaleError(f"{argument}={glob!r} matches no dimension{did_you_mean(glob, names)}")
+            meant = did_you_mean(glob, names) or f"; there are {', '.join(map(repr, names[:6]))}"
+            raise DmscaleError(f"{argument}={glob!r} matches no dimension{meant}")
 
 
 def _matches(name: str, globs: Iterable[str]) -> bool:
