@@ -233,7 +233,7 @@ def test_weights_of_the_wrong_kind_or_model_are_one_line(factory, tmp_path):
     torch.save(torch.nn.Linear(2, 2), tmp_path / "module.pt")
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "script.pt")
     for name, says in [
-        ("other.safetensors", "a.weight is missing; b.bias is missing; .*; and 19 more"),
+        ("other.safetensors", "a.weight is missing; b.weight is missing; .*; and 19 more"),
         ("module.pt", r"a whole pickled module say.*torch.save\(model.state_dict\(\)"),
         ("script.pt", "is a TorchScript archive; save the state_dict"),
     ]:
