@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import axes, naming
-from .cost import METRICS, UNITS, Cost, metric_name, split_name, within
+from . import axes, causes, naming
+from .cost import METRICS, UNITS, Cost, metric_name, module_names, refusal, split_name, within
+from .dimensions import bound_of
 from .errors import BudgetError
 from .structure import Structure
 from .tables import number
@@ -44,9 +45,9 @@ _BYTES = {f"{p}B": n for p, n in _PREFIX.items() if p not in ("", "B")} | {
     f"{p}iB": 2 ** (10 * i) for i, p in enumerate("KMGT", 1)
 }
 _TIME = {"us": 1e-3, "ms": 1.0, "s": 1e3}
-_TERM = re.compile(
-    r"\s*((?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*(%|[kKMGT]i?B|[kKMGBT]|[mu]?s(?=\s)|)\s*([A-Za-z_]+)(?:\s+in\s+(\S+))?\s*"
-)
+_NUMBER = r"((?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*"
+_TERM = re.compile(_NUMBER + r"(%|[kKMGT]i?B|[kKMGBT]|[mu]?s(?=\s)|)\s*(?:of\s+)?([A-Za-z_]+)(?:\s+in\s+(\S+))?")
+_OF_WHAT = re.compile(_NUMBER + r"(%|[kKMGT]i?B|[kKMGBT]|[mu]?s|)")
 _METRICS = (*METRICS, "latency")
 _IN_BYTES = ("bytes", "activations", "kv_cache")
 
@@ -100,7 +101,7 @@ def parse(target: Any, space: SearchSpace) -> Budget:
     if problems:
         raise BudgetError("; ".join(problems))
     found = Budget(targets)
-    _check_reachable(space, found, full)
+    _check_reachable(space, found, full, [key for key, (_, relative) in shares.items() if not relative])
     return found
 
 
@@ -132,6 +133,10 @@ def _entries(target: Any) -> Iterator[tuple[str, tuple[float, bool]]]:
                 raise BudgetError(f"budget {key}={value!r} is no number")
     elif isinstance(target, str):
         seen: set[str] = set()
+        if re.search(r"(?:^|,)\s*\d{1,3},\d{3}\b", target):
+            raise BudgetError(
+                f"cannot read the budget {target!r}: a comma separates constraints; write 1000 or 1k for 1,000"
+            )
         for part in target.split(","):
             key, value, relative = _term(part)
             if key in seen:
@@ -144,9 +149,11 @@ def _entries(target: Any) -> Iterator[tuple[str, tuple[float, bool]]]:
 
 def _term(text: str) -> tuple[str, float, bool]:
     """(metric with its scope, number, whether it is a share) of "50% macs in backbone.*"."""
-    match = _TERM.fullmatch(text)
-    if not match:
-        raise BudgetError(f"cannot read the budget {text.strip()!r}; write for example '50% macs' or '6M params'")
+    text = text.strip()
+    alone = _OF_WHAT.fullmatch(text)
+    match = _TERM.fullmatch(f"{text} latency" if alone and alone[2] in _TIME else text)
+    if match is None or alone and alone[2] not in _TIME:
+        raise BudgetError(f"cannot read the budget {text!r}{_how_to_write(text, alone and alone[2])}")
     value, unit, metric, scope = float(match[1]), match[2], match[3].lower(), match[4]
     if (unit + metric).lower() in _METRICS:  # the k of "5 kv_cache"
         unit, metric = "", (unit + metric).lower()
@@ -156,66 +163,106 @@ def _term(text: str) -> tuple[str, float, bool]:
     known: dict[str, float] = dict(_PREFIX) if metric != "latency" else {"": 1}
     known = known | _BYTES if metric in _IN_BYTES else known | _TIME if metric == "latency" else known
     if unit not in known:
-        raise BudgetError(f"cannot read the budget {text.strip()!r}: {unit} is no unit of {metric}")
+        raise BudgetError(f"cannot read the budget {text!r}: {unit} is no unit of {metric}")
     return key, value * known[unit], unit == "" and value <= 1
+
+
+def _how_to_write(text: str, unit: str | None) -> str:
+    """What a budget that cannot be read may have meant, whose unit is `unit` where it names nothing else."""
+    if text.startswith("-"):
+        return ": give a positive number"
+    if unit in _BYTES:
+        return f"; write of what: '{text} bytes' (those of the parameters), '{text} activations' or '{text} kv_cache'"
+    return "; write for example '50% macs' or '6M params'"
 
 
 def _checked(key: Any) -> str:
     """`key` in the form of `metric_name`, its metric known."""
-    metric, scope = split_name(str(key))
-    if metric not in _METRICS:
-        import difflib
-
-        close = difflib.get_close_matches(metric, _METRICS, 1, 0.4)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
-        raise BudgetError(f"unknown metric {metric!r} in the budget{hint}; metrics are {', '.join(_METRICS)}")
-    if scope and metric == "latency":
-        raise BudgetError(f"budget {key!r}: latency is of the whole model; bound macs or activations of a part of it")
-    return metric_name(metric, scope)
+    if problem := refusal(str(key)):
+        raise BudgetError(problem)
+    return metric_name(*split_name(str(key)))
 
 
 def _check_scope(key: str, space: SearchSpace) -> None:
-    scope = split_name(key)[1]
-    names = [n for n, _ in space.model.named_modules() if n]
-    if scope is None or any(within(n, scope) for n in names):
-        return
-    import difflib
-
-    close = difflib.get_close_matches(scope.rstrip(".*"), names, 3, 0.4) or names[:3]
-    raise BudgetError(
-        f"{key!r}: no module of the model matches {scope!r}; did you mean {', '.join(map(repr, close))}? "
-        "A scope is a glob over the names of modules, what lies below them included."
-    )
+    if problem := refusal(key, module_names(space.model)):
+        raise BudgetError(problem)
 
 
-def _check_reachable(space: SearchSpace, wanted: Budget, full: Cost) -> None:
+def _check_reachable(space: SearchSpace, wanted: Budget, full: Cost, absolute: Sequence[str]) -> None:
+    """Refuse a budget below the smallest structure, and say what holds it up; `absolute` are those given as a number."""
     if not space.dimensions:
         reasons = "; ".join(f"{n}: {r}" for n, r in list(space.frozen.items())[:5])
         raise BudgetError(f"nothing in this model can shrink. Frozen: {reasons or 'no axis of any weight was found'}")
     least = space.cost(smallest(space, wanted))
-    problems, scopes = [], []
-    for key, t in wanted.targets.items():
-        if least[key] > t:
-            scopes.append(split_name(key)[1])
-            problems.append(
-                f"{key}: {number(t)} ({t / full[key]:.1%}) is below what is reachable, {number(least[key])} to "
-                f"{number(full[key])} ({least[key] / full[key]:.1%} to 100%)"
-            )
-    if problems:
-        frozen = list(dict.fromkeys(n for scope in scopes for n in _frozen_within(space, scope)))
-        where = "" if None in scopes else f" in {' and '.join(dict.fromkeys(map(str, scopes)))}"
-        blocking = ", ".join(frozen[:6]) or "none: the minimum sizes hold it up"
-        raise BudgetError("; ".join(problems) + f". Frozen dimensions{where} that would have to thaw: {blocking}")
+    below = [key for key, t in wanted.targets.items() if least[key] > t]
+    if not below:
+        return
+    problems = []
+    for key in below:
+        t = wanted.targets[key]
+        problems.append(
+            f"{key}: {number(t)} ({t / full[key]:.1%}) is below what is reachable, {number(least[key])} to "
+            f"{number(full[key])} ({least[key] / full[key]:.1%} to 100%)"
+            + (f" (did you mean '{t:g}% {key}'?)" if key in absolute and 1 <= t <= 100 and key != "latency" else "")
+        )
+    raise BudgetError(". ".join(["; ".join(problems), *_what_holds(space, below)]))
 
 
-def _frozen_within(space: SearchSpace, scope: str | None) -> list[str]:
-    """Names of the frozen axes, of those of parameters in `scope` if one is given."""
-    if scope is None:
-        return list(space.frozen)
+def _what_holds(space: SearchSpace, keys: Sequence[str]) -> list[str]:
+    """Sentences about what keeps costs from being smaller: bounds of the user's, frozen axes that can thaw, launches."""
+    said = []
+    for argument in ("minimum", "multiple"):
+        held = [(n, d) for n, d in _bound_by(space, argument) if _saves(space, n, keys)]
+        bound = [f"'{n}' at {d.minimum if argument == 'minimum' else d.lowest}" for n, d in held]
+        if bound:
+            said.append(f"{argument}= holds {', '.join(bound[:6])}{_and_more(bound, 6)}: lower it")
+    scopes = [split_name(key)[1] for key in keys]
+    where = "" if None in scopes else f" in {' and '.join(dict.fromkeys(map(str, scopes)))}"
+    frozen = list(dict.fromkeys(n for scope in scopes for n in _thawable_within(space, scope)))
+    if frozen:
+        said.append(
+            f"Frozen dimensions{where} that would have to thaw: {', '.join(frozen[:6])}{_and_more(frozen, 6)} (space.frozen says "
+            "why)"
+        )
+    elif not said:
+        said.append(f"Nothing that is frozen{where} could thaw: start from a smaller model")
+    if "latency" in keys and space.latency is not None:
+        said.append(f"Latency is {space.latency.explain(space)}")
+    return said
+
+
+def _and_more(names: Sequence[str], shown: int) -> str:
+    return f" and {len(names) - shown} more" if len(names) > shown else ""
+
+
+def _bound_by(space: SearchSpace, argument: str) -> list[tuple[str, Dimension]]:
+    """The dimensions that could be smaller without the user's `minimum` or `multiple`."""
+    held = []
+    for name, d in space.dimensions.items():
+        asked = bound_of(getattr(space.options, argument), name, 1)
+        holds = d.minimum == asked if argument == "minimum" else d.kind == "width" and d.lowest > d.minimum
+        if d.kind != "depth" and asked > 1 and holds:
+            held.append((name, d))
+    return held
+
+
+def _saves(space: SearchSpace, name: str, keys: Sequence[str]) -> bool:
+    """Whether one of these costs depends on the size of a dimension."""
+    full, less = space.cost(), space.cost(space.structure({name: space.dimensions[name].lowest}))
+    return any(less[key] < full[key] for key in keys)
+
+
+def _thawable_within(space: SearchSpace, scope: str | None) -> list[str]:
+    """Names of the frozen axes that a change could free, of those of parameters in `scope` if one is given; then stacks."""
     names = naming.name_axes(space.trace)
-    inside = [dims for n, dims in space.trace.slots.items() if within(n.rpartition(".")[0], scope)]
-    found = {names[a] for dims in inside for dim in dims for a in axes.atoms(dim) if a.reasons and a in names}
-    return [n for n in space.frozen if n in found]
+    inside = {
+        a
+        for n, dims in space.trace.slots.items() if scope is None or within(n.rpartition(".")[0], scope)
+        for dim in dims for a in axes.atoms(dim)
+    }  # fmt: skip
+    return [name for a, name in names.items() if a in inside and a.reasons and causes.can_thaw(a.reasons)] + [
+        n for n in space.options.no_depth if scope is None
+    ]
 
 
 def smallest(space: SearchSpace, wanted: Budget | None = None) -> Structure:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +19,8 @@ PLAIN_NUMBER = "it makes a plain number (a scale): compute that in __init__ and 
 REMEDIES: dict[str, str] = {
     "an axis of the model's output": "it is an output of the model: build the model with fewer (classes, vocabulary)",
     "an axis of the model's input": "it is an input of the model: build the model for smaller inputs",
-    "frozen by freeze=": "freeze= names it",
-    "not named in only=": "only= does not name it",
+    "frozen by freeze=": "it is yours to thaw: leave it out of freeze=",
+    "not named in only=": "it is yours to thaw: name it in only=",
     "vocabulary": "its elements are picked by token number: build the model with a smaller vocabulary",
     "empty": "it has no elements",
     "kernel size": "a kernel keeps its size",
@@ -51,6 +52,12 @@ REMEDIES: dict[str, str] = {
     "its elements are read by": "do it with tensors: what Python makes of the elements cannot be followed",
     "statistics are taken": "it is a batch or spatial axis",
 }
+# How reasons begin that only another model would take away.
+_FOR_GOOD = (
+    "an axis of the model's output", "an axis of the model's input", "vocabulary", "empty", "kernel size",
+    "statistics are taken",
+)  # fmt: skip
+BY_HAND = "it is yours to thaw: trace anew, without the call of space.freeze"
 OTHERWISE = "its operator depends on the order or number of its elements: replace the operator, or keep the size"
 
 
@@ -83,23 +90,30 @@ def free_share(space: SearchSpace) -> dict[str, float]:
 
 def find(space: SearchSpace) -> list[Cause]:
     """Why axes of `space` are frozen, what holds most of the network first."""
-    held: dict[str, list[Axis]] = {}
+    held: dict[tuple[str, str], list[Axis]] = {}
     names = naming.name_axes(space.trace)
     for a in names:
         if a.reasons:
-            held.setdefault(_placeless(_deciding(a)), []).append(a)
+            mine = next((r for r in a.reasons if r in space.options.by_hand), None)
+            reason = mine or _placeless(_deciding(a))
+            held.setdefault((reason, BY_HAND if mine else remedy(reason)), []).append(a)
     macs, params = _terms(space)
     causes = []
-    for reason, frozen in held.items():
+    for (reason, frees), frozen in held.items():
         inside = set(frozen)
         held_by = tuple(names[a] for a in frozen)
-        causes.append(Cause(reason, held_by, _share(macs, inside), _share(params, inside), remedy(reason)))
+        causes.append(Cause(reason, held_by, _share(macs, inside), _share(params, inside), frees))
     return sorted(causes, key=lambda c: -(c.macs + c.params))
 
 
 def remedy(reason: str) -> str:
     """What would free an axis that is frozen for `reason`."""
     return next((text for start, text in REMEDIES.items() if reason.startswith(start)), OTHERWISE)
+
+
+def can_thaw(reasons: Iterable[str]) -> bool:
+    """Whether another trace, or another way to write the forward, may free an axis that is frozen for `reasons`."""
+    return not any(r.startswith(_FOR_GOOD) for r in reasons)
 
 
 def _deciding(a: Axis) -> str:

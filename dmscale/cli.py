@@ -14,15 +14,19 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from torch import nn
 from typer.core import TyperGroup
 
 import dmscale
 
+from .checkpoint import preserving_random_state
 from .data import OnDevice, load_data, to_device
 from .errors import DmscaleError, TraceError
 from .evaluate import accuracy, check_fit, classification_loss
 from .latency import compare_latency
+from .methods import METHODS
 from .sources import SourceError, load_model, parse_shape
+from .strategies import REGISTRY
 from .tables import number
 
 
@@ -45,6 +49,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 ModelSpec = Annotated[
@@ -59,6 +64,7 @@ Classes = Annotated[int | None, typer.Option(min=1, help="Size of the model's cl
 Weights = Annotated[Path | None, typer.Option(help="Local state dict: safetensors or a torch file.")]
 Freeze = Annotated[list[str] | None, typer.Option(help="Dimensions to leave as they are (a pattern; repeatable).")]
 Only = Annotated[list[str] | None, typer.Option(help="Dimensions to scale, no others (a pattern; repeatable).")]
+BatchSize = Annotated[int, typer.Option(min=2, help="Of digits and of folders of images.")]
 Seed = Annotated[int, typer.Option(help="Seed of weights, data order and search.")]
 
 
@@ -89,6 +95,7 @@ def demo(
     from . import demo as demonstration
 
     smaller: dict[str, Any] = {"models": ("cnn",), "budgets": (0.25,)} if quick else {}
+    _make_folder(out)
     demonstration.run(out=out, seeds=seeds, first_seed=seed, console=Console(), **smaller)
 
 
@@ -120,10 +127,16 @@ def scale(
     data: Annotated[str, typer.Option(help="digits, a folder of images, or file.py:loader.")],
     budget: Annotated[str, typer.Option(help='What to reach, as "50% macs" or "6M params".')],
     out: Annotated[Path, typer.Option(help="Folder for the smaller model and the report.")],
-    steps: Annotated[int | None, typer.Option(min=1, help="Steps of the search.")] = None,
-    epochs: Annotated[int | None, typer.Option(min=0, help="Epochs of fine-tuning after it.")] = None,
-    lr: Annotated[float | None, typer.Option(min=0, help="Learning rate of the weights.")] = None,
-    batch_size: Annotated[int, typer.Option(min=2)] = 64,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="Steps of the search; by default two passes over the training data, at least 200."),
+    ] = None,
+    epochs: Annotated[
+        int | None,
+        typer.Option(min=0, help="Epochs of fine-tuning after it; by default twice as many steps as the search."),
+    ] = None,
+    lr: Annotated[float, typer.Option(min=0, help="Learning rate of the weights, in search and fine-tuning.")] = 1e-3,
+    batch_size: BatchSize = 64,
     seed: Seed = 0,
     input: InputShape = None,
     classes: Classes = None,
@@ -145,7 +158,7 @@ def scale(
         str | None, typer.Option(help="Learn from MODEL as it is: logits, relations, features, with commas.")
     ] = None,
     method: Annotated[
-        str | None, typer.Option(help="Of the search: dms for the paper's; a wrong one lists them.")
+        str | None, typer.Option(help=f"Of the search: {', '.join(METHODS)}; by default {next(iter(METHODS))}.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; by default cuda where there is one.")] = None,
 ) -> None:
@@ -156,18 +169,15 @@ def scale(
     batches = load_data(data, source, batch_size=batch_size, seed=seed)
     train, val = OnDevice(batches.train, place), OnDevice(batches.val, place)
     network, inputs = source.model.to(place), to_device(source.inputs, place)
-    try:
-        check_fit(network, val, batches.num_classes)
-    except DmscaleError as error:
-        raise SourceError(f"{model} on {data}: {error}") from error
+    _check_data(model, data, network, train, val, batches.num_classes)
     if weights is None and model.startswith(("timm:", "torchvision:")):
         print("The dense model has random weights, its accuracy is chance; --weights brings trained ones.")
-    out.mkdir(parents=True, exist_ok=True)
+    _make_folder(out)
 
     dense = copy.deepcopy(network)  # the search trains the network's own weights
     chosen: dict[str, Any] = {
         "steps": steps,
-        "finetune_steps": None if epochs is None else epochs * len(train),
+        "finetune_steps": None if epochs is None else epochs * _length(train, data),
         "lr": lr,
         "freeze": freeze,
         "only": only,
@@ -217,12 +227,12 @@ def compare(
     data: Annotated[str, typer.Option(help="digits, a folder of images, or file.py:loader.")],
     budget: Annotated[str, typer.Option(help='What to reach, as "50% macs" or "6M params".')],
     out: Annotated[Path, typer.Option(help="Folder for the runs and the table; what is there is not repeated.")],
-    strategies: Annotated[str, typer.Option(help="all, or names with commas; a wrong one lists them.")] = "all",
+    strategies: Annotated[str, typer.Option(help=f"all, or names with commas: {', '.join(REGISTRY)}.")] = "all",
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds.")] = 3,
     search_steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of a search.")] = 200,
     recovery_steps: Annotated[int, typer.Option(min=0, help="Optimizer steps after it, for all.")] = 200,
     lr: Annotated[float, typer.Option(min=0, help="Learning rate of search and recovery.")] = 1e-3,
-    batch_size: Annotated[int, typer.Option(min=2)] = 64,
+    batch_size: BatchSize = 64,
     distill: Annotated[
         str | None, typer.Option(help="Every recovery learns from MODEL too: logits, relations, features, with commas.")
     ] = None,
@@ -241,14 +251,12 @@ def compare(
     network, inputs = source.model.to(place), to_device(source.inputs, place)
     batches = load_data(data, source, batch_size=batch_size)
     val = OnDevice(batches.val, place)
-    try:
-        check_fit(network, val, batches.num_classes)
-    except DmscaleError as error:
-        raise SourceError(f"{model} on {data}: {error}") from error
+    _check_data(model, data, network, OnDevice(batches.train, place), val, batches.num_classes)
     if weights is None and model.startswith(("timm:", "torchvision:")):
         print(
             "The dense model has random weights, so this compares structures to train; --weights brings trained ones."
         )
+    _make_folder(out)
     console = Console()
     result = dmscale.compare(
         network,
@@ -274,6 +282,32 @@ def compare(
     console.print(result)
     written = "table.md, table.json, comparison.png, and a folder for each run"
     console.print(f"Written to {escape(str(out))}: {written}", soft_wrap=True)
+
+
+def _make_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        what = "is a file; name a folder" if out.is_file() else f"cannot be made: {error.strerror}"
+        raise SourceError(f"--out {out} {what}") from error
+
+
+def _check_data(model: str, data: str, net: nn.Module, train: OnDevice, val: OnDevice, classes: int | None) -> None:
+    """One batch of each part through the model; of data of ours the training part is as the other."""
+    parts = {"validation": val} if classes is not None else {"training": train, "validation": val}
+    for part, batches in parts.items():
+        try:
+            with preserving_random_state():
+                check_fit(net, batches, classes)
+        except DmscaleError as error:
+            raise SourceError(f"{model} on the {part} data of {data}: {error}") from error
+
+
+def _length(train: OnDevice, data: str) -> int:
+    try:
+        return len(train)
+    except TypeError as error:
+        raise SourceError(f"--epochs: the training data of {data} have no length; give a loader with one") from error
 
 
 def _device(name: str | None) -> torch.device:

@@ -35,7 +35,7 @@ from . import recovery, running, storage
 from .comparison import Comparison, Row, judge
 from .cost import METRICS
 from .distill import Distill, Distiller, frozen_copy
-from .errors import DmscaleError
+from .errors import DmscaleError, did_you_mean
 from .latency import compare_latency
 from .optional import MissingPackageError
 from .progress import progress_bar
@@ -128,11 +128,17 @@ def compare(
         report: takes a line of text after every run.
     Raises:
         TraceError, BudgetError: before any training.
-        DmscaleError: an unknown strategy, no seed, no step, or `out` holds runs of other settings.
+        DmscaleError: an unknown strategy (in `redo`, one that is not compared), no seed, no step, or `out` holds runs of other
+            settings.
     A strategy that fails does not stop the others: its row says why, and its `error.txt` has the traceback.
     """
     chosen = select(strategies, extra)
     chosen += [s for s in select(ALWAYS) if s not in chosen]
+    again = list(redo)
+    if unknown := [name for name in again if name not in {s.name for s in chosen}]:
+        raise DmscaleError(
+            f"redo={unknown[0]!r} is none of the strategies compared{did_you_mean(unknown[0], [s.name for s in chosen])}"
+        )
     numbers = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     if not numbers or search_steps < 1 or recovery_steps < 0:
         raise DmscaleError(
@@ -153,7 +159,7 @@ def compare(
         **({"distill": str(recipe.distill)} if recipe.distill else {}),
     }  # fmt: skip
     folder = Path(out)
-    for name in redo:
+    for name in again:
         shutil.rmtree(folder / name, ignore_errors=True)
     runner = _Runner(space, wanted, train, evaluate, recipe, fixed, folder)
     runner.check()

@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from .optional import require
 
@@ -106,9 +108,13 @@ class Comparison:
         heads, rows = self._cells(timing)
         lines = ["| " + " | ".join(heads) + " |", "| --- |" + " ---: |" * (len(heads) - 1)]
         lines += ["| " + " | ".join(r) + " |" for r in rows]
-        return "\n".join(lines) + f"\n\n{self.caption}\n"
+        return "\n".join(lines) + "\n\n" + "".join(f"{line}\n\n" for line in self._problems()) + f"{self.caption}\n"
 
-    def __rich__(self) -> Table:
+    def _problems(self) -> list[str]:
+        """A line for each strategy without a result; in the table they would take the columns' room."""
+        return [f"{r.strategy}: no result, {r.problem}" for r in self.rows if not r.values]
+
+    def __rich__(self) -> Group:
         heads, rows = self._cells(True)
         table = Table(
             title=f"{self.settings.get('model', '')} at {self.settings.get('budget', '')}", caption=self.caption
@@ -117,7 +123,7 @@ class Comparison:
             table.add_column(head, justify="right" if i else "left", no_wrap=True)
         for r in rows:
             table.add_row(*r)
-        return table
+        return Group(table, *map(Text, self._problems()))
 
     def __str__(self) -> str:
         from .tables import to_text
@@ -131,7 +137,7 @@ class Comparison:
 
     def _row_cells(self, r: Row, timing: bool) -> list[str]:
         if not r.values:
-            return [r.strategy, f"no result: {r.problem}", *[""] * (8 if timing else 5)]
+            return [r.strategy, "no result", *[""] * (8 if timing else 5)]
         spread = "" if r.spread is None else f" ± {_short(r.spread, like=r.mean)}"
         gain = "" if r.gain is None else f"{r.gain:+.1f}%"
         cells = [r.strategy, _short(r.mean) + spread, r.verdict, _short(statistics.fmean(r.before)), gain]

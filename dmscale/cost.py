@@ -20,8 +20,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
+from torch import nn
 
 from . import axes
+from .errors import DmscaleError, did_you_mean
 from .polynomial import Poly
 from .sizes import extent_in
 
@@ -53,7 +55,8 @@ class Cost:
     uncounted: operators whose MACs are not known, as 'operator in module', and modules that get as many rows as values say:
         what the example sends there is counted.
 
-    `cost["macs"]` is `cost.macs`; `cost["macs in backbone.*"]` and `cost["latency"]` (ms) are computed when asked for.
+    `cost["macs"]` is `cost.macs`; `cost["macs in backbone.*"]` and `cost["latency"]` (ms) are computed when asked for.  Of an
+    unknown metric, or a scope that no module matches, a DmscaleError says what was meant.
     """
 
     macs: int
@@ -68,7 +71,7 @@ class Cost:
         if metric in METRICS:
             return getattr(self, metric)
         if self.more is None:
-            raise KeyError(f"{metric!r}: this cost holds only {', '.join(METRICS)}")
+            raise DmscaleError(f"{metric!r}: this cost holds only {', '.join(METRICS)}")
         return self.more(metric)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -97,6 +100,35 @@ def split_name(key: str) -> tuple[str, str | None]:
     """(metric, scope) of a key of `metric_name`."""
     metric, found, scope = key.partition(" in ")
     return metric.strip(), scope.strip() if found else None
+
+
+def refusal(key: str, modules: Sequence[str] | None = None) -> str:
+    """Why there is no cost of this name, and what may be meant; empty where there is one.
+
+    Args:
+        modules: names of the modules that a scope may match; any scope is taken without them.
+    """
+    metric, scope = split_name(key)
+    known = (*METRICS, "latency")
+    if metric not in known:
+        flops = "; a MAC is two FLOPs" if "flop" in metric.lower() else did_you_mean(metric, known, 1)
+        return f"unknown metric {metric!r}; metrics are {', '.join(known)}{flops}"
+    if scope is None:
+        return ""
+    if metric == "latency":
+        return f"{key!r}: latency is of the whole model; take macs or activations of a part of it"
+    if modules is None or any(within(n, scope) for n in modules):
+        return ""
+    meant = did_you_mean(scope.rstrip(".*"), modules) or f"; there are {', '.join(map(repr, modules[:3]))}."
+    return (
+        f"{key!r}: no module of the model matches {scope!r}{meant} A scope is a glob over the names of modules, what lies "
+        "below them included."
+    )
+
+
+def module_names(model: nn.Module) -> list[str]:
+    """What a scope may match: every name of every module but the model itself."""
+    return [n for n, _ in model.named_modules(remove_duplicate=False) if n]
 
 
 def within(path: str, scope: str) -> bool:
@@ -186,6 +218,7 @@ class CostModel:
         terms: metric -> its addends.
         uncounted: operators whose MACs are not known.
         measured: metric -> what makes it; called when it is first asked for.
+        modules: names of the modules that a scope may match; any is taken without them.
     """
 
     metrics: Mapping[str, Metric]
@@ -196,18 +229,19 @@ class CostModel:
         terms: Mapping[str, Sequence[CostTerm]],
         uncounted: Sequence[str] = (),
         measured: Mapping[str, Callable[[], Metric]] | None = None,
+        modules: Sequence[str] | None = None,
     ):
         self.variables = {v: i for i, v in enumerate(variables)}
         self.metrics = _Metrics(self)
         self.uncounted = tuple(uncounted)
-        self._terms, self._measured = terms, dict(measured or {})
+        self._terms, self._measured, self._modules = terms, dict(measured or {}), modules
 
     def _lay_out(self, key: str) -> Metric:
         metric, scope = split_name(key)
         if scope is None and metric in self._measured:
             return self._measured[metric]()
-        if metric not in self._terms:
-            raise KeyError(f"{key!r} is none of {', '.join((*self._terms, *self._measured))}")
+        if problem := refusal(key, self._modules):
+            raise DmscaleError(problem)
         chosen = [t.poly for t in self._terms[metric] if scope is None or any(within(p, scope) for p in t.paths)]
         return Monomials(total(chosen), self.variables)
 
@@ -277,7 +311,7 @@ def cost_model(space: SearchSpace) -> CostModel:
             add("bytes", dims, gate, parameters[name].element_size(), paths)
     uncounted = [f"{op} in {path or 'the model'}" for op, paths in record.unknown.items() for path in paths]
     uncounted += [f"other rows than the example's in {path}" for path in space.routed]
-    return CostModel(space.variables, terms, uncounted, {"latency": space._latency_metric})
+    return CostModel(space.variables, terms, uncounted, {"latency": space._latency_metric}, module_names(space.model))
 
 
 def _once(dims: Sequence[axes.Dim], repeated: Sequence[axes.Dim]) -> list[axes.Dim]:

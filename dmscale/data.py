@@ -33,7 +33,8 @@ def load_data(spec: str, source: Source, *, batch_size: int = 64, seed: int = 0,
 
     `digits` is scikit-learn's 1797 scans of digits, 8x8 pixels, resized, in ten classes.  A folder has
     `train/` and `val/` of class folders, or class folders alone, of which every tenth image is held out.
-    `file.py:loader` is a function that returns `(train, val)`, iterables of `(inputs, targets)`.
+    `file.py:loader` is a function that returns `(train, val)`, iterables of `(inputs, targets)` that can be run
+    through again: lists or `DataLoader`s.
     `seed` orders the training batches; the split never depends on it.  `workers` are processes that read
     images, by default one per core, at most 8.
 
@@ -41,10 +42,7 @@ def load_data(spec: str, source: Source, *, batch_size: int = 64, seed: int = 0,
         SourceError: there is no such data, it does not fit the model, or a file cannot be read.
     """
     if ".py:" in spec:
-        made = build(spec, load_function(spec))
-        if not (isinstance(made, (tuple, list)) and len(made) == 2):
-            raise SourceError(f"{spec} returns {type(made).__name__}; it must return (train_loader, val_loader)")
-        return Data(*made)
+        return _own(spec, build(spec, load_function(spec)))
     if spec == "digits":
         train, val, num_classes = _digits(source)
         workers = 0
@@ -57,6 +55,21 @@ def load_data(spec: str, source: Source, *, batch_size: int = 64, seed: int = 0,
     order = torch.Generator().manual_seed(seed)
     ragged = len(train) > batch_size  # a last batch of one would stop BatchNorm, so the ragged one goes
     return Data(batches(train, shuffle=True, drop_last=ragged, generator=order), batches(val), num_classes)
+
+
+def _own(spec: str, made: Any) -> Data:
+    """What a function of the user's has returned, if it is a pair of loaders."""
+    if not (isinstance(made, (tuple, list)) and len(made) == 2):
+        raise SourceError(f"{spec} returns {type(made).__name__}; it must return (train_loader, val_loader)")
+    for part, loader in zip(("training", "validation"), made):
+        if not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
+            raise SourceError(f"{spec}: its {part} loader is a {type(loader).__name__}; return a list or a DataLoader")
+        if isinstance(loader, Iterator):
+            raise SourceError(
+                f"{spec}: its {part} loader is a {type(loader).__name__}, which can be run through only once; return a list or "
+                "a DataLoader"
+            )
+    return Data(*made)
 
 
 class OnDevice:

@@ -566,7 +566,8 @@ def _caption(models: tuple[str, ...], recipes: Mapping[str, Recipe], seeds: int)
             f" search and {r.finetune_steps} of fine-tuning, the others"
             f" {r.search_steps + r.finetune_steps} of fine-tuning."
         )
-    lines.append(f"MACs of one scan; latency of {LATENCY_BATCH} scans on {torch.get_num_threads()} threads.")
+    threads = torch.get_num_threads()
+    lines.append(f"MACs of one scan; latency of {LATENCY_BATCH} scans on {threads} thread{'s' * (threads != 1)}.")
     return " ".join(lines)
 
 

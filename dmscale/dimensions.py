@@ -28,7 +28,9 @@ class Dimension:
 
     name: after what a user recognises, `layer3.0.conv1`, `blocks.4.attn heads`, `blocks depth`.
     kind: 'width', 'heads' or 'depth'.
-    size: number of elements; what a structure keeps of it is between `minimum` and `size`.
+    size: number of elements.
+    minimum: fewest elements that a structure may keep: the user's, or more where operators need more (as many experts as are
+        chosen, two channels under a variance).  Rounded up to `multiple` it is `lowest`.
     multiple: a structure keeps a multiple of this many elements (or all).
     axes: the axes behind a width, the dimension's own first; linked ones keep the same share, each its own elements.
     members: a name for each axis.
@@ -71,6 +73,7 @@ class Options:
     multiple: dict[str, int] = field(default_factory=dict)
     no_depth: dict[str, str] = field(default_factory=dict)  # stacks taken out -> reason
     branches: bool = False
+    by_hand: set[str] = field(default_factory=set)  # reasons that the user gave to `SearchSpace.freeze`
     held: dict[Axis, tuple[int, int]] = field(default_factory=dict)  # size and step of what decides otherwise below
 
     def refuses(self, name: str) -> str | None:
@@ -163,13 +166,13 @@ def dimensions(
         step = size // math.gcd(*(a.size for a in group))  # so that every linked axis keeps whole elements
         for a in group:  # keeps n * a.size / size elements of n: that must be a multiple of its own step
             step = math.lcm(step, steps.get(a, 1) * size // math.gcd(steps.get(a, 1) * size, a.size))
-        wanted = _bound(options.multiple, name, 1) if kind == "width" else 1
+        wanted = bound_of(options.multiple, name, 1) if kind == "width" else 1
         needed = max(-(-least.get(a, 1) * size // a.size) for a in group)
         for a in group:
             if a in options.held:
                 needed, step = max(needed, options.held[a][0]), math.lcm(step, options.held[a][1])
         found[name] = Dimension(
-            name, kind, size, max(_bound(options.minimum, name, 1), needed), math.lcm(step, wanted),
+            name, kind, size, max(bound_of(options.minimum, name, 1), needed), math.lcm(step, wanted),
             tuple(group), tuple(names[a] for a in group),
         )  # fmt: skip
     for stack in resolved.stacks:
@@ -247,7 +250,8 @@ def _least(bounds: Iterable[tuple[axes.Dim, int]]) -> dict[Axis, int]:
     return least
 
 
-def _bound(bounds: Mapping[str, int], name: str, default: int) -> int:
+def bound_of(bounds: Mapping[str, int], name: str, default: int) -> int:
+    """What bounds by glob say of a dimension: the last match counts."""
     found = [n for glob, n in bounds.items() if glob == "*" or fnmatch.fnmatchcase(name, glob)]
     return found[-1] if found else default
 

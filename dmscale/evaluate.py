@@ -16,9 +16,15 @@ def classification_loss(output: Any, target: Tensor) -> Tensor:
 
     `target` holds class numbers: (B,), one for each token (B, T), or one for each pixel
     (B, H, W); -100 is ignored.
+
+    Raises:
+        DmscaleError: on a CPU, a target is no class of the model's.
     """
     scores = class_scores(output)
-    return F.cross_entropy(scores.flatten(0, -2), target.flatten())
+    try:
+        return F.cross_entropy(scores.flatten(0, -2), target.flatten())
+    except IndexError as error:  # asked beforehand it would make a GPU wait at every step
+        raise DmscaleError(f"the model has {scores.shape[-1]} outputs: {error} --classes sizes it") from error
 
 
 def class_scores(output: Any) -> Tensor:
@@ -52,21 +58,37 @@ def check_fit(model: nn.Module, batches: Iterable, num_classes: int | None) -> N
     """One batch through model and loss, before hours of search.
 
     Raises:
-        DmscaleError: the batch does not fit the model, or has labels beyond its outputs.
+        DmscaleError: there is no batch, it does not fit the model, or its targets are no classes of the model's.
     """
-    batch = next(iter(batches), None)
+    batch = next(iter(batches), _NOTHING)
+    if batch is _NOTHING:
+        raise DmscaleError("there is no batch in it; expected batches (inputs, targets)")
     if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
         raise DmscaleError(f"expected batches (inputs, targets), got {type(batch).__name__}")
+    inputs, targets = batch
+    if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.is_complex():
+        kind = targets.dtype if isinstance(targets, Tensor) else type(targets).__name__
+        raise DmscaleError(
+            f"targets are {kind}, not class numbers (int64); for another task call dmscale.scale with a criterion of your own"
+        )
     with evaluating(model):
         try:
-            scores = class_scores(call(model, batch[0]))
-        except (RuntimeError, TypeError) as error:
+            scores = class_scores(call(model, inputs))
+        except DmscaleError:
+            raise
+        except Exception as error:  # whatever other people's code raises
             raise DmscaleError(f"the model cannot be called on a batch: {error}") from error
-    needed = max(num_classes or 0, int(batch[1].max()) + 1)
+    lowest = int(targets[targets != -100].min()) if (targets != -100).any() else 0
+    if lowest < 0:
+        raise DmscaleError(f"there is a target {lowest}; classes count from 0, and -100 is what the loss ignores")
+    needed = max(num_classes or 0, int(targets.max()) + 1)
     if scores.shape[-1] < needed:
         raise DmscaleError(f"the model has {scores.shape[-1]} outputs for {needed} classes; --classes sizes it")
-    if scores.shape[:-1] != batch[1].shape:
-        raise DmscaleError(f"scores {tuple(scores.shape)} do not fit targets {tuple(batch[1].shape)}")
+    if scores.shape[:-1] != targets.shape:
+        raise DmscaleError(f"scores {tuple(scores.shape)} do not fit targets {tuple(targets.shape)}")
+
+
+_NOTHING = object()
 
 
 def call(model: nn.Module, inputs: Any) -> Any:

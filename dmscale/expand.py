@@ -26,9 +26,9 @@ from torch import Tensor, nn
 
 from . import axes, certify, deepen, known, running, tracing, widen
 from .axes import Axis
-from .errors import DmscaleError, ExportError
+from .errors import DmscaleError, ExportError, did_you_mean
 from .export import EXPANSION, PLAN
-from .space import SearchSpace, _did_you_mean, trace
+from .space import SearchSpace, trace
 from .structure import Structure
 from .widen import Widths
 
@@ -173,7 +173,7 @@ def _no_match(space: SearchSpace, argument: str, glob: str, names: Sequence[str]
     if frozen is not None:
         return f"{argument}={{{glob!r}: ...}} matches only what cannot change: '{frozen}' ({space.frozen[frozen]})"
     what = "width or heads" if argument == "width" else "stack of blocks"
-    return f"{argument}={{{glob!r}: ...}} matches no {what}{_did_you_mean(glob, names)}"
+    return f"{argument}={{{glob!r}: ...}} matches no {what}{did_you_mean(glob, names)}"
 
 
 def _nothing(space: SearchSpace, width: Any, depth: Any, reasons: Mapping[str, str]) -> str:

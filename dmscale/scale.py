@@ -15,7 +15,7 @@ import contextlib
 import dataclasses
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,7 +105,8 @@ def scale(
         callbacks: what watches the search, see `dmscale.callbacks`.
         checkpoint: a folder.  Where it holds checkpoints of the same call the run goes on from there, bit for bit on a CPU;
             it is written to as this runs.  A checkpoint that cannot be written (a full disk) is a warning, not the end.
-        checkpoint_every: steps between two checkpoints; by default 20 in the search and 20 in the fine-tuning.
+        checkpoint_every: optimizer steps between two checkpoints; by default a twentieth of the steps, in the search and in
+            the fine-tuning each.  The last step of each is always kept.
         options: further arguments of `Search`.  With train_weights=False the search finds a structure and moves no weight.
     Raises:
         TraceError, BudgetError: before any training.
@@ -116,9 +117,7 @@ def scale(
     if expand is not None:
         budget = budgets.parse(budget, trace(model, example_inputs))
         model = expanded(model, example_inputs, **expand)
-    space = trace(
-        model, example_inputs, freeze=_strings(freeze), only=_strings(only), minimum=minimum, multiple=multiple
-    )
+    space = trace(model, example_inputs, freeze=freeze, only=only, minimum=minimum, multiple=multiple)
     moves = options.get("train_weights", True)
     if not moves and not inherit:
         raise DmscaleError(
@@ -270,9 +269,8 @@ class _Store:
             warnings.warn(str(error), RuntimeWarning, stacklevel=4)
 
 
-def _strings(globs: str | Iterable[str]) -> tuple[str, ...]:
-    return (globs,) if isinstance(globs, str) else tuple(globs)
-
-
 def _length(loader: Iterable[Any]) -> int:
-    return len(loader) if isinstance(loader, Sized) else 0
+    try:
+        return len(loader)  # type: ignore[arg-type]
+    except TypeError:  # a DataLoader of a stream has the method, and no length
+        return 0

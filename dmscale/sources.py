@@ -6,8 +6,10 @@ Nothing is downloaded: a model has random weights unless a local file brings oth
 import difflib
 import importlib.util
 import inspect
+import pickle
 import sys
-from collections.abc import Callable, Iterable
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -93,6 +95,9 @@ def load_model(
     return source
 
 
+_WEIGHT_FILES = {".pt", ".pth", ".bin", ".ckpt", ".safetensors"}
+
+
 def _how_to_write(spec: str, kinds: Iterable[str]) -> str:
     """What a specification without a colon, or with nothing behind it, may have meant."""
     name = spec.rstrip(":")
@@ -100,11 +105,18 @@ def _how_to_write(spec: str, kinds: Iterable[str]) -> str:
         return f"; a model is missing behind {name}:"
     if spec.endswith(".py"):
         return f"; name the function in it that makes the model, as {spec}:make"
+    if Path(spec).suffix in _WEIGHT_FILES:
+        return (
+            "; a file of weights needs the model that they belong to, with --weights FILE, and a pickled module a "
+            "file.py:factory that loads it (one of TorchScript cannot be resized)"
+        )
+    if Path(spec).is_dir():
+        return f"; did you mean hf:{spec}?"
     return f"; did you mean timm:{spec}?" if ":" not in spec and "/" not in spec else ""
 
 
 def allow_missing_torchvision_operators() -> None:
-    """Let torchvision, which timm imports too, be imported where its compiled operators do not fit torch.
+    """Let torchvision, which timm and transformers import too, be imported where its compiled operators do not fit torch.
 
     Such an installation, a CUDA wheel of torchvision beside a CPU build of torch, has no
     `torchvision::nms`, and registering a fake kernel for it at import fails.  Only the two schemas are
@@ -166,6 +178,7 @@ def _transformers(spec: str, name: str, shape: tuple[int, ...] | None, classes: 
             f"{spec}: there is no {config_file}; hf: takes a local config.json or a local folder with one "
             "(models are not downloaded)"
         )
+    allow_missing_torchvision_operators()  # transformers imports torchvision with the models, where there is one
     transformers = require("transformers", "transformers", spec)
     options: dict[str, Any] = {} if classes is None else {"num_labels": classes}
     config = build(spec, lambda: transformers.AutoConfig.from_pretrained(config_file, local_files_only=True, **options))
@@ -173,7 +186,7 @@ def _transformers(spec: str, name: str, shape: tuple[int, ...] | None, classes: 
         for key, value in (("image_size", shape[-1]), ("num_channels", shape[1])):
             if hasattr(config, key):
                 setattr(config, key, value)
-    architecture = getattr(transformers, (config.architectures or [""])[0], None)
+    architecture = build(spec, lambda: getattr(transformers, (config.architectures or [""])[0], None))
     if path.is_dir() and (any(path.glob("*.safetensors")) or any(path.glob("*.bin"))):
         # float32 whatever the file holds: the search trains, and half precision is slow on a CPU.
         reader = (architecture or transformers.AutoModel).from_pretrained
@@ -239,7 +252,23 @@ def load_function(spec: str) -> Callable[[], Any]:
     if not callable(function):
         there = ", ".join(_functions_of(module)) or "no function"
         raise SourceError(f"{spec}: {path.name} has no function {name!r}; it has {there}")
+    if isinstance(function, nn.Module):
+        raise SourceError(
+            f"{spec} is a {type(function).__name__} itself; name a function that makes it and returns (model, inputs)"
+        )
+    if needed := _required(function):
+        raise SourceError(f"{spec} takes arguments ({', '.join(needed)}) and is called without any; give them defaults")
     return function
+
+
+def _required(function: Callable[..., Any]) -> list[str]:
+    """Names of the arguments without which a function cannot be called."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # of builtins
+        return []
+    given = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [p.name for p in parameters if p.default is p.empty and p.kind not in given]
 
 
 def _functions_of(module: ModuleType) -> list[str]:
@@ -271,18 +300,47 @@ def _unknown_name(spec: str, name: str, known: list[str], library: str) -> Sourc
 def _load_weights(spec: str, model: nn.Module, path: Path) -> None:
     if not path.is_file():
         raise SourceError(f"--weights: there is no file {path}")
-    try:
-        if path.suffix == ".safetensors":
-            state: Any = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise SourceError(f"--weights {path} cannot be read as a state dict of plain tensors: {error}") from error
+    state = _read_weights(path)
     for key in ("state_dict", "model"):  # where training scripts put it in a checkpoint
         state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
     try:
         model.load_state_dict(state)
-    except (RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError, AttributeError) as error:
         raise SourceError(
-            f"--weights {path} do not fit {spec} (--classes and --input size the model): {error}"
+            f"--weights {path} do not fit {spec} (--classes and --input size the model): {_misfits(model, state)}"
         ) from error
+
+
+def _read_weights(path: Path) -> Any:
+    if path.suffix != ".safetensors" and _is_torchscript(path):
+        raise SourceError(f"--weights {path} is a TorchScript archive; save the state_dict() of the Python module")
+    try:
+        return load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise SourceError(
+            f"--weights {path} cannot be read as a state dict: it is no file of torch.save, or holds more than "
+            "tensors, a whole pickled module say. Load it where its code is, then torch.save(model.state_dict(), ...)"
+        ) from error
+    except Exception as error:
+        first = str(error).partition("\n")[0]
+        raise SourceError(f"--weights {path} cannot be read as a state dict of plain tensors: {first}") from error
+
+
+def _is_torchscript(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+
+
+def _misfits(model: nn.Module, state: Any) -> str:
+    """At most five of the keys that do not fit, and how many there are."""
+    if not isinstance(state, Mapping):
+        return f"they are a {type(state).__name__}, no state dict"
+    own = model.state_dict()
+    found = [f"{key} is missing" for key in own if key not in state]
+    found += [f"{key} is not of the model" for key in state if key not in own]
+    for key in own.keys() & state.keys():
+        here, there = tuple(own[key].shape), tuple(getattr(state[key], "shape", ()))
+        found += [f"{key} has shape {there}, the model's {here}"] if here != there else []
+    return "; ".join(found[:5]) + (f"; and {len(found) - 5} more" if len(found) > 5 else "")

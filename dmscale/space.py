@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import functools
 import math
+import numbers
 import os
 import random
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -19,7 +20,7 @@ from .axes import Axis
 from .clone import alias, clone, own_copy
 from .cost import METRICS, Cost, CostModel, block_finder, cost_model
 from .dimensions import Dimension, Options, dimensions, resolve
-from .errors import DmscaleError, ExportError, TraceError
+from .errors import BudgetError, DmscaleError, ExportError, TraceError, did_you_mean
 from .structure import Structure
 
 TOLERANCE = 1e-4
@@ -78,9 +79,23 @@ class SearchSpace:
         self.options.held[axis] = max(size, turn.minimum), math.lcm(step, turn.multiple or 1)
         self._rebuild()
 
-    def freeze(self, names: Iterable[str], reason: str) -> None:
-        """Take dimensions out of the space."""
-        for name in names:
+    def freeze(self, names: str | Iterable[str], reason: str) -> None:
+        """Take dimensions out of the space, for good: only a new trace offers them again.
+
+        Structures and searches made before are of another space then.
+
+        Args:
+            names: a name or a glob of dimensions, or several.  What is frozen already stays so.
+            reason: what `frozen` and the table show.
+        Raises:
+            DmscaleError: one of `names` matches neither a dimension nor what is frozen; nothing is frozen then.
+        """
+        globs = _globs("freeze", names)
+        if not isinstance(reason, str) or not reason:
+            raise DmscaleError(f"reason is {reason!r}; say in words why {', '.join(globs)} shall stay as it is")
+        _check_globs("freeze", globs, [*self.dimensions, *self.frozen])
+        self.options.by_hand.add(reason)
+        for name in [n for n in self.dimensions if n in globs or _matches(n, globs)]:
             dimension = self.dimensions[name]
             if dimension.kind == "depth":
                 self.options.no_depth[name] = reason
@@ -131,22 +146,49 @@ class SearchSpace:
 
         Args:
             sizes: dimension -> number of elements, rounded to what the dimension allows; those not named stay full.
-            scores: member name -> one score an element; the highest are kept.  By default the first elements are.
+            scores: member name (see `Dimension.members`; of a stack its own name) -> one score an element, as a tensor, an
+                array or a list; the highest are kept.  Where there are none the first elements are.
         Raises:
-            DmscaleError: a name is no dimension of this space.
+            DmscaleError: a name is no dimension or no member of this space, a size is no number, or scores are NaN or not
+                one an element.
         """
-        unknown = [n for n in sizes if n not in self.dimensions]
-        if unknown:
-            raise DmscaleError(
-                f"{unknown[0]!r} is no dimension of this space{_did_you_mean(unknown[0], self.dimensions)}"
-            )
+        for name, size in sizes.items():
+            if name not in self.dimensions:
+                raise DmscaleError(f"{name!r} is no dimension of this space{did_you_mean(name, self.dimensions)}")
+            if not isinstance(size, numbers.Real) or math.isnan(size):
+                raise DmscaleError(f"the size of {name!r} is {size!r}; give a number of elements")
+        return self._structure(sizes, self._checked_scores(scores or {}))
+
+    def _structure(self, sizes: Mapping[str, float], ranked: Mapping[str, np.ndarray]) -> Structure:
+        """`structure` of sizes and scores that are known to be good."""
         chosen = {n: d.allowed(sizes.get(n, d.size)) for n, d in self.dimensions.items()}
         kept: dict[str, tuple[int, ...]] = {}
         for name, d in self.dimensions.items():
             for member, total in self._members(d):
-                score = None if scores is None else scores.get(member)
-                kept[member] = _best(total, d.count(total, chosen[name]), score)
+                kept[member] = _best(total, d.count(total, chosen[name]), ranked.get(member))
         return Structure(chosen, kept, {n: d.size for n, d in self.dimensions.items()})
+
+    def _checked_scores(self, scores: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """Scores by member as arrays, (elements,) of float64.
+
+        Raises:
+            DmscaleError: a member is unknown, or has not one number for each of its elements.
+        """
+        totals = {m: t for d in self.dimensions.values() for m, t in self._members(d)}
+        ranked: dict[str, np.ndarray] = {}
+        for member, given in scores.items():
+            if member not in totals:
+                raise DmscaleError(
+                    f"scores of {member!r}: no dimension has such a member{did_you_mean(member, totals)}"
+                )
+            ranked[member] = _array(given, f"scores of {member!r}")
+            if ranked[member].shape != (totals[member],):
+                raise DmscaleError(
+                    f"scores of {member!r} have shape {ranked[member].shape}; give one an element: ({totals[member]},)"
+                )
+            if np.isnan(ranked[member]).any():
+                raise DmscaleError(f"scores of {member!r} hold NaN; an order needs numbers")
+        return ranked
 
     def _members(self, d: Dimension) -> list[tuple[str, int]]:
         """(name, elements) of every axis of a dimension, or of a stack of blocks."""
@@ -158,7 +200,11 @@ class SearchSpace:
         Args:
             share: kept share of each dimension, rounded to whole elements, at least the minimum.
             depth: whether stacks of blocks are scaled too.
+        Raises:
+            DmscaleError: `share` is no number in (0, 1].
         """
+        if not isinstance(share, numbers.Real):
+            raise DmscaleError(f"share is {share!r}, no number in (0, 1]; for a budget use uniform_at({share!r})")
         if not 0 < share <= 1:
             raise DmscaleError(f"share {share} is not in (0, 1]")
         sizes = {n: share * d.size for n, d in self.dimensions.items() if depth or d.kind != "depth"}
@@ -183,26 +229,47 @@ class SearchSpace:
             scores: member -> score an element: which ones go first, and which come back; magnitudes by default.
         Raises:
             BudgetError: the budget is misspelt or out of reach.
+            DmscaleError: the structure is of another space, or scores are as `structure` refuses them.
         """
-        return budget.fit(self, structure, budget.parse(target, self), scores or self.magnitudes(), keep=structure)
+        self._check_structure(structure)
+        ranked = self._checked_scores(scores) if scores else self.magnitudes()
+        return budget.fit(self, structure, budget.parse(target, self), ranked, keep=structure)
 
     def uniform_at(self, target: Any, depth: bool = False) -> Structure:
-        """Uniform scaling to a budget, exactly met: the field's plainest baseline."""
-        wanted, scores = budget.parse(target, self), self.magnitudes()
+        """Uniform scaling to a budget, exactly met: the field's plainest baseline.
+
+        Args:
+            target: a budget, as in `Search`.
+            depth: whether stacks of blocks are scaled too, at the share of the widths.
+        Raises:
+            BudgetError: the budget is misspelt or out of reach.
+        """
+        if isinstance(target, numbers.Real):
+            raise BudgetError(
+                f"{target!r} is no budget as '50% macs' is one; for a share of every width use uniform({target!r})"
+            )
+        wanted, scores = budget.parse(target, self), self._checked_scores(self.magnitudes())
         low, high = 0.0, 1.0
 
         def uniform(share: float) -> Structure:
             sizes = {n: share * d.size for n, d in self.dimensions.items() if depth or d.kind != "depth"}
-            return self.structure(sizes, scores)
+            return self._structure(sizes, scores)
 
         for _ in range(30):
             middle = (low + high) / 2
-            fits = budget.satisfied(self.cost(uniform(middle)), wanted)
+            fits = budget.satisfied(self.costs.exact(self.vector(uniform(middle))), wanted)
             low, high = (middle, high) if fits else (low, middle)
         return budget.fit(self, uniform(low), wanted, scores, keep=None)
 
     def sample_at(self, target: Any, seed: int = 0) -> Structure:
-        """A random structure brought to a budget: sizes drawn around the uniform one, then exactly fitted."""
+        """A random structure brought to a budget: sizes drawn around the uniform one, then exactly fitted.
+
+        Args:
+            target: a budget, as in `Search`.
+            seed: of the sizes and of the elements that stay; the same seed gives the same structure.
+        Raises:
+            BudgetError: the budget is misspelt or out of reach.
+        """
         rng = random.Random(seed)
         wanted = budget.parse(target, self)
         base = self.uniform_at(target)
@@ -254,8 +321,19 @@ class SearchSpace:
     # -- cost ---------------------------------------------------------------------------------------------------------
 
     def cost(self, structure: Structure | None = None) -> Cost:
-        """The exact cost of a structure, of the full model without one: what a count on the exported model gives."""
-        return self.costs.exact(self.vector(structure or self.full()))
+        """The exact cost of a structure, of the full model without one: what a count on the exported model gives.
+
+        Of one forward on the example inputs, their batch included: `.macs`, `.params`, `.bytes` of the parameters,
+        `.activations` (bytes written), `.kv_cache` (bytes); `["latency"]` in ms and `["macs in GLOB"]` when asked for.  See
+        `Cost`.
+
+        Raises:
+            DmscaleError: the structure is of another space.
+        """
+        if structure is None:
+            return self.costs.exact(self.vector(self.full()))
+        self._check_structure(structure)
+        return self.costs.exact(self.vector(structure))
 
     def vector(self, structure: Structure) -> np.ndarray:
         """The values of `variables` at a structure, (V,) of int64."""
@@ -268,8 +346,20 @@ class SearchSpace:
         return np.array(values, dtype=np.int64)
 
     def cost_of_many(self, structures: Sequence[Structure], metric: str = "macs") -> np.ndarray:
-        """One metric of many structures, (S,) of int64."""
-        return self.costs.many(np.stack([self.vector(s) for s in structures]), metric)
+        """One metric of many structures at once, in their order.
+
+        Args:
+            structures: of this space.
+            metric: a name as in a budget: "macs", "params in backbone.*", "latency".
+        Returns:
+            (S,) of int64; of float64 for latency, in ms.
+        Raises:
+            DmscaleError: a structure is of another space, or the metric is unknown.
+        """
+        for structure in structures:
+            self._check_structure(structure)
+        rows = [self.vector(s) for s in structures]
+        return self.costs.many(np.reshape(rows, (len(rows), len(self.variables))), metric)
 
     def measure_latency(
         self,
@@ -333,7 +423,14 @@ class SearchSpace:
     # -- models -------------------------------------------------------------------------------------------------------
 
     def gate(self, structure: Structure) -> nn.Module:
-        """The full-size model with everything outside `structure` masked, sharing the user's parameters."""
+        """The full-size model with everything outside `structure` masked, sharing the user's parameters.
+
+        Its outputs are those of `export(structure)`, up to rounding, as long as the weights are the same.
+
+        Raises:
+            DmscaleError: the structure is of another space.
+        """
+        self._check_structure(structure)
         return self._gate(self.model, structure)
 
     def _gate(self, model: nn.Module, structure: Structure) -> nn.Module:
@@ -347,7 +444,14 @@ class SearchSpace:
         return {a: structure.kept[m] for d in self.dimensions.values() for m, a in zip(d.members, d.axes)}
 
     def build(self, structure: Structure, model: nn.Module | None = None) -> nn.Module:
-        """The plain smaller model, not verified (`export` verifies)."""
+        """The plain smaller model, not verified (`export` verifies).
+
+        Args:
+            structure: of this space.
+            model: whose weights it gets, with the modules and shapes of the traced one; the traced one by default.
+        Raises:
+            DmscaleError: the structure is of another space.
+        """
         self._check_structure(structure)
         return export.build(
             model or self.model, self.trace.slots, self.attributes, self.stacks, self.widths_of(structure),
@@ -358,8 +462,13 @@ class SearchSpace:
     def export(self, structure: Structure, verify: bool = True) -> nn.Module:
         """A plain, smaller model of the user's class, proven equal to the gated one on the example inputs.
 
+        Args:
+            structure: of this space.
+            verify: whether to run both models once and compare their outputs.  A model on the meta device is never run.
         Raises:
-            ExportError: the exported model fails or differs; the space and the user's model stay usable.
+            ExportError: the exported model fails, or differs by a relative error above 1e-4 (float32); the space and the user's
+                model stay usable.
+            DmscaleError: the structure is of another space.
         """
         small = self.build(structure)
         self._settle(small, structure)
@@ -390,15 +499,27 @@ class SearchSpace:
         plan["attributes"] += [["", ["config", field], value] for field, value in changes.items()]
 
     def _check_structure(self, structure: Structure) -> None:
+        if not isinstance(structure, Structure):
+            raise DmscaleError(f"expected a Structure, got {structure!r}; space.structure(sizes) makes one")
         missing = [n for n in self.dimensions if n not in structure.sizes]
         extra = [n for n in structure.sizes if n not in self.dimensions]
         if missing or extra:
-            raise ExportError(
-                "the structure is of another space: "
-                + "; ".join(
-                    ([f"it lacks {missing[:3]}"] if missing else []) + ([f"it has {extra[:3]}"] if extra else [])
+            told = ([f"it lacks {missing[:3]}"] if missing else []) + ([f"it has {extra[:3]}"] if extra else [])
+            raise DmscaleError("the structure is of another space: " + "; ".join(told))
+        for name, d in self.dimensions.items():
+            size = structure.sizes[name]
+            if not 0 <= size <= d.size or structure.full.get(name, d.size) != d.size:
+                of = structure.full.get(name, "unknown")
+                raise DmscaleError(
+                    f"the structure is of another space: it keeps {size} of {of} of {name!r}, whose size is {d.size} here"
                 )
-            )
+            for member, total in self._members(d):
+                kept = structure.kept.get(member, ())
+                if len(kept) != d.count(total, size) or (kept and kept[-1] >= total):
+                    raise DmscaleError(
+                        f"the structure contradicts itself: it keeps {d.count(total, size)} of {member!r} and lists "
+                        f"{len(kept)} indices below {kept[-1] + 1 if kept else 0}"
+                    )
 
     # -- showing ------------------------------------------------------------------------------------------------------
 
@@ -435,8 +556,8 @@ def trace(
     model: nn.Module,
     example_inputs: Any,
     *,
-    freeze: str | Sequence[str] = (),
-    only: str | Sequence[str] = (),
+    freeze: str | Iterable[str] = (),
+    only: str | Iterable[str] = (),
     minimum: int | Mapping[str, int] = 1,
     multiple: int | Mapping[str, int] = 1,
     branches: bool = False,
@@ -456,60 +577,81 @@ def trace(
         model: any module; it is left as it is.  Of one that `torch.compile` made the module inside is traced.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments, on the model's device.  Costs are
             those of one forward on them.
-        freeze: globs of dimensions to leave alone.
-        only: globs of the dimensions to offer; all by default.
-        minimum: fewest elements to keep, for all widths and heads or by glob.
-        multiple: keep multiples of this many elements (or all), for all widths or by glob.
+        freeze: a name or a glob of dimensions to leave alone, or several.
+        only: a name or a glob of the dimensions to offer, or several; all by default.
+        minimum: fewest elements to keep: one number for all widths and heads, or a dict of numbers by glob, of which the last
+            match counts.  What operators need stays a bound of its own.
+        multiple: keep multiples of this many elements (or all): one number for all widths, or a dict as for `minimum`.
         branches: offer what residual blocks add (attention, MLP) one by one, where that is all a block does, instead of
             whole blocks.
         verify: whether to run the trial; without it an export is still verified.
     Raises:
         TraceError: the model does not run on the example inputs, or has a form that cannot be resized (wrapped by DDP,
             TorchScript, lazy, packed by quantisation); the message says what to trace instead.
-        DmscaleError: a glob matches nothing.
+        DmscaleError: a glob matches nothing, or a bound is no whole number (`minimum` of at least 0, `multiple` of 1).
     """
     # known by its name, since importing its class takes seconds
     while isinstance(model, nn.Module) and type(model).__name__ == "OptimizedModule":
         model = model.get_submodule("_orig_mod")
-    options = Options(_globs(freeze), _globs(only), _by_glob(minimum), _by_glob(multiple), branches=branches)
+    options = Options(
+        _globs("freeze", freeze), _globs("only", only), _by_glob("minimum", minimum, 0), _by_glob("multiple", multiple, 1),
+        branches=branches,
+    )  # fmt: skip
     with tracing.uncollected():
         space = SearchSpace(model, example_inputs, tracing.read(model, example_inputs), options)
-    _check_globs(space)
+    names = [*space.dimensions, *space.frozen]
+    for argument in ("freeze", "only", "minimum", "multiple"):
+        _check_globs(argument, getattr(options, argument), names)
     if verify and space.dimensions and not any(p.is_meta for p in model.parameters()):
         certify.certify(space)
+        options.by_hand.clear()  # so far only a trial has frozen anything
     return space
 
 
-def _globs(names: str | Sequence[str]) -> tuple[str, ...]:
-    return (names,) if isinstance(names, str) else tuple(names)
+def _globs(argument: str, names: str | Iterable[str]) -> tuple[str, ...]:
+    globs: tuple[Any, ...] = (names,) if isinstance(names, str) or not isinstance(names, Iterable) else tuple(names)
+    for glob in globs:
+        if not isinstance(glob, str):
+            raise DmscaleError(f"{argument} holds {glob!r}; give a name or a glob of dimensions, or several")
+    return globs
 
 
-def _by_glob(bound: int | Mapping[str, int]) -> dict[str, int]:
-    return {"*": bound} if isinstance(bound, int) else dict(bound)
+def _by_glob(argument: str, bound: int | Mapping[str, int], least: int) -> dict[str, int]:
+    """Glob -> number; a number alone is for all."""
+    by_glob = dict(bound) if isinstance(bound, Mapping) else {"*": bound}
+    for glob, value in by_glob.items():
+        what = f"{argument}={{{glob!r}: {value!r}}}" if isinstance(bound, Mapping) else f"{argument}={value!r}"
+        if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
+            raise DmscaleError(f"{what}: give a whole number of elements, at least {least}, or a dict of them by glob")
+    return {glob: int(value) for glob, value in by_glob.items()}
 
 
-def _check_globs(space: SearchSpace) -> None:
-    names = [*space.dimensions, *space.frozen]
-    for argument in ("freeze", "only"):
-        for glob in getattr(space.options, argument):
-            if not any(fnmatch.fnmatchcase(n, glob) for n in names):
-                raise DmscaleError(f"{argument}={glob!r} matches no dimension{_did_you_mean(glob, names)}")
+def _check_globs(argument: str, globs: Iterable[str], names: Sequence[str]) -> None:
+    for glob in globs:
+        if glob != "*" and glob not in names and not any(_matches(n, (glob,)) for n in names):
+            meant = did_you_mean(glob, names) or f"; there are {', '.join(map(repr, names[:6]))}"
+            raise DmscaleError(f"{argument}={glob!r} matches no dimension{meant}")
 
 
-def _did_you_mean(name: str, names: Iterable[str]) -> str:
-    import difflib
-
-    close = difflib.get_close_matches(name, list(names), 3, 0.4)
-    return f"; did you mean {', '.join(map(repr, close))}?" if close else ""
+def _matches(name: str, globs: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, glob) for glob in globs)
 
 
-def _best(total: int, wanted: int, score: Any) -> tuple[int, ...]:
+def _array(values: Any, what: str) -> np.ndarray:
+    """Numbers in any container, as float64 on the CPU."""
+    try:
+        return np.asarray(values.detach().cpu().double() if isinstance(values, Tensor) else values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise DmscaleError(f"{what} are no numbers ({error})") from error
+
+
+def _best(total: int, wanted: int, score: np.ndarray | None) -> tuple[int, ...]:
     """Indices of the `wanted` highest of `total` scores, ascending; ties go to the first."""
     if wanted >= total:
         return tuple(range(total))
     if score is None:
         return tuple(range(wanted))
-    order = np.argsort(-np.asarray(score, dtype=np.float64), kind="stable")
+    order = np.argsort(-score, kind="stable")
     return tuple(np.sort(order[:wanted]).tolist())
 
 

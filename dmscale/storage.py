@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,8 +25,12 @@ from .structure import Structure
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], structure: Structure | None = None) -> None:
-    """Write `model` (exported by dmscale, or any module) to a safetensors file, atomically.
+    """Write `model` (exported by dmscale, or any module) to a safetensors file, whole or not at all.
 
+    Args:
+        model: its parameters and buffers are written, with what `load` needs to make the small network of the full one.
+        path: the file; its folder is made.
+        structure: kept beside the weights, for `dmscale.storage.structure_of`.
     Raises:
         OSError: the file cannot be written; an earlier file of that name is left as it was.
     """
@@ -59,14 +64,17 @@ def save(model: nn.Module, path: str | os.PathLike[str], structure: Structure | 
         raise
 
 
-def load(path: str | os.PathLike[str], model_factory: Callable[[], nn.Module]) -> nn.Module:
+def load(path: str | os.PathLike[str], model_factory: Callable[[], Any]) -> nn.Module:
     """Rebuild a saved model from the factory of the full one.
 
     Args:
         path: a file that `save` wrote.
-        model_factory: returns a fresh model of the class and configuration that was traced.
+        model_factory: returns a fresh model of the class and configuration that was traced, alone or as (model, inputs) as the
+            command line takes it.
+    Returns:
+        the model with the saved weights, on the factory's device and in its dtypes.
     Raises:
-        DmscaleError: the file is missing or no file of `save`.
+        DmscaleError: the file is missing or no file of `save`, or the factory makes no model.
         ExportError: names or shapes do not fit the factory's model; every misfit is named with both shapes.
     """
     try:
@@ -78,7 +86,7 @@ def load(path: str | os.PathLike[str], model_factory: Callable[[], nn.Module]) -
     if "dmscale_plan" not in metadata:
         raise DmscaleError(f"{path} was not written by dmscale.save; it has no plan of an export")
     tensors |= {name: tensors[first] for name, first in json.loads(metadata["tied"]).items()}
-    model = export.replay(model_factory(), json.loads(metadata["dmscale_plan"]))
+    model = export.replay(_made_by(model_factory), json.loads(metadata["dmscale_plan"]))
     _check(model, tensors, str(path))
     for name, t in tensors.items():
         module, _, leaf = name.rpartition(".")
@@ -96,6 +104,18 @@ def load(path: str | os.PathLike[str], model_factory: Callable[[], nn.Module]) -
     for module_ in model.modules():
         describe(module_)
     export._refresh_flat_weights(model)
+    return model
+
+
+def _made_by(factory: Callable[[], Any]) -> nn.Module:
+    if isinstance(factory, nn.Module) or not callable(factory):
+        raise DmscaleError(
+            f"model_factory is a {type(factory).__name__}; give a function that makes a fresh full model: lambda: make_model()"
+        )
+    made = factory()
+    model = made[0] if isinstance(made, tuple) and len(made) == 2 else made
+    if not isinstance(model, nn.Module):
+        raise DmscaleError(f"model_factory returns a {type(made).__name__}; it must return a model or (model, inputs)")
     return model
 
 

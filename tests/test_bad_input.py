@@ -191,6 +191,105 @@ def test_a_structure_of_another_space_is_refused():
             space.uniform(share)
 
 
+def test_a_structure_of_another_space_is_refused_by_whatever_takes_one():
+    def chain(width):
+        return nn.Sequential(nn.Linear(8, width), nn.ReLU(), nn.Linear(width, 12), nn.ReLU(), nn.Linear(12, 4))
+
+    x = torch.randn(2, 8)
+    space, other = dmscale.trace(chain(32), x), dmscale.trace(chain(16), x).uniform(0.5)
+    contradicts = dmscale.Structure({"0": 5, "2": 12}, {"0": (1, 2), "2": tuple(range(12))}, {"0": 32, "2": 12})
+    for use in (
+        space.cost, space.gate, space.build, space.export, lambda s: space.fit(s, "50% macs"),
+        lambda s: space.cost_of_many([space.full(), s]),
+    ):  # fmt: skip
+        with pytest.raises(DmscaleError, match="another space: it keeps 8 of 16 of '0', whose size is 32 here"):
+            use(other)
+        with pytest.raises(DmscaleError, match="contradicts itself: it keeps 5 of '0' and lists 2 indices"):
+            use(contradicts)
+        with pytest.raises(DmscaleError, match=r"expected a Structure, got \{'0': 8\}"):
+            use({"0": 8})
+    assert len(space.cost_of_many([])) == 0
+
+
+@pytest.mark.parametrize(
+    "sizes, scores, says",
+    [
+        ({"0": float("nan")}, None, "size of '0' is nan"),
+        ({"0": "8"}, None, "size of '0' is '8'"),
+        ({"0": 8}, {"0": [1.0, 2.0]}, r"scores of '0' have shape \(2,\); give one an element: \(16,\)"),
+        ({"0": 8}, {"0": torch.full((16,), float("nan"))}, "scores of '0' hold NaN"),
+        ({"0": 8}, {"0": ["a"] * 16}, "scores of '0' are no numbers"),
+        ({"0": 8}, {"layer": [1.0] * 16}, "scores of 'layer': no dimension has such a member"),
+    ],
+)
+def test_sizes_and_scores_that_make_no_structure_are_named(sizes, scores, says):
+    space = dmscale.trace(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)), torch.randn(2, 8))
+    with pytest.raises(DmscaleError, match=says):
+        space.structure(sizes, scores)
+    if scores is not None:
+        with pytest.raises(DmscaleError, match=says):
+            space.fit(space.full(), "50% macs", scores)
+
+
+def test_scores_may_be_of_any_container_and_type():
+    space = dmscale.trace(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)), torch.randn(2, 8))
+    scores = torch.arange(16.0)
+    for given in (scores, scores.bfloat16(), scores.clone().requires_grad_(), scores.tolist(), scores.numpy()):
+        assert space.structure({"0": 2}, {"0": given}).kept["0"] == (14, 15)
+
+
+def test_a_share_and_a_budget_are_not_confused():
+    space = dmscale.trace(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)), torch.randn(2, 8))
+    with pytest.raises(DmscaleError, match="for a budget use uniform_at"):
+        space.uniform("50% macs")
+    with pytest.raises(BudgetError, match=r"for a share of every width use uniform\(0.5\)"):
+        space.uniform_at(0.5)
+
+
+def test_dimensions_are_frozen_later_by_name_or_glob():
+    def chain():
+        return dmscale.trace(
+            nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 4)),
+            torch.randn(2, 8),
+        )
+
+    for names in ("0", ["0"], "[01]", ("0", "4")):  # the last is frozen already
+        space = chain()
+        space.freeze(names, "by hand")
+        assert set(space.dimensions) == {"2"} and space.frozen["0"] == "by hand"
+    space = chain()
+    for wrong, says in [("00", "freeze='00' matches no dimension"), (["0", 3], "freeze holds 3")]:
+        with pytest.raises(DmscaleError, match=says):
+            space.freeze(wrong, "by hand")
+        assert set(space.dimensions) == {"0", "2"}  # nothing is frozen then
+    with pytest.raises(DmscaleError, match="reason is ''"):
+        space.freeze("0", "")
+
+
+@pytest.mark.parametrize(
+    "asked, says",
+    [
+        (dict(multiple=0), "multiple=0: give a whole number"),
+        (dict(minimum=-1), "minimum=-1: give a whole number"),
+        (dict(multiple=8.0), "multiple=8.0"),
+        (dict(multiple=True), "multiple=True"),
+        (dict(minimum="8"), "minimum='8'"),
+        (dict(multiple=None), "multiple=None"),
+        (dict(minimum={"0": -2}), r"minimum=\{'0': -2\}"),
+        (dict(multiple={"lyer": 8}), "multiple='lyer' matches no dimension; did you mean 'layer'"),
+        (dict(minimum={"lyer": 8}), "minimum='lyer' matches no dimension; did you mean 'layer'"),
+        (dict(freeze=5), "freeze holds 5"),
+        (dict(only=["layer", 3]), "only holds 3"),
+    ],
+)
+def test_a_wrong_argument_of_trace_is_named(asked, says):
+    model = nn.Sequential()
+    model.add_module("layer", nn.Linear(8, 16))
+    model.add_module("head", nn.Linear(16, 4))
+    with pytest.raises(DmscaleError, match=says):
+        dmscale.trace(model, torch.randn(2, 8), **asked)
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"dmscale": 1}', "null"])
 def test_what_is_no_structure_is_refused(text):
     with pytest.raises(DmscaleError, match="not a structure"):

@@ -68,6 +68,7 @@ def used(found, targets):
         ("0.5 macs", {"macs": (0.5, None)}),
         ("100% macs", {"macs": (1.0, None)}),
         ("1 macs, 50% params", {"macs": (1.0, None), "params": (0.5, None)}),
+        ("50% of macs", {"macs": (0.5, None)}),
         ("6k params", {"params": (None, 6000)}),
         ("6K params, 50% macs", {"params": (None, 6000), "macs": (0.5, None)}),
         ("0.006M params", {"params": (None, 6000)}),
@@ -115,6 +116,11 @@ def test_a_cost_of_many_is_a_budget(kind):
         ("50%", "cannot read the budget '50%'; write for example '50% macs'"),
         ("macs", "cannot read the budget 'macs'"),
         ("-50% macs", "cannot read the budget"),
+        ("-5% macs", "cannot read the budget '-5% macs': give a positive number"),
+        ("5 MB", "write of what: '5 MB bytes' .*, '5 MB activations' or '5 MB kv_cache'"),
+        ("5k", "cannot read the budget '5k'; write for example"),
+        ("1,000 macs", "a comma separates constraints; write 1000 or 1k"),
+        ("50% params, 1,000,000 macs", "a comma separates constraints"),
         ("50% macs params", "cannot read the budget"),
         ("5.0.0 macs", "cannot read the budget"),
         ("50% macs,", "cannot read the budget ''"),
@@ -165,6 +171,36 @@ def test_what_cannot_be_reached_names_the_range_and_what_is_frozen():
     assert budgets.parse(dict(macs=float(least.macs)), frozen)  # the end of the range is in it
     with pytest.raises(BudgetError):
         budgets.parse(dict(macs=float(least.macs - 1)), frozen)
+
+
+def chain(**options):
+    torch.manual_seed(0)
+    layers = nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 24), nn.ReLU(), nn.Linear(24, 4)
+    return dmscale.trace(nn.Sequential(*layers), torch.randn(2, 8), **options)
+
+
+def refusal(written, over):
+    with pytest.raises(BudgetError) as caught:
+        budgets.parse(written, over)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_what_holds_a_budget_up_is_only_what_the_user_can_change():
+    """Not the model's outputs, which nothing can thaw; but the bounds that the user gave, each with what it holds."""
+    assert "Nothing that is frozen could thaw: start from a smaller model" in refusal("1% macs", chain())
+    message = refusal("1% macs", chain(minimum={"0": 8}, multiple={"2": 16}))
+    assert "minimum= holds '0' at 8: lower it. multiple= holds '2' at 16: lower it" in message and "thaw" not in message
+    message = refusal("1% macs", chain(minimum=8, freeze="2"))
+    assert "minimum= holds '0' at 8: lower it. Frozen dimensions that would have to thaw: 2 (" in message
+    message = refusal("1% macs in 4", chain(minimum=8))  # which '0' has no part in
+    assert "minimum= holds '2' at 8: lower it" in message
+
+
+def test_a_small_number_may_be_meant_as_a_share():
+    for written in ("20 macs", dict(macs=20)):
+        assert "(did you mean '20% macs'?)" in refusal(written, chain())
+    assert "did you mean" not in refusal("0.5% macs", chain())
 
 
 def _unet():

@@ -104,6 +104,19 @@ def test_an_axis_with_several_reasons_counts_for_the_one_that_is_hardest_to_remo
     assert cause.reason == "an axis of the model's output" and cause.params == cause.macs == 1.0
 
 
+def test_what_the_user_froze_is_the_users_to_thaw():
+    """Not by another operator, whatever words the reason begins with."""
+    x = torch.randn(2, 8)
+    space = dmscale.trace(Holds(freed=True), x, freeze="b")
+    space.freeze("a", "softmax over it in calib.a (measured)")
+    found = {c.axes: c for c in causes.find(space)}
+    assert found["a",].reason == "softmax over it in calib.a (measured)"
+    assert "yours to thaw: trace anew, without the call of space.freeze" in found["a",].remedy
+    assert found["b",].remedy == "it is yours to thaw: leave it out of freeze="
+    left_out = {c.axes[0]: c for c in causes.find(dmscale.trace(Holds(freed=True), x, only="b"))}
+    assert left_out["a"].remedy == "it is yours to thaw: name it in only="
+
+
 FILE = """
 import torch
 from torch import nn

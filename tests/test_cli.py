@@ -1,6 +1,7 @@
 """The commands as a user runs them."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -157,6 +158,10 @@ def test_scale_runs_every_pipeline(net, tmp_path, pipeline):
         ({"--weights": "none.pt"}, "no file none.pt"),
         ({"--device": "abacus"}, "abacus"),
         ({"--input": "1x3x8x8"}, "cannot be called"),
+        ({"--out": __file__}, "is a file; name a folder"),
+        ({"--out": f"{__file__}/out"}, "cannot be made: Not a directory"),
+        ({"--method": "dsm"}, "method='dsm' is none of knapsack, dms"),
+        ({"--freeze": "zz"}, "freeze='zz' matches no dimension; there are '0'"),
     ],
 )
 def test_scale_refuses_before_training(net, tmp_path, changed, says):
@@ -168,7 +173,79 @@ def test_scale_refuses_before_training(net, tmp_path, changed, says):
     } | changed
     result = dmscale_command("scale", net, *(part for pair in options.items() for part in pair))
     assert result.exit_code == 2 and says in result.stderr, result.output
+    assert result.stderr.count("\n") == 1
     assert not (tmp_path / "out" / "report.json").exists()
+
+
+LOADERS = """
+import torch
+
+def batches(labels):
+    return [(torch.randn(4, 1, 8, 8), labels) for _ in range(3)]
+
+good = torch.tensor([0, 3, 9, -100])
+def generators(): return iter(batches(good)), batches(good)
+def generator_at_the_end(): return batches(good), (b for b in batches(good))
+def nothing(): return None, batches(good)
+def empty(): return [], batches(good)
+def empty_at_the_end(): return batches(good), []
+def beyond(): return batches(torch.full((4,), 11)), batches(good)
+def beyond_later(): return batches(good)[:1] + batches(torch.full((4,), 11)), batches(good)
+def negative(): return batches(torch.full((4,), -1)), batches(good)
+def numbers(): return batches(torch.randn(4)), batches(torch.randn(4))
+def of_a_folder(path): return batches(good), batches(good)
+"""
+
+
+@pytest.mark.parametrize(
+    "name, says",
+    [
+        ("generators", "its training loader is a list_iterator, which can be run through only once; return a list"),
+        ("generator_at_the_end", "its validation loader is a generator, which can be run through only once"),
+        ("nothing", "its training loader is a NoneType; return a list or a DataLoader"),
+        ("empty", "training data of .*empty: there is no batch in it"),
+        ("empty_at_the_end", "validation data of .*empty_at_the_end: there is no batch in it"),
+        ("beyond", "the model has 10 outputs for 12 classes; --classes"),
+        ("beyond_later", "the model has 10 outputs: Target 11 is out of bounds.*--classes"),
+        ("negative", "there is a target -1; classes count from 0"),
+        ("numbers", "targets are torch.float32, not class numbers"),
+        ("of_a_folder", r"of_a_folder takes arguments \(path\) and is called without any"),
+    ],
+)
+def test_loaders_that_cannot_serve_are_one_line(net, tmp_path, name, says):
+    (tmp_path / "loaders.py").write_text(LOADERS)
+    result = dmscale_command(
+        "scale", net, "--data", f"{tmp_path / 'loaders.py'}:{name}", "--budget", "50% macs", "--out", tmp_path / "out",
+        "--steps", 4, "--epochs", 0, "--device", "cpu",
+    )  # fmt: skip
+    assert result.exit_code == 2, result.output
+    assert re.search(says, result.stderr) and result.stderr.count("\n") == 1
+
+
+def test_help_says_what_is_chosen_and_from_what():
+    from dmscale.methods import METHODS
+    from dmscale.strategies import REGISTRY
+
+    def words(*command):
+        return set(
+            re.findall(r"[\w-]+(?:\.\w+)*", CliRunner().invoke(app, [*command, "-h"], env={"COLUMNS": "200"}).output)
+        )
+
+    assert {"demo", "trace", "scale", "compare"} <= words()
+    assert {*METHODS, "0.001", "200", "twice"} <= words("scale")
+    assert set(REGISTRY) <= words("compare")
+
+
+def test_compare_refuses_before_training(net, tmp_path):
+    for changed, says in [
+        (["--redo", "unifrom"], "redo='unifrom'.*did you mean 'uniform'"),
+        (["--out", __file__], "a file"),
+    ]:
+        result = dmscale_command(
+            "compare", net, "--data", "digits", "--budget", "50% macs", "--out", tmp_path / "out", "--strategies", "uniform",
+            "--device", "cpu", *changed,
+        )  # fmt: skip
+        assert result.exit_code == 2 and re.search(says, result.stderr), result.output
 
 
 def namespace_of(code):

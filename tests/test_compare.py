@@ -170,6 +170,9 @@ def test_a_strategy_that_fails_does_not_stop_the_others(tmp_path):
     assert result.row("broken").problem == "RuntimeError: no luck" and "over" in result.row("too-large").problem
     assert not result.row("broken").values and result.row("uniform").values and result.row("random").values
     assert "no luck" in result.markdown() and any("FAILED" in line for line in lines)
+    shown = str(result).splitlines()  # the reason stands below the table, whose columns keep their room
+    assert any(line.startswith("broken: no result, RuntimeError: no luck") for line in shown)
+    assert not any("no luck" in line and "│" in line for line in shown)
     clean = run(tmp_path / "clean", strategies="uniform", seeds=1)
     assert result.row("uniform").values == clean.row("uniform").values  # the weights that it spoilt were put back
 

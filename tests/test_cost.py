@@ -14,6 +14,7 @@ from torch import nn
 
 import dmscale
 from dmscale.cost import METRICS
+from dmscale.errors import DmscaleError
 
 ATTENTION = ["gqa_by_expand", "transformer_encoder"]
 SOME = ["unet", "residual_conv", "gqa_by_expand", "transformer_encoder", "grouped", "dense_concat"]
@@ -120,10 +121,25 @@ def test_a_cost_pickles_without_what_computes_more():
     cost = space("unet").cost()
     again = pickle.loads(pickle.dumps(cost))
     assert again == cost and again["macs"] == cost.macs
-    with pytest.raises(KeyError, match="holds only macs"):
+    with pytest.raises(DmscaleError, match="holds only macs"):
         again["macs in middle"]
-    with pytest.raises(KeyError, match="'flops'"):
-        cost["flops"]
+
+
+@pytest.mark.parametrize(
+    "key, says",
+    [
+        ("flops", "unknown metric 'flops'.*a MAC is two FLOPs"),
+        ("parms", "unknown metric 'parms'.*did you mean 'params'"),
+        ("macs in midle", "no module of the model matches 'midle'; did you mean 'middle"),
+        ("latency in middle", "latency is of the whole model"),
+    ],
+)
+def test_an_unknown_cost_says_what_is_meant(key, says):
+    over = space("unet")
+    with pytest.raises(DmscaleError, match=says):
+        over.cost()[key]
+    with pytest.raises(DmscaleError, match=says):
+        over.cost_of_many([over.full()], key)
 
 
 @pytest.mark.parametrize("name", SOME)

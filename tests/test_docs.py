@@ -2,8 +2,11 @@
 
 import contextlib
 import io
+import os
 import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -76,3 +79,13 @@ def test_the_example_of_a_loop_ends_below_its_budget(capsys):
         runpy.run_path(str(ROOT / "examples" / "own_loop.py"), run_name="__main__")
     share = float(re.search(r"MACs .*\(([\d.]+)%\)", capsys.readouterr().out)[1])
     assert 29.85 <= share <= 30
+
+
+@pytest.mark.slow
+def test_the_example_with_timm_ends_below_its_budget():
+    """In a process of its own: here torchvision has been made to import already."""
+    command = [sys.executable, str(ROOT / "examples" / "timm_cnn.py"), "--quick"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    dense, scaled = (int(n.replace(",", "")) for n in re.findall(r"([\d,]+) MACs", done.stdout))
+    assert 0.24 <= scaled / dense <= 0.25

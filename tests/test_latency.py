@@ -178,6 +178,8 @@ def test_a_latency_budget_says_milliseconds():
     assert dmscale.budget.parse(f"{800 * full:.3f} us latency", over).targets["latency"] == pytest.approx(
         0.8 * full, rel=1e-2
     )
+    alone = dmscale.budget.parse(f"{0.8 * full:.6f} ms", over)  # nothing else is in milliseconds
+    assert alone.targets["latency"] == pytest.approx(0.8 * full)
     assert str(dmscale.budget.parse({"latency": 0.5}, over)).endswith(" ms")
     with pytest.raises(BudgetError, match="latency is of the whole model"):
         dmscale.budget.parse("50% latency in 0", over)
@@ -262,6 +264,9 @@ def test_what_bounds_a_model_is_said(settings, by):
     assert bound.full == pytest.approx(over.cost()["latency"])
     assert bound.operators + bound.memory + bound.launches == pytest.approx(bound.full)
     assert ("narrowing saves at most" in str(bound)) == (by is not None)
+    with pytest.raises(BudgetError, match="below what is reachable") as caught:
+        dmscale.budget.parse("0.01% latency", over)
+    assert f"Latency is {bound}" in str(caught.value)
 
 
 def test_an_operator_that_does_not_run_alone_is_estimated():

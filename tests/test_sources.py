@@ -36,6 +36,9 @@ def wrong():
     return 3
 def inputs_wrong():
     return Net(), [torch.randn(1, 4)]
+made = Net()
+def sized(width, depth=2):
+    return Net()
 def broken():
     raise KeyError("no such width")
 def data():
@@ -109,6 +112,9 @@ def test_timm_normalisation_is_the_models_own():
         ("nets.py", "name the function .* as nets.py:make"),
         ("nowhere.py:net", "no file nowhere.py"),
         ("hf:nowhere", "there is no nowhere.*not downloaded"),
+        ("small.safetensors", "with --weights FILE"),
+        ("model.pt", "a pickled module a file.py:factory that loads it"),
+        ("tests", "did you mean hf:tests"),
     ],
 )
 def test_a_misspelt_model_says_what_to_write(spec, says):
@@ -173,6 +179,8 @@ def test_factories(factory):
         ("wrong", "returns int"),
         ("inputs_wrong", "the inputs are a list"),
         ("broken", "could not be built: KeyError"),
+        ("made", "made is a Net itself; name a function that makes it"),
+        ("sized", r"sized takes arguments \(width\) and is called without any"),
     ],
 )
 def test_a_wrong_factory_says_what_to_change(factory, name, says):
@@ -216,6 +224,24 @@ def test_weights_that_do_not_fit_or_cannot_be_read(factory, tmp_path):
             load_model(spec, weights=tmp_path / name)
 
 
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_weights_of_the_wrong_kind_or_model_are_one_line(factory, tmp_path):
+    class Net(torch.nn.Linear):
+        pass
+
+    save_file({f"k{i}": torch.zeros(2) for i in range(20)} | {"a.bias": torch.zeros(2)}, tmp_path / "other.safetensors")
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "module.pt")
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "script.pt")
+    for name, says in [
+        ("other.safetensors", "a.weight is missing; b.weight is missing; .*; and 19 more"),
+        ("module.pt", r"a whole pickled module say.*torch.save\(model.state_dict\(\)"),
+        ("script.pt", "is a TorchScript archive; save the state_dict"),
+    ]:
+        with pytest.raises(SourceError, match=says) as caught:
+            load_model(f"{factory}:net", weights=tmp_path / name)
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
 def test_a_missing_package_names_its_extra():
     with pytest.raises(MissingPackageError, match=r"timm:x needs .*pip install 'dmscale\[timm\]'"):
         require("not_a_package_at_all", "timm", "timm:x")
@@ -237,6 +263,14 @@ def test_torchvision_imports_in_a_fresh_interpreter():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "True"
+
+
+def test_a_transformers_model_is_built_in_a_fresh_interpreter(tmp_path):
+    """Where torchvision does not import, every model of transformers failed with "Could not import module"."""
+    (tmp_path / "config.json").write_text(json.dumps(GPT | {"architectures": ["GPT2LMHeadModel"]}))
+    code = f"from dmscale.sources import load_model; print(type(load_model('hf:{tmp_path}').model).__name__)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert out.stdout.strip() == "GPT2LMHeadModel", out.stderr
 
 
 # Data
@@ -370,5 +404,9 @@ def test_batches_that_do_not_fit_are_refused():
     ]:
         with pytest.raises(DmscaleError, match=says):
             check_fit(model, [batch], None)
-    with pytest.raises(DmscaleError, match="got NoneType"):
+    for targets, says in [(torch.randn(2), "torch.float32, not class numbers"), (torch.tensor([0, -1]), "a target -1")]:
+        with pytest.raises(DmscaleError, match=says):
+            check_fit(model, [(torch.randn(2, 4), targets)], None)
+    with pytest.raises(DmscaleError, match="no batch"):
         check_fit(model, [], None)
+    check_fit(model, [(torch.randn(2, 4), torch.tensor([2, -100]))], None)

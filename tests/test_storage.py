@@ -127,6 +127,30 @@ def test_a_factory_of_another_architecture_is_named(tmp_path):
             dmscale.load(tmp_path / "small.safetensors", factory(wrong))
 
 
+def test_a_factory_may_return_the_inputs_too(tmp_path):
+    """As the command line's own factories do."""
+    _, _, small = exported("mlp")
+    dmscale.save(small, tmp_path / "small.safetensors")
+    again = dmscale.load(tmp_path / "small.safetensors", NETS["mlp"])
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), small.state_dict().values()))
+
+
+@pytest.mark.parametrize(
+    "wrong, says",
+    [
+        (nn.Linear(2, 2), "model_factory is a Linear; give a function"),
+        (None, "model_factory is a NoneType; give a function"),
+        (lambda: None, "model_factory returns a NoneType; it must return a model or"),
+        (lambda: ("a", "b"), "model_factory returns a tuple"),
+    ],
+)
+def test_what_is_no_factory_is_named(wrong, says, tmp_path):
+    _, _, small = exported("mlp")
+    dmscale.save(small, tmp_path / "small.safetensors")
+    with pytest.raises(DmscaleError, match=says):
+        dmscale.load(tmp_path / "small.safetensors", wrong)
+
+
 @pytest.mark.parametrize("content", [b"", b"not safetensors at all", b"\x10\x00\x00\x00\x00\x00\x00\x00{}"])
 def test_what_is_no_file_of_ours_is_refused(content, tmp_path):
     path = tmp_path / "x.safetensors"
