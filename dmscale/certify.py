@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from . import running
 from .clone import clone, own_copy
 from .known import keeps_cache, quiet
-from .tracing import failed_forward
+from .tracing import empty_caches, failed_forward
 
 if TYPE_CHECKING:
     from .space import SearchSpace
@@ -69,7 +69,8 @@ def _inside(space: SearchSpace, path: str) -> dict[Any, str]:
 def _certify_those(space: SearchSpace, model: nn.Module, inputs: Any, chosen: Callable[[], list[str]]) -> None:
     names = chosen()
     while names and _trial(space, model, inputs, names) is not None:
-        _check_runs(model, inputs)
+        if not _runs(model, inputs):
+            continue
         bad = at_fault(lambda some: _trial(space, model, inputs, some), names)
         if not bad:
             name, others, failure = _at_fault_together(space, model, inputs, names)
@@ -112,12 +113,19 @@ def trial_model(space: SearchSpace) -> tuple[nn.Module, Any]:
     return model, inputs
 
 
-def _check_runs(model: nn.Module, inputs: Any) -> None:
-    """A trace without values lets pass what a kernel may refuse, integers given to a linear layer say."""
+def _runs(model: nn.Module, inputs: Any) -> bool:
+    """Whether the model itself runs; False where it did not for what the trace had left in a cache, which has been emptied.
+
+    Raises:
+        TraceError: it does not: a trace without values lets pass what a kernel may refuse, integers given to a linear layer say.
+    """
     try:
         running.outputs(model, inputs)
     except Exception as failure:
+        if empty_caches():
+            return False
         raise failed_forward(model, failure) from failure
+    return True
 
 
 def at_fault(trial: Callable[[Sequence[str]], str | None], names: Sequence[str]) -> dict[str, str]:

@@ -918,6 +918,11 @@ def _tensors(tree: Any, out: list[Tensor]) -> list[Tensor]:
     return out
 
 
+def is_watched(tensor: Tensor) -> bool:
+    """Whether a tracer has seen `tensor`."""
+    return _NAME in tensor.__dict__
+
+
 def shape_of(tracer: Tracer, tensor: Tensor) -> torch.Size:
     """The shape of `tensor`, in ints that remember their axes where these may still change."""
     shape = tensor.size()

@@ -26,7 +26,7 @@ from .errors import TraceError
 from .known import is_by_product, is_result, quiet
 from .modes import differs_in_training
 from .sizes import Attribute, SizedInt, listed, with_entries
-from .tracer import Call, Contraction, Normalisation, Record, Tracer
+from .tracer import Call, Contraction, Normalisation, Record, Tracer, is_watched
 from .tree import once, walk
 
 _GEOMETRY = {
@@ -92,8 +92,39 @@ def read(model: nn.Module, example_inputs: Any, cached: bool = False) -> Trace:
             raise
         except Exception as error:
             failure = error
+        if kind == "meta":
+            empty_caches()
     assert failure is not None
     raise failed_forward(model, failure) from failure
+
+
+def empty_caches() -> bool:
+    """Take the tensors that a meta run has left in caches out of these again; whether there were any.
+
+    A forward may keep tables in a dict of its file, by their length: the next one would find a table without elements.
+    """
+    gc.collect()
+    left = [t for t in gc.get_objects() if type(t) is Tensor and is_watched(t) and t.is_meta]
+    found = False
+    for t in left:
+        for holder in gc.get_referrers(t):
+            if holder is left:
+                continue
+            if isinstance(holder, (tuple, list)):  # several tables under one key
+                found |= any([_drop(outer, holder) for outer in gc.get_referrers(holder)])
+            found |= _drop(holder, t)
+    return found
+
+
+def _drop(holder: Any, value: Any) -> bool:
+    """Remove `value` from a dict, or all from a function that remembers its results; whether it was there."""
+    if callable(getattr(holder, "cache_clear", None)):
+        holder.cache_clear()
+        return True
+    keys = [k for k, v in holder.items() if v is value] if isinstance(holder, dict) else []
+    for key in keys:
+        del holder[key]
+    return bool(keys)
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ Each keeps what design.md section 4 promises at every structure, the smallest in
 
 from __future__ import annotations
 
+import functools
 import types
 
 import pytest
@@ -690,3 +691,46 @@ def test_a_diagonal_has_one_axis():
     space = traced(Correlated(), torch.randn(8, 5), torch.randn(8, 5))
     assert sorted(d.size for d in space.dimensions.values()) == [12, 16] and not space.trace.record.unknown
     assert_exact(space)
+
+
+# -- caches outside of modules ----------------------------------------------------------------------------------------
+
+TABLES: dict = {}
+
+
+@functools.lru_cache(None)
+def ramp(length: int, device: torch.device) -> Tensor:
+    return torch.linspace(0, 1, length, device=device)
+
+
+class Cached(nn.Module):
+    """Adds a table that is kept outside of the module, alone or with another one, or by a function that remembers."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.first, self.last = how, nn.Linear(5, 16), nn.Linear(16, 3)
+
+    def forward(self, x):
+        h = self.first(x).relu()
+        n = h.shape[-1]
+        if self.how == "function":
+            return self.last(h + ramp(n, h.device))
+        if n not in TABLES:
+            table = torch.ones_like(h[0]) * 0.5
+            TABLES[n] = table if self.how == "alone" else (table, h.new_ones(n))
+        return self.last(h + (TABLES[n] if self.how == "alone" else sum(TABLES[n])))
+
+
+@pytest.mark.parametrize("how", ["alone", "together", "function"])
+def test_a_trace_leaves_nothing_without_elements_in_a_cache(how):
+    TABLES.clear()
+    torch.manual_seed(0)
+    model, x = Cached(how), torch.randn(2, 5)
+    space = dmscale.trace(model, x)
+    assert ("first" in space.dimensions) == (how != "function")  # which freezes what it makes
+    assert_exact(space)
+    again = dmscale.trace(model, x)
+    assert_exact(again)
+    model(x)
+    tables = [t for held in TABLES.values() for t in (held if isinstance(held, tuple) else (held,))]
+    assert not any(t.is_meta for t in tables)
