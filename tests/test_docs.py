@@ -2,9 +2,11 @@
 
 import contextlib
 import io
+import json
 import os
 import re
 import runpy
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from typer.testing import CliRunner
 
+from dmscale.cli import app
+from dmscale.methods import METHODS
 from dmscale.rules import RULES
+from dmscale.strategies import REGISTRY
 
 ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", "docs/usage.md", "docs/architecture.md"]
@@ -63,7 +69,33 @@ def test_code_in_the_docs_runs_and_prints_what_they_say(page, tmp_path, monkeypa
             del RULES[operator]
 
 
-@pytest.mark.parametrize("page", [*PAGES, "CHANGELOG.md", "CONTRIBUTING.md"])
+def test_the_commands_of_the_page_on_the_command_line_run(tmp_path, monkeypatch):
+    """With its own factory and loader, in order; then what they wrote is loaded as it says."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    text = (ROOT / "docs/cli.md").read_text()
+    factory, loader, load = (block.group(1) for block in _BLOCK.finditer(text))
+    Path("nets.py").write_text(factory + loader)
+    commands = re.findall(r"^    dmscale (.*nets.py.*)$", text, re.MULTILINE)
+    assert len(commands) == 4
+    for command in commands:
+        done = CliRunner().invoke(app, shlex.split(command))
+        assert done.exit_code == 0, (command, done.output)
+    names = {}
+    exec(factory, names)
+    exec(load, names)
+    report = json.loads(Path("runs/small/report.json").read_text())
+    assert sum(p.numel() for p in names["small"].parameters()) == report["scaled"]["params"]
+
+
+def test_the_page_on_the_command_line_names_every_strategy_and_method():
+    text = (ROOT / "docs/cli.md").read_text()
+    about = [(name, s.about) for name, s in REGISTRY.items()] + list(METHODS.items())
+    for name, line in about:
+        assert f"| `{name}` | {line.replace('|', '&#124;')} |" in text
+
+
+@pytest.mark.parametrize("page", [*PAGES, "docs/cli.md", "docs/findings.md", "CHANGELOG.md", "CONTRIBUTING.md"])
 def test_links_between_pages_lead_somewhere(page):
     for target, anchor in re.findall(r"\]\((?!http)([^)#]*)(?:#([^)]*))?\)", (ROOT / page).read_text()):
         found = (ROOT / page).parent / target if target else ROOT / page
