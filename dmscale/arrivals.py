@@ -111,7 +111,7 @@ class Arrivals(TorchFunctionMode):
             if sized and counted_as(name, args) not in SCALINGS:
                 _fix(tracer, sized)
             return out
-        makes = handler in (_created, _unpacked)
+        makes = handler in (_created, _unpacked, _noise)
         tracer.making_sized = makes or (handler is _numbered and _counts_to(args, kwargs))
         try:
             out = func(*args, **kwargs)
@@ -389,6 +389,11 @@ def _tensor_split(
         _chunk(tracer, out, x, len(pieces), dim)
     else:
         tracer.freeze_dims(pieces, "cut into unequal sections")
+
+
+@_on("feature_dropout", "feature_dropout_", "feature_alpha_dropout", "feature_alpha_dropout_")
+def _noise(tracer: Tracer, out: Tensor, x: Tensor, *args: Any) -> None:
+    """A factor for each channel, made inside of sizes that no Python code passes, has the axes of what it is multiplied with."""
 
 
 @_on("hsplit", "vsplit", "dsplit")

@@ -324,6 +324,7 @@ _POINTWISE = [
     aten.copy_, aten.where, aten.masked_fill, aten.masked_fill_, aten.native_dropout, aten.fill_, aten.lerp,
     aten.addcmul, aten.addcdiv, aten.floor_divide, aten.zero_, aten.bernoulli_, aten.normal_, aten.uniform_,
     aten.rsub, aten.add_, aten.heaviside, aten.rrelu_with_noise, aten._prelu_kernel, aten.hardswish_, aten.hardswish,
+    aten.exponential_, aten.geometric_, aten.cauchy_, aten.log_normal_, aten.random_,
     aten.complex, aten.polar, aten.fake_quantize_per_tensor_affine,
 ]  # fmt: skip
 POINTWISE = {getattr(packet, name) for packet in _POINTWISE for name in packet.overloads()}

@@ -10,6 +10,7 @@ import collections
 import contextlib
 import functools
 import gc
+import traceback
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -93,6 +94,7 @@ def read(model: nn.Module, example_inputs: Any, cached: bool = False) -> Trace:
         except Exception as error:
             failure = error
         if kind == "meta":
+            traceback.clear_frames(failure.__traceback__)  # which hold all that has run
             empty_caches()
     assert failure is not None
     raise failed_forward(model, failure) from failure
@@ -104,24 +106,25 @@ def empty_caches() -> bool:
     A forward may keep tables in a dict of its file, by their length: the next one would find a table without elements.
     """
     gc.collect()
-    left = [t for t in gc.get_objects() if type(t) is Tensor and is_watched(t) and t.is_meta]
+    left: list[Any] = [t for t in gc.get_objects() if type(t) is Tensor and is_watched(t) and t.is_meta]
     found = False
-    for t in left:
-        for holder in gc.get_referrers(t):
-            if holder is left:
-                continue
-            if isinstance(holder, (tuple, list)):  # several tables under one key
-                found |= any([_drop(outer, holder) for outer in gc.get_referrers(holder)])
-            found |= _drop(holder, t)
+    for _ in range(2):  # several tables may be together under one key
+        if not left:
+            break
+        holders = [h for h in gc.get_referrers(*left) if h is not left]
+        among = {id(value) for value in left}
+        found |= any([_drop(h, among) for h in holders])
+        left = [h for h in holders if type(h) in (tuple, list)]
     return found
 
 
-def _drop(holder: Any, value: Any) -> bool:
-    """Remove `value` from a dict, or all from a function that remembers its results; whether it was there."""
+def _drop(holder: Any, among: set[int]) -> bool:
+    """Remove objects, by their ids, from a dict, or all from a function that remembers its results; whether it held any."""
     if callable(getattr(holder, "cache_clear", None)):
         holder.cache_clear()
         return True
-    keys = [k for k, v in holder.items() if v is value] if isinstance(holder, dict) else []
+    plain = type(holder) in (dict, collections.OrderedDict, collections.defaultdict)
+    keys = [k for k, v in holder.items() if id(v) in among] if plain else []
     for key in keys:
         del holder[key]
     return bool(keys)
