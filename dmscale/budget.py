@@ -54,9 +54,11 @@ _IN_BYTES = ("bytes", "activations", "kv_cache")
 
 @dataclass(frozen=True)
 class Budget:
-    """Upper bounds: metric -> absolute number (MACs, parameters, bytes, ms).  See `parse` for how users write one.
+    """Upper bounds in absolute numbers; strings and dicts, which take shares too, say the same (see `parse`).
 
-    A metric may carry a scope: "macs in backbone.*".
+    targets: metric -> MACs, parameters, bytes (bytes, activations, kv_cache) or ms (latency) of one forward on the example
+        inputs.  A metric may carry a scope: "macs in backbone.*".  Whether there is such a metric, and whether its bound can
+        be reached, is checked where the budget is used.
     """
 
     targets: Mapping[str, float]

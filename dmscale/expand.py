@@ -57,10 +57,10 @@ def expand(
     Args:
         model: any module with elements; it is left as it is.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments, on the model's device.
-        width: a factor of at least 1 for all widths and heads, or one by glob over the names that `trace` shows; the last
-            match counts.  Where a dimension of a tensor is a product (heads x head size, groups x channels) and one glob
-            names several of its axes, the leading one grows alone.  Sizes are rounded to the nearest.
-        depth: a factor of at least 1 for all stacks of blocks, or a number of blocks by glob.
+        width: a factor of at least 1 for all widths and heads, or a dict of factors by glob over the names that `trace` shows,
+            of which the last match counts.  Where a dimension of a tensor is a product (heads x head size, groups x channels)
+            and one glob names several of its axes, the leading one grows alone.  Sizes are rounded to the nearest.
+        depth: a factor of at least 1 for all stacks of blocks, or a dict of numbers of blocks (no factors) by glob.
         freeze: globs of dimensions to leave alone, as in `trace`.
         only: globs of the dimensions to expand; all by default.
         noise: standard deviation of the noise on new incoming weights as a share of the tensor's own; 0 gives exact copies.

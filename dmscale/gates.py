@@ -194,9 +194,11 @@ def _plan_scales(trace: Trace, functions: CallSites) -> None:
 
 
 def _alike(a: Sequence[Value], b: Sequence[Value]) -> bool:
-    """Whether two calls of one function took tensors of the same axes."""
+    """Whether two calls of one function took tensors of the same axes, but for those that stay, such as inputs have."""
     return len(a) == len(b) and all(
-        len(v.dims) == len(w.dims) and all(map(axes.same, v.dims, w.dims)) for v, w in zip(a, b)
+        len(v.dims) == len(w.dims)
+        and all(axes.same(p, q) or not (axes.is_free(p) or axes.is_free(q)) for p, q in zip(v.dims, w.dims))
+        for v, w in zip(a, b)
     )
 
 
@@ -217,8 +219,9 @@ class CallSites:
         if call is None or site is None:
             return False
         key = (site.module, site.name, site.number)
-        if not all(_alike(f.operands, call.operands) for f in self.trace.record.functions if f.key == key):
-            return False  # a module called twice, and not with the same axes
+        noted = self.trace.record
+        if not all(_alike(f.operands, call.operands) for f in (*noted.functions, *noted.in_training) if f.key == key):
+            return False  # a module called twice, or another call in training mode, and not with the same axes
         other = self.sites.get(key, site)
         alike = (
             other.operand == site.operand

@@ -602,6 +602,8 @@ def trace(
     names = [*space.dimensions, *space.frozen]
     for argument in ("freeze", "only", "minimum", "multiple"):
         _check_globs(argument, getattr(options, argument), names)
+    _check_bounds("minimum", options.minimum, ("width", "heads"), space)
+    _check_bounds("multiple", options.multiple, ("width",), space)
     if verify and space.dimensions and not any(p.is_meta for p in model.parameters()):
         certify.certify(space)
         options.by_hand.clear()  # so far only a trial has frozen anything
@@ -631,6 +633,21 @@ def _check_globs(argument: str, globs: Iterable[str], names: Sequence[str]) -> N
         if glob != "*" and glob not in names and not any(_matches(n, (glob,)) for n in names):
             meant = did_you_mean(glob, names) or f"; there are {', '.join(map(repr, names[:6]))}"
             raise DmscaleError(f"{argument}={glob!r} matches no dimension{meant}")
+
+
+def _check_bounds(argument: str, bounds: Mapping[str, int], kinds: tuple[str, ...], space: SearchSpace) -> None:
+    """Refuse a bound on what it has no effect on; one is none."""
+    for glob in [g for g, bound in bounds.items() if bound > 1]:
+        found = {d.kind for n, d in space.dimensions.items() if _matches(n, (glob,))}
+        if (
+            glob != "*"
+            and found
+            and not found.intersection(kinds)
+            and not any(_matches(n, (glob,)) for n in space.frozen)
+        ):
+            raise DmscaleError(
+                f"{argument}={glob!r} matches {' and '.join(found)} only; it bounds {' and '.join(kinds)}"
+            )
 
 
 def _matches(name: str, globs: Iterable[str]) -> bool:

@@ -268,13 +268,14 @@ def _read_training(tracer: Tracer, twin: nn.Module, args: tuple, kwargs: dict, t
     Returns the dimensions of what was computed then.
     """
     record = tracer.record
-    met, normalised = len(record.contractions), len(record.normalisations)
+    met, normalised, called = len(record.contractions), len(record.normalisations), len(record.functions)
     twin.train()
     with _free_of_cost(record) as touched:
         try:
             _run(tracer, twin, walk(twin), args, kwargs)
         except Exception as error:  # a batch of one under BatchNorm, say: what only training reads stays frozen
             trace.notes.append(f"not traced in training mode ({type(error).__name__}: {error})")
+        record.in_training = record.functions[called:]
     # what evaluation has noted of a module is not noted again: the call that it ran in is no longer known
     record.contractions[met:] = _new(record.contractions, met, lambda c: [c.dim, *(own for _, own in c.operands)])
     record.normalisations[normalised:] = _new(record.normalisations, normalised, lambda n: [*n.dims, n.group])

@@ -290,6 +290,13 @@ def test_a_wrong_argument_of_trace_is_named(asked, says):
         dmscale.trace(model, torch.randn(2, 8), **asked)
 
 
+def test_a_bound_on_what_it_has_no_effect_on_is_refused():
+    model, x = net("residual_stack")
+    with pytest.raises(DmscaleError, match="minimum='blocks depth' matches depth only; it bounds width and heads"):
+        dmscale.trace(model, x, minimum={"blocks depth": 2})
+    assert dmscale.trace(model, x, minimum={"blocks*": 2}).dimensions["blocks.1.up"].minimum == 2
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"dmscale": 1}', "null"])
 def test_what_is_no_structure_is_refused(text):
     with pytest.raises(DmscaleError, match="not a structure"):

@@ -194,6 +194,9 @@ def beyond_later(): return batches(good)[:1] + batches(torch.full((4,), 11)), ba
 def negative(): return batches(torch.full((4,), -1)), batches(good)
 def numbers(): return batches(torch.randn(4)), batches(torch.randn(4))
 def of_a_folder(path): return batches(good), batches(good)
+class Stream:
+    def __iter__(self): return iter(batches(good))
+def stream(): return Stream(), batches(good)
 """
 
 
@@ -209,6 +212,7 @@ def of_a_folder(path): return batches(good), batches(good)
         ("beyond_later", "the model has 10 outputs: Target 11 is out of bounds.*--classes"),
         ("negative", "there is a target -1; classes count from 0"),
         ("numbers", "targets are torch.float32, not class numbers"),
+        ("stream", "--epochs: the training data of .* have no length"),
         ("of_a_folder", r"of_a_folder takes arguments \(path\) and is called without any"),
     ],
 )

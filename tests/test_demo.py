@@ -160,3 +160,13 @@ def test_heads_widths_and_depth_of_the_networks_are_free(name):
     assert kinds.count("heads") == {"cnn": 0, "vit": 4}[name]
     assert "residual width" in space.dimensions
     assert math.prod(d.size for d in space.dimensions.values()) > 1e6
+
+
+def test_the_caption_counts_one_thread_as_one():
+    before = torch.get_num_threads()
+    try:
+        for threads, says in [(1, "on 1 thread."), (2, "on 2 threads.")]:
+            torch.set_num_threads(threads)
+            assert demo._caption((), {}, 1).endswith(says)
+    finally:
+        torch.set_num_threads(before)

@@ -275,3 +275,26 @@ def test_what_has_no_source_is_taken_to_differ():
     namespace = {"nn": nn}
     exec("class Made(nn.Module):\n    def forward(self, x):\n        return x if self.training else -x", namespace)
     assert differs_in_training([namespace["Made"]()])
+
+
+class SoftmaxBefore(nn.Module):
+    """A softmax over other axes comes first in training: which call is the first depends on the mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.aside, self.last = nn.Linear(5, 16), nn.Linear(5, 12), nn.Linear(16, 3)
+
+    def forward(self, x):
+        h, aside = self.first(x), self.aside(x)
+        if self.training:
+            h = h * aside.softmax(-1).sum(-1, keepdim=True)
+        return self.last(h.softmax(-1)) + aside[:, :3]
+
+
+def test_a_call_that_is_another_one_in_training_is_not_gated():
+    torch.manual_seed(0)
+    model, x = SoftmaxBefore().eval(), torch.randn(4, 5)
+    space = dmscale.trace(model, x)
+    assert "first" not in space.dimensions
+    for seed in range(2):
+        space.export(space.sample(seed))
