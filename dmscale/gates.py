@@ -219,8 +219,7 @@ class CallSites:
         if call is None or site is None:
             return False
         key = (site.module, site.name, site.number)
-        noted = self.trace.record
-        if not all(_alike(f.operands, call.operands) for f in (*noted.functions, *noted.in_training) if f.key == key):
+        if not all(_alike(f.operands, call.operands) for f in self.trace.record.functions if f.key == key):
             return False  # a module called twice, or another call in training mode, and not with the same axes
         other = self.sites.get(key, site)
         alike = (

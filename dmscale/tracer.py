@@ -235,7 +235,6 @@ class Record:
     equations: list[Equation] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
     functions: list[FunctionCall] = field(default_factory=list)  # torch functions that can be gated, in order
-    in_training: list[FunctionCall] = field(default_factory=list)  # those that ran in training mode
     additions: list[Addition] = field(default_factory=list)
     taken: list[tuple[int, Attribute, int]] = field(default_factory=list)  # op before it, list, which entry
     biases: list[tuple[int, str]] = field(default_factory=list)  # op, the parameter that it adds as it is

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from . import attachment, axes, direct, routing, running
+from . import attachment, axes, calls, direct, routing, running
 from .arrivals import Arrivals, transparent_functional
 from .axes import Axis, Dim
 from .clone import alias, clone, on_meta
@@ -270,22 +270,28 @@ def _read_training(tracer: Tracer, twin: nn.Module, args: tuple, kwargs: dict, t
     record = tracer.record
     met, normalised, called = len(record.contractions), len(record.normalisations), len(record.functions)
     twin.train()
-    with _free_of_cost(record) as touched:
+    with _free_of_cost(record, functions=False) as touched:  # a gate may be at one that only training calls
         try:
             _run(tracer, twin, walk(twin), args, kwargs)
         except Exception as error:  # a batch of one under BatchNorm, say: what only training reads stays frozen
             trace.notes.append(f"not traced in training mode ({type(error).__name__}: {error})")
-        record.in_training = record.functions[called:]
     # what evaluation has noted of a module is not noted again: the call that it ran in is no longer known
     record.contractions[met:] = _new(record.contractions, met, lambda c: [c.dim, *(own for _, own in c.operands)])
-    record.normalisations[normalised:] = _new(record.normalisations, normalised, lambda n: [*n.dims, n.group])
+    further = {f.key for f in record.functions[called:]} - {f.key for f in record.functions[:called]}
+    new = _new(record.normalisations, normalised, lambda n: [*n.dims, n.group])
+    for n in record.normalisations[normalised:]:
+        call = calls.at(record, n.op)
+        if n not in new and call is not None and call.key in further:  # a gate goes with the number of a call
+            new.append(n)
+    record.normalisations[normalised:] = sorted(new, key=lambda n: n.op)
     return touched
 
 
 @contextlib.contextmanager
-def _free_of_cost(record: Record) -> Iterator[set[Dim]]:
-    """What runs inside adds to no cost; gives the dimensions of what was computed there, afterwards."""
-    costs = (record.terms, record.activations, record.calls, record.instances, record.cached, record.functions)
+def _free_of_cost(record: Record, functions: bool = True) -> Iterator[set[Dim]]:
+    """What runs inside adds to no cost, nor to the calls of functions; gives the dimensions of what was computed, afterwards."""
+    costs: list[list[Any]] = [record.terms, record.activations, record.calls, record.instances, record.cached]
+    costs += [record.functions] if functions else []
     before = [len(noted) for noted in costs]
     touched: set[Dim] = set()
     yield touched

@@ -136,13 +136,28 @@ class Noisy(nn.Module):
         return F.linear(x, self.mean + self.scale * noise if self.training else self.mean)
 
 
+class FurtherMaximum(nn.Module):
+    """The largest of a width, and in training a second one, as of noisy scores of experts."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(5, 16), nn.Linear(16, 3)
+
+    def forward(self, x):
+        h = self.first(x)
+        top = h.max(-1, keepdim=True).values
+        if self.training:
+            top = top + (h * 2 + 1).max(-1, keepdim=True).values
+        return self.last(h) + top
+
+
 def between(layer):
     return lambda: nn.Sequential(nn.Linear(5, 16), nn.ReLU(), layer(16, 12), nn.ReLU(), nn.Linear(12, 3))
 
 
 MODELS = {
     "a number of training": NoiseOfASize, "a centre": Centred, "a codebook": Codebook, "an assigned codebook": AssignedCodebook,
-    "a queue": Queue, "random weights": between(Sampled), "noisy weights": between(Noisy),
+    "a queue": Queue, "a further maximum": FurtherMaximum, "random weights": between(Sampled), "noisy weights": between(Noisy),
     "power iterations": between(lambda *sizes: parametrizations.spectral_norm(nn.Linear(*sizes))),
 }  # fmt: skip
 
