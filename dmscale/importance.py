@@ -150,7 +150,7 @@ def _on_input(module: nn.Module, position: int, watch: _Watch) -> None:
             x = running.tensors_in((args, kwargs))[0].detach()
             watch.add(x.float().square().mean([i for i in range(x.dim()) if i != position]), module.training)
 
-    module.register_forward_pre_hook(hook, with_kwargs=True)
+    module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)  # as it comes, before a gate changes it
 
 
 def _watch_blocks(space: SearchSpace, model: nn.Module, kind: str) -> dict[str, list[_Watch]]:
