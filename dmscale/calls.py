@@ -207,7 +207,8 @@ class _Gated(TorchFunctionMode):
 
     def __init__(self, sites: Mapping[tuple[str, int], CallSite], masks: Any):
         super().__init__()
-        self.sites, self.masks, self.counter = sites, masks, Counter[str]()
+        self.sites, self.masks = sites, masks
+        self.counter: Counter[str] = Counter()  # called without a type: a compiler cannot follow that
 
     def __enter__(self) -> _Gated:
         _OPEN.append(self)

@@ -409,6 +409,9 @@ class Tracer(TorchDispatchMode):
         self.op = 0
         self.path = ""  # of the innermost module that runs
         self.counting = Counting()
+        self.held: list[
+            tuple[str, Mapping[str, Any], str, Tensor]
+        ] = []  # name, its module's own, its key there, the tensor
         self.making_sized = False  # a factory is being called with sizes that `arrivals` will equate
         self._adopted: dict[int, tuple[Tensor, Value]] = {}
         self._names: dict[str, Value] = {}
@@ -583,12 +586,13 @@ class Tracer(TorchDispatchMode):
                 if (name := self._named.get(self._parts.get(origin, origin))) is not None:
                     self.record.written.add(name)
 
-    def note_replaced(self, path: str, held: Mapping[str, Tensor | None]) -> None:
-        """Note as written what module `path` does not hold any more: it has put another tensor in its place."""
-        for key, t in held.items():
-            name = f"{path}.{key}" if path else key
-            if t is not None and name in self._names and t.__dict__.get(_NAME) is not self._names[name]:
-                self.record.written.add(name)
+    def note_replaced(self) -> None:
+        """Note as written what modules do not hold any more, having put another tensor in its place, and what `out=` filled."""
+        names = self._names
+        self.record.written.update([
+            name for name, held, key, t in self.held
+            if held.get(key) is not t or t.__dict__.get(_NAME) is not names[name]
+        ])  # fmt: skip
 
     def has_magnitude(self, v: Tensor, g: Tensor) -> None:
         """Note that `v` is divided by its norm and multiplied with `g`: zeros go into `g` rather, as 0 / 0 is none."""

@@ -364,9 +364,7 @@ def _run(
         error._dmscale_path = tracer.path  # type: ignore[attr-defined]
         raise
     finally:
-        for path, module in modules:
-            tracer.note_replaced(path, module._parameters)
-            tracer.note_replaced(path, module._buffers)
+        tracer.note_replaced()
     given = running.tensors_in(out)
     if not given:
         raise TraceError(
@@ -403,7 +401,8 @@ def _watch_parameters(
     first: dict[int, str] = {}
     for kind in ("_parameters", "_buffers"):
         for path, module in places:
-            for key, t in getattr(module, kind).items():
+            own = getattr(module, kind)
+            for key, t in own.items():
                 if t is None:
                     continue
                 name = f"{path}.{key}" if path else key
@@ -412,6 +411,7 @@ def _watch_parameters(
                     aliases[name] = known
                     continue
                 slots[name] = tracer.dims(tracer.watch(t, name))
+                tracer.held.append((name, own, key, t))
         if parameters is None:
             parameters = set(slots)
     assert parameters is not None
