@@ -249,9 +249,7 @@ class Record:
     by_products: dict[str, tuple[tuple[Dim, ...], ...]] = field(default_factory=dict)  # outputs whose axes may shrink
     read: dict[str, int] = field(default_factory=dict)  # parameter -> the first operator that took it
     written: set[str] = field(default_factory=set)  # parameters and buffers that a forward writes to
-    magnitudes: dict[str, str] = field(
-        default_factory=dict
-    )  # a parameter that is divided by its norm -> what it is times
+    magnitudes: dict[str, str] = field(default_factory=dict)  # parameter divided by its norm -> what it is times
     not_alone: list[Dim] = field(default_factory=list)  # with one element left these dimensions would be gone
     steps: dict[int, Step] = field(default_factory=dict)  # by operator number
     results: set[int] = field(default_factory=set)  # origins of what the model returns
@@ -409,9 +407,8 @@ class Tracer(TorchDispatchMode):
         self.op = 0
         self.path = ""  # of the innermost module that runs
         self.counting = Counting()
-        self.held: list[
-            tuple[str, Mapping[str, Any], str, Tensor]
-        ] = []  # name, its module's own, its key there, the tensor
+        # name of a parameter or buffer, the dict of its module that holds it, its key there, the tensor
+        self.held: list[tuple[str, Mapping[str, Any], str, Tensor]] = []
         self.making_sized = False  # a factory is being called with sizes that `arrivals` will equate
         self._adopted: dict[int, tuple[Tensor, Value]] = {}
         self._names: dict[str, Value] = {}
