@@ -424,6 +424,28 @@ def test_a_compiled_model_is_one_graph_and_finds_the_same(net):
     assert_like(search, plain(net))
 
 
+class OwnNorm(nn.Module):
+    """A mean over a width in a forward, which is gated at the call."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 16), nn.Linear(16, 3)
+
+    def forward(self, x):
+        h = self.first(x)
+        return self.last(h / h.square().mean(-1, keepdim=True).sqrt())
+
+
+def test_a_compiled_model_with_gated_calls_is_one_graph():
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    model, x = OwnNorm(), torch.randn(4, 6)
+    search = dmscale.Search(dmscale.trace(model, x), "50% macs", STEPS)
+    assert search.space.sites.calls
+    out = torch.compile(search.model, backend="eager", fullgraph=True)(x)
+    torch.testing.assert_close(out, search.model(x))
+
+
 def test_compilation_through_autograd_and_with_graph_breaks():
     torch.compiler.reset()
     search, optimizer, batches = searching("mlp")
