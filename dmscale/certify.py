@@ -82,7 +82,7 @@ def _certify_those(space: SearchSpace, model: nn.Module, inputs: Any, chosen: Ca
                 if turn is not None and turn.minimum is not None:
                     space.hold(name, turn)
                 else:
-                    space.freeze([name], f"failed its trial: {reason}")
+                    space.take_out([name], f"failed its trial: {reason}")
         names = chosen()
 
 

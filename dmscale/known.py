@@ -86,6 +86,15 @@ def recount(model: nn.Module, container: str, sources: Sequence[int]) -> None:
 
 def describe(module: nn.Module) -> None:
     """Bring the descriptive attributes of a PyTorch layer in line with its parameters."""
+    if isinstance(module, (nn.modules.conv._ConvNd, *DESCRIPTIVE)):
+        with (
+            torch.no_grad(),
+            running.evaluating(module),
+        ):  # a look at a parametrised weight computes it: spectral norm iterates
+            _describe(module)
+
+
+def _describe(module: Any) -> None:
     if isinstance(module, nn.modules.conv._ConvNd) and module.weight is not None:
         a, b = module.weight.shape[:2]
         if module.transposed:
@@ -96,11 +105,9 @@ def describe(module: nn.Module) -> None:
     for cls, attributes in DESCRIPTIVE.items():
         if isinstance(module, cls):
             for attribute, (parameter, dim) in attributes.items():
-                # a parametrised weight is computed, and in training mode spectral norm learns by that
-                with torch.no_grad(), running.evaluating(module):
-                    tensor = getattr(module, parameter, None)
-                    if tensor is None:
-                        tensor = getattr(module, "running_mean", None)
+                tensor = getattr(module, parameter, None)
+                if tensor is None:
+                    tensor = getattr(module, "running_mean", None)
                 if tensor is not None and getattr(module, attribute, None) != tensor.shape[dim]:
                     setattr(module, attribute, tensor.shape[dim])
 

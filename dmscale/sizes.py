@@ -562,21 +562,17 @@ def _fixed_factors(equations: list[Equation], known: Mapping[Attribute, Quotient
     They keep their values, so that the one that is left follows.
     """
     for eq in equations:
-        size = extent(eq.dim).terms
-        unknown = [f for f in _factors(eq.expression) if isinstance(f, Attribute)]
-        if len(size) != 1 or len(set(unknown)) < 2 or not all(f in unknown for f in _factors(eq.expression)):
-            continue
-        if any(f in known for f in unknown):
+        size, factors = extent(eq.dim).terms, _factors(eq.expression)
+        unknown = [f for f in factors if isinstance(f, Attribute) and f not in known]
+        distinct = list(dict.fromkeys(unknown))
+        if len(size) != 1 or len(distinct) < 2 or len(unknown) < len(factors):
             continue
         ((variables, fixed),) = size.items()
-        rest = [a for a in set(unknown) if math.prod(f.value for f in unknown if f != a) == fixed]
+        rest = [a for a in distinct if math.prod(f.value for f in unknown if f != a) == fixed]
         if variables and rest:
-            innermost = axes.atoms((axes.factors(eq.dim)[-1],))
-            last = not free_atoms(eq).isdisjoint(innermost)
-            follows = sorted(rest, key=unknown.index)[
-                -1 if last else 0
-            ]  # of equal ones, the one that stands where it is
-            return [f for f in dict.fromkeys(unknown) if f != follows]
+            inside = not free_atoms(eq).isdisjoint(axes.atoms((axes.factors(eq.dim)[-1],)))
+            follows = rest[-1 if inside else 0]  # of equal ones, the one that stands where the free axis does
+            return [f for f in distinct if f != follows]
     return []
 
 

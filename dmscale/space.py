@@ -95,7 +95,11 @@ class SearchSpace:
             raise DmscaleError(f"reason is {reason!r}; say in words why {', '.join(globs)} shall stay as it is")
         _check_globs("freeze", globs, [*self.dimensions, *self.frozen])
         self.options.by_hand.add(reason)
-        for name in [n for n in self.dimensions if n in globs or _matches(n, globs)]:
+        self.take_out([n for n in self.dimensions if n in globs or _matches(n, globs)], reason)
+
+    def take_out(self, names: Iterable[str], reason: str) -> None:
+        """`freeze`, of dimensions by name, for a reason that was found and not given by the user."""
+        for name in names:
             dimension = self.dimensions[name]
             if dimension.kind == "depth":
                 self.options.no_depth[name] = reason
@@ -606,7 +610,6 @@ def trace(
     _check_bounds("multiple", options.multiple, ("width",), space)
     if verify and space.dimensions and not any(p.is_meta for p in model.parameters()):
         certify.certify(space)
-        options.by_hand.clear()  # so far only a trial has frozen anything
     return space
 
 

@@ -6,6 +6,7 @@ Gated equals exported in both modes, at every structure; a search trains the mod
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -202,6 +203,21 @@ def test_a_search_trains_what_writes_in_training(name):
     small(x).square().mean().backward()
     gradients = [p.grad for p in small.parameters() if p.grad is not None]
     assert gradients and all(bool(g.isfinite().all()) for g in gradients)
+
+
+@pytest.mark.parametrize("layer", [nn.Linear, partial(nn.Conv1d, kernel_size=1)])
+def test_an_export_of_a_model_in_training_mode_does_not_iterate(layer):
+    """To look at the weight of a layer with spectral norm is to iterate once more, in training mode."""
+    torch.manual_seed(0)
+    norm = parametrizations.spectral_norm
+    model = nn.Sequential(norm(layer(5, 16)), nn.ReLU(), norm(layer(16, 12)), nn.ReLU(), layer(12, 3)).train()
+    space = dmscale.trace(model, torch.randn(4, 5) if layer is nn.Linear else torch.randn(4, 5, 6))
+    assert len(space.dimensions) == 2
+    before = {name: b.clone() for name, b in model.named_buffers()}
+    small = space.export(space.full())
+    assert all(torch.equal(b, before[name]) for m in (model, small) for name, b in m.named_buffers())
+    for seed in range(4):
+        space.export(space.sample(seed))
 
 
 class Momentum(nn.Module):
