@@ -1,6 +1,6 @@
 """How long does a trace take, against the same forward on meta tensors under an empty dispatch mode?
 
-    python -m benchmarks.trace_time [--zoo | --deployed]
+    python -m benchmarks.trace_time [--zoo | --deployed | --once]
 
 For each model: the median of interleaved runs of (a) the forward on meta tensors under a dispatch mode that does nothing,
 (b) `dmscale.trace` without its trial, with no result of a meta kernel remembered from before (`kernels.py`), (c) the trial
@@ -9,13 +9,17 @@ Goals: b <= 3 a, c < 10 forwards.
 
 `--zoo` times (b) against (d) alone, on every model of the zoo from timm and torchvision of which torch-pruning builds a graph,
 with the small inputs of the zoo, which make the real forward inside (d) cheap.  `--deployed` does so at the input size that
-each model of timm and each classifier of torchvision is made for, one image, as its user would call both.
+each model of timm and each classifier of torchvision is made for, one image, as its user would call both.  Both call each tool
+on one model again and again, with all memory that it needs at hand.  `--once` is what a user waits for: each model once, at the
+size that it is made for, in a process that runs one of the tools alone, three processes each.
 """
 
 from __future__ import annotations
 
 import gc
+import json
 import statistics
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable
@@ -26,7 +30,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dmscale
-from benchmarks.models import MODELS, clock
+from benchmarks.models import MODELS, clock, timm_model
 from dmscale import certify, kernels, running
 from dmscale.clone import clone, on_meta
 from dmscale.known import quiet
@@ -135,6 +139,49 @@ def as_deployed(name: str) -> tuple[nn.Module, Any] | None:
     return torchvision.models.get_model(name, weights=None, **options), torch.randn(1, 3, size, size)
 
 
+def calls_once(tool: str) -> dict[str, float | None]:
+    """Seconds of the one call of a tool, "dmscale" or "torch-pruning", on each model that the zoo has of both libraries."""
+    from benchmarks.zoo import entries, peers
+
+    def ours(model: nn.Module, inputs: Any) -> float:
+        return seconds(lambda: dmscale.trace(model, inputs, verify=False))
+
+    call = ours if tool == "dmscale" else torch_pruning
+    call(*timm_model("resnet18"))  # whatever is imported at a first use
+    took: dict[str, float | None] = {}
+    for entry in peers.entries(entries()):
+        torch.manual_seed(0)
+        if (made := as_deployed(entry.name)) is not None:
+            took[entry.name] = call(made[0].eval(), made[1])
+    return took
+
+
+def once(processes: int = 3) -> None:
+    """Print a line a model of which torch-pruning builds a graph: medians of so many processes of each tool."""
+    tools = ("dmscale", "torch-pruning")
+    runs: dict[str, list[dict[str, Any]]] = {tool: [] for tool in tools}
+    for _ in range(processes):
+        for tool in tools:
+            run = subprocess.run(
+                [sys.executable, "-m", "benchmarks.trace_time", "--once", tool], stdout=subprocess.PIPE, check=True
+            )
+            runs[tool].append(json.loads(run.stdout.splitlines()[-1]))
+    ratios = []
+    for name in runs["dmscale"][0]:
+        if any(run[name] is None for run in runs["torch-pruning"]):
+            continue
+        a, b = (statistics.median(run[name] for run in runs[tool]) for tool in tools)
+        ratios.append(a / b)
+        print(f"{name}: {a * 1e3:.0f} ms, torch-pruning {b * 1e3:.0f} ms, ratio {a / b:.2f}")
+    summary(ratios)
+
+
+def summary(ratios: list[float]) -> None:
+    """Print how many of the models are traced in less time than torch-pruning builds its graph."""
+    low, middle, high = statistics.quantiles(ratios)
+    print(f"quicker on {sum(r < 1 for r in ratios)} of {len(ratios)}; ratio {middle:.2f} ({low:.2f} to {high:.2f})")
+
+
 def in_turns(model: nn.Module, inputs: Any, turns: int) -> tuple[list[float], list[float]]:
     """Seconds of our trace, remembering nothing, and of torch-pruning's graph, which must build."""
     ours: list[float] = []
@@ -173,15 +220,19 @@ def zoo(deployed: bool, repeats: int = 3) -> None:
         a, b = statistics.median(ours), statistics.median(theirs)
         ratios.append(a / b)
         print(f"{entry.name}: {a * 1e3:.0f} ms, torch-pruning {b * 1e3:.0f} ms, ratio {a / b:.2f}", flush=True)
-    low, middle, high = statistics.quantiles(ratios)
-    print(f"quicker on {sum(r < 1 for r in ratios)} of {len(ratios)}; ratio {middle:.2f} ({low:.2f} to {high:.2f})")
+    summary(ratios)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] in (["--zoo"], ["--deployed"]):
+    if sys.argv[1:] == ["--once"]:
+        once()
+    elif sys.argv[1:]:
         warnings.simplefilter("ignore")
         allow_missing_torchvision_operators()
         torch.set_num_threads(1)
-        zoo(sys.argv[1] == "--deployed")
+        if sys.argv[1] == "--once":
+            print(json.dumps(calls_once(sys.argv[2])))
+        else:
+            zoo(sys.argv[1] == "--deployed")
     else:
         main()

@@ -14,7 +14,7 @@ import bisect
 import contextlib
 import functools
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -218,6 +218,14 @@ class Call:
     others: tuple[int, ...] = ()
 
 
+@dataclass
+class Apart:
+    """What a part of a run that was noted apart did: whether anything that gates and blocks are found by, and what it touched."""
+
+    tells: bool = False
+    touched: set[Dim] = field(default_factory=set)
+
+
 _op = operator.attrgetter("op")
 
 
@@ -273,6 +281,37 @@ class Record:
         """Those of a list in the order of operators that ran behind operator `start`, up to `end`."""
         first = bisect.bisect_right(noted, start, key=_op)
         return noted[first : bisect.bisect_right(noted, end, first, key=_op)]
+
+    def touched(self, terms: int = 0, activations: int = 0) -> set[Dim]:
+        """The dimensions of what operators contracted or computed, behind so many of each."""
+        computed = [*(t.dims for t in self.terms[terms:]), *(a.dims for a in self.activations[activations:])]
+        return {dim for dims in computed for dim in dims}
+
+    @contextlib.contextmanager
+    def free_of_cost(self, functions: bool = True) -> Iterator[set[Dim]]:
+        """What runs inside adds to no cost, nor to the calls of functions; gives the dimensions that it touched, afterwards."""
+        costs: list[list[Any]] = [self.terms, self.activations, self.calls, self.instances, self.cached]
+        costs += [self.functions] if functions else []
+        before = [len(noted) for noted in costs]
+        touched: set[Dim] = set()
+        yield touched
+        touched |= self.touched(*before[:2])
+        for noted, length in zip(costs, before):
+            del noted[length:]
+
+    @contextlib.contextmanager
+    def apart(self) -> Iterator[Apart]:
+        """What runs inside, in the midst of a run, adds to no cost, and to nothing that gates and blocks are found by."""
+        found: list[list[Any]] = [
+            self.contractions, self.normalisations, self.additions, self.lookups, self.scales, self.functions, self.calls
+        ]  # fmt: skip
+        before = [len(noted) for noted in found]
+        beside = Apart()
+        with self.free_of_cost(functions=False) as beside.touched:
+            yield beside
+            for noted, length in zip(found, before):
+                beside.tells |= len(noted) > length
+                del noted[length:]
 
     def matters(self) -> set[int]:
         """Origins of everything that a result, a tensor that is written to, or what Python reads depends on."""

@@ -25,7 +25,7 @@ from .axes import Axis, Dim
 from .clone import alias, clone, on_meta
 from .errors import TraceError
 from .known import is_by_product, is_result, quiet
-from .modes import differs_in_training
+from .modes import BothModes
 from .sizes import Attribute, SizedInt, listed, with_entries
 from .tracer import Call, Contraction, Normalisation, Record, Tracer, is_watched
 from .tree import once, walk
@@ -232,14 +232,15 @@ def _read(
     slots, aliases, parameters = _watch_parameters(tracer, places)
     _tag_sizes(modules)
     examples = None if meta else routing.Examples(twin)  # without values none is chosen by them
-    _run(tracer, twin, modules, args, kwargs, examples)
+    with BothModes(tracer, [module for _, module in modules]) as training:
+        _run(tracer, twin, modules, args, kwargs, examples)
     for a in tracer.record.deciding():
         axes.freeze((a,), "only a branch of the forward depends on it, which may return it")
     trace = Trace(slots, aliases, tracer.record, kind, cached)
-    touched = _touched(tracer.record)
+    touched = tracer.record.touched() | training.touched
     if examples is not None and parameters - tracer.record.read.keys():
         touched |= _read_others(tracer, twin, examples, trace)
-    if parameters - tracer.record.read.keys() or differs_in_training([module for _, module in modules]):
+    if parameters - tracer.record.read.keys() or training.differs:
         touched |= _read_training(tracer, twin, args, kwargs, trace)
     for name in slots:
         if name not in tracer.record.read:
@@ -256,12 +257,6 @@ def _read(
     return trace
 
 
-def _touched(record: Record) -> set[Dim]:
-    """The dimensions of everything that operators computed or contracted."""
-    computed = [*(term.dims for term in record.terms), *(written.dims for written in record.activations)]
-    return {dim for dims in computed for dim in dims}
-
-
 def _read_training(tracer: Tracer, twin: nn.Module, args: tuple, kwargs: dict, trace: Trace) -> set[Dim]:
     """Some of a model (auxiliary heads, moving averages, noise) runs in training mode only; it must follow too, at no cost.
 
@@ -270,7 +265,7 @@ def _read_training(tracer: Tracer, twin: nn.Module, args: tuple, kwargs: dict, t
     record = tracer.record
     met, normalised, called = len(record.contractions), len(record.normalisations), len(record.functions)
     twin.train()
-    with _free_of_cost(record, functions=False) as touched:  # a gate may be at one that only training calls
+    with record.free_of_cost(functions=False) as touched:  # a gate may be at one that only training calls
         try:
             _run(tracer, twin, walk(twin), args, kwargs)
         except Exception as error:  # a batch of one under BatchNorm, say: what only training reads stays frozen
@@ -287,22 +282,9 @@ def _read_training(tracer: Tracer, twin: nn.Module, args: tuple, kwargs: dict, t
     return touched
 
 
-@contextlib.contextmanager
-def _free_of_cost(record: Record, functions: bool = True) -> Iterator[set[Dim]]:
-    """What runs inside adds to no cost, nor to the calls of functions; gives the dimensions of what was computed, afterwards."""
-    costs: list[list[Any]] = [record.terms, record.activations, record.calls, record.instances, record.cached]
-    costs += [record.functions] if functions else []
-    before = [len(noted) for noted in costs]
-    touched: set[Dim] = set()
-    yield touched
-    touched |= _touched(record)
-    for noted, length in zip(costs, before):
-        del noted[length:]  # type: ignore[attr-defined]
-
-
 def _read_others(tracer: Tracer, twin: nn.Module, examples: routing.Examples, trace: Trace) -> set[Dim]:
     """Experts that the example does not reach follow those that it does.  Returns the dimensions of what was computed."""
-    with _free_of_cost(tracer.record) as touched, _following(tracer, walk(twin)):
+    with tracer.record.free_of_cost() as touched, _following(tracer, walk(twin)):
         try:
             routing.call_others(tracer, twin, examples)
         except Exception as error:  # what it takes depends on which one it is: it stays as it is
@@ -421,25 +403,27 @@ def _watch_parameters(
 def _tag_sizes(modules: list[tuple[str, nn.Module]]) -> None:
     """Make every int that a module holds remember which one it is."""
     for path, module in modules:
-        for key, value in [
-            (k, v) for k, v in module.__dict__.items() if type(v) not in _NO_SIZES and k not in _UNSIZED
-        ]:
+        held = module.__dict__
+        for key in held.keys() - _UNSIZED:
+            value = held[key]
             kind = type(value)
+            if kind in _NO_SIZES:
+                continue
             if key[:1] == "_" and (kind is not int or type(module).__module__.startswith("torch.")):
                 continue
             if kind is int:
                 if value > 1:
-                    module.__dict__[key] = SizedInt(value, Attribute(path, (key,), value))
+                    held[key] = SizedInt(value, Attribute(path, (key,), value))
             elif kind in (tuple, list) and value and all([type(v) is int for v in value]):
                 tagged = [SizedInt(v, Attribute(path, (key, i), v)) if v > 1 else v for i, v in enumerate(value)]
-                module.__dict__[key] = kind(tagged)
+                held[key] = kind(tagged)
             elif isinstance(value, (dict, tuple)) and (numbers := _numbers(value)):
                 sized = {k: SizedInt(v, Attribute(path, (key, k), v)) for k, v in numbers.items()}
-                module.__dict__[key] = with_entries(value, sized)
+                held[key] = with_entries(value, sized)
             elif kind is list and value and all(isinstance(v, (str, bool)) for v in value):
-                module.__dict__[key] = listed(value, Attribute(path, (key,)))
+                held[key] = listed(value, Attribute(path, (key,)))
             elif is_settings(value):
-                module.__dict__[key] = _tagged_settings(value, path, key)
+                held[key] = _tagged_settings(value, path, key)
 
 
 def _numbers(value: dict | tuple) -> dict[str, int]:

@@ -163,6 +163,15 @@ MODELS = {
 }  # fmt: skip
 
 
+def helped(cls):
+    """A class of which the forward calls a helper that does everything."""
+    return type(f"Helped{cls.__name__}", (cls,), {"helper": cls.forward, "forward": lambda self, x: self.helper(x)})
+
+
+MODELS |= {f"{name}, in a helper": helped(cls) for name, cls in MODELS.items() if isinstance(cls, type)}
+MODELS["noisy weights, in a helper"] = between(helped(Noisy))
+
+
 def outcome(model: nn.Module, x: Tensor, training: bool) -> list[Tensor]:
     """Two outputs in a row on a copy: the second shows what the first has written."""
     model = copy.deepcopy(model).train(training)
@@ -285,11 +294,44 @@ class AsksInAHelper(Asks):
         return x + torch.ones(self.p) if self.training else x
 
 
+class AsksForARate(Asks):
+    def forward(self, x):
+        return x if not self.training or self.p <= 0.0 else x * 2
+
+
+def twice(x, p, training=False):
+    return x * 2 if training and p > 0 else x
+
+
+def handed_on(x, mode, rate=0.1):
+    return twice(x, rate, training=mode)
+
+
+class HandsItOn(Asks):
+    def forward(self, x):
+        return handed_on(x, self.training, self.p)
+
+
+class HandsItToAMethod(Asks):
+    def forward(self, x):
+        return self.inner(x, self.training)
+
+    def inner(self, x, mode):
+        return x * 2 if mode else x
+
+
+def without(asks):
+    asks.p = 0.0
+    return asks
+
+
 @pytest.mark.parametrize(
     ("model", "differs"),
     [
         (nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Dropout()), False), (AsksForANumber(), False),
         (AsksAndMore(), False), (AsksInAHelper(), True), (Centred(), True), (between(Noisy)(), True),
+        (AsksForARate(), True), (without(AsksForARate()), False), (HandsItOn(), True), (without(HandsItOn()), False),
+        (HandsItToAMethod(), True),
     ],
 )  # fmt: skip
 def test_a_branch_on_training_that_may_be_taken_asks_for_a_second_run(model, differs):
@@ -306,6 +348,102 @@ def test_what_has_no_source_is_taken_to_differ():
     namespace = {"nn": nn}
     exec("class Made(nn.Module):\n    def forward(self, x):\n        return x if self.training else -x", namespace)
     assert differs_in_training([namespace["Made"]()])
+
+
+class Kept(nn.Module):
+    """Biases that evaluation keeps, as LeViT does, and whatever else its helper does in training."""
+
+    def __init__(self, width=16):
+        super().__init__()
+        self.first, self.last, self.kept, self.forwards = nn.Linear(5, width), nn.Linear(width, 3), {}, 0
+        self.table = nn.Parameter(torch.randn(10, width))
+        self.register_buffer("rows", torch.tensor([3, 1, 3, 7]))
+
+    def forward(self, x):
+        Kept.forwards += 1
+        return self.last(self.first(x) + self.biases(x))
+
+    def biases(self, x):
+        if self.training:
+            return self.table[self.rows]
+        if "of" not in self.kept:
+            self.kept["of"] = self.table[self.rows]
+        return self.kept["of"]
+
+
+class KeptOfAnother(Kept):
+    """In training it gives what has other axes."""
+
+    def __init__(self):
+        super().__init__()
+        self.aside = nn.Linear(5, 16)
+
+    def biases(self, x):
+        return self.aside(x) if self.training else self.table[self.rows]
+
+
+class KeptInTraining(Kept):
+    """Training leaves something behind that the forward takes."""
+
+    def __init__(self):
+        super().__init__()
+        self.more = None
+
+    def forward(self, x):
+        biases = self.biases(x)
+        return super().forward(x) + (0 if self.more is None else self.more.sum() * biases.mean())
+
+    def biases(self, x):
+        if self.training:
+            self.more = x * torch.ones(5)
+        return self.table[self.rows]
+
+
+class KeptByAnother(Kept):
+    """It is the mode of another module that it asks for."""
+
+    def biases(self, x):
+        return self.table[self.rows] * self.first.weight.sum(1) if self.last.training else self.table[self.rows]
+
+
+class KeptUnderAName(Kept):
+    """What it gives is of no known form."""
+
+    def forward(self, x):
+        Kept.forwards += 1
+        return self.last(self.first(x) + self.named(x)["of"])
+
+    def named(self, x):
+        return {"of": self.table[self.rows] if self.training else self.table[self.rows] * 1}
+
+
+class KeptTwice(Kept):
+    """A helper calls another one, which is called in training only."""
+
+    def biases(self, x):
+        return self.again() if self.training else self.table[self.rows]
+
+    def again(self):
+        return self.table[self.rows] if self.training else self.table[:4]
+
+
+@pytest.mark.parametrize(
+    ("cls", "runs"),
+    [(Kept, 1), (KeptTwice, 1), (KeptOfAnother, 2), (KeptInTraining, 2), (KeptByAnother, 2), (KeptUnderAName, 2)],
+)
+def test_a_helper_alone_runs_in_both_modes_where_that_tells_all(cls, runs):
+    torch.manual_seed(0)
+    model, x = non_trivial(cls()).eval(), torch.randn(4, 5)
+    state = {k: v for k, v in vars(model).items() if k != "kept"}
+    Kept.forwards = 0
+    space = dmscale.trace(model, x, verify=False)
+    assert Kept.forwards == runs and {k: v for k, v in vars(model).items() if k != "kept"} == state
+    assert "first" in space.dimensions or cls is KeptOfAnother
+    for seed in range(4):
+        structure = space.sample(seed)
+        for training in (False, True):
+            small, gated = outcome(space.export(structure), x, training), outcome(space.gate(structure), x, training)
+            assert difference(small, gated) <= 1e-4
 
 
 class SoftmaxBefore(nn.Module):
