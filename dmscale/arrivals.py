@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from . import axes, direct, recurrent
 from .axes import Dim
 from .calls import SCALINGS, FunctionCall, counted_as, is_counted
+from .carried import CARRIERS, Carried
 from .numbering import Said, freeze_numbers
 from .sizes import Expression, Extent, Operation, SizedFloat, SizedInt, square_root
 from .tracer import Scale, Tracer, _constant, _tensors, operands_of, shape_of
@@ -27,6 +28,7 @@ from .tracer import Scale, Tracer, _constant, _tensors, operands_of, shape_of
 Tensor = torch.Tensor
 _TO_PYTHON = {"tolist", "numpy", "__array__"}  # what becomes of the elements no operator shows
 _SHAPE = torch.Tensor.shape  # the getset descriptor behind `x.shape`
+_DATA = torch.Tensor.data
 
 
 class Arrivals(TorchFunctionMode):
@@ -35,12 +37,17 @@ class Arrivals(TorchFunctionMode):
     def __init__(self, tracer: Tracer):
         super().__init__()
         self.tracer = tracer
+        self.carried = Carried()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         route = _route(func)
         how = route.how
         if how == "call":
+            if self.carried or route.name in CARRIERS:
+                args, out = self.carried.pass_on(route.name, func, args, kwargs)
+                if out is not None:
+                    return out
             if route.counts:
                 counted = counted_as(route.name, args)
                 if counted is not None:
@@ -50,6 +57,9 @@ class Arrivals(TorchFunctionMode):
             return shape_of(self.tracer, args[0])
         if how == "property":
             return func(*args, **kwargs)
+        if how == "data":
+            _replaced(self.tracer, *args)
+            return func(*args)
         if how == "size":
             shape = shape_of(self.tracer, args[0])
             position = args[1] if len(args) > 1 else kwargs.get("dim")
@@ -146,6 +156,8 @@ def _route(func: Any) -> _Route:
     name = getattr(func, "__name__", "")
     if getattr(func, "__self__", None) is _SHAPE:
         how = "shape"
+    elif name == "__set__" and getattr(func, "__self__", None) is _DATA:
+        how = "data"
     elif func is torch.Tensor.size:
         how = "size"
     elif func is torch.Tensor.numel or func is torch.Tensor.nelement:
@@ -188,6 +200,19 @@ def _fix(tracer: Tracer, sized: Sequence[SizedInt | SizedFloat]) -> None:
             value.escape(tracer._operator)
         else:
             tracer.equate(value, _constant(int(value)))
+
+
+def _replaced(tracer: Tracer, x: Tensor, other: Tensor) -> None:
+    """`x.data = other`: no operator shows that `x` is written to, and has the axes of `other`."""
+    tracer.writes(x)
+    dims, given = tracer.dims(x), tracer.dims(other)
+    try:
+        if len(dims) != len(given):
+            raise axes.Conflict(f"{list(x.shape)} replaced by {list(other.shape)}")
+        for own, new in zip(dims, given):
+            axes.unify(own, new)
+    except axes.Conflict as conflict:
+        tracer.freeze_dims([*dims, *given], str(conflict))
 
 
 def _numel(tracer: Tracer, x: Tensor) -> int:

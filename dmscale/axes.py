@@ -459,15 +459,23 @@ def gathered(dim: Dim, indices: Mapping[Axis, torch.Tensor], sizes: Mapping[Axis
     return out
 
 
-def coordinates(dim: Dim, a: Axis) -> torch.Tensor:
-    """Which element of atom `a` each element of `dim` belongs to, (size(dim),) of int64; -1 for those of none."""
-    out = torch.full((1,), -1)
+def coordinates(dim: Dim) -> dict[Axis, torch.Tensor]:
+    """Atom -> which of its elements each element of `dim` belongs to, (size(dim),) of int64; -1 for those of none."""
+    out: dict[Axis, torch.Tensor] = {}
+    total = 1
     for f in factors(dim):
-        if f.sum is not None:
-            own = torch.cat([coordinates(part, a) for part in f.sum])
-        else:
-            own = torch.arange(f.size) if f is a else torch.full((f.size,), -1)
-        out = torch.maximum(out[:, None], own[None, :]).reshape(-1)
+        own: dict[Axis, torch.Tensor] = {}
+        start = 0
+        for part in f.sum or ():
+            for a, at in coordinates(part).items():
+                own.setdefault(a, torch.full((f.size,), -1))[start : start + len(at)] = at
+            start += size(part)
+        if f.sum is None:
+            own[f] = torch.arange(f.size)
+        none, none_of_own = torch.full((total,), -1), torch.full((f.size,), -1)
+        pairs = {a: (out.get(a, none), own.get(a, none_of_own)) for a in (*out, *(a for a in own if a not in out))}
+        out = {a: torch.maximum(left[:, None], right[None, :]).reshape(-1) for a, (left, right) in pairs.items()}
+        total *= f.size
     return out
 
 

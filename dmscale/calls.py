@@ -54,7 +54,8 @@ SCALINGS = {"mul": 1, "div": -1}
 """What is counted where the second factor is a plain number -> the sign of its power."""
 _SCALED = {"mul": "mul", "div": "div", "true_divide": "div"}
 
-_COMPOSITE = ("torch.functional", "torch.nn.functional")  # Python bodies: one call outside a trace, many inside
+# Python bodies: one call outside a trace, many inside
+_COMPOSITE = ("torch.functional", "torch.nn.functional", f"{__package__}.plainly")
 
 
 def counted_as(name: str, args: Sequence[Any]) -> str | None:

@@ -396,7 +396,7 @@ def _old_masks(space: SearchSpace, original: Mapping[str, Mapping[int, Any]]) ->
         dim = space.trace.slots[name][position]
         for a in axes.atoms(dim):
             if a in free and a not in old:
-                at = axes.coordinates(dim, a)
+                at = axes.coordinates(dim)[a]
                 old[a] = torch.zeros(a.size, dtype=torch.bool)
                 old[a][at[mask & (at >= 0)]] = True
     for name, position, mask in recorded:

@@ -117,7 +117,9 @@ def resize(
             index = axes.gathered(dim, indices)
             if not torch.equal(index, torch.arange(t.shape[position])):
                 data = data.index_select(position, index.to(data.device))
-        data = fill(name, _laid_out(data, t).clone(memory_format=torch.preserve_format))
+        dense = t.layout is torch.strided
+        own = _laid_out(data, t).clone(memory_format=torch.preserve_format) if dense else data.clone()
+        data = fill(name, own)
         return nn.Parameter(data, requires_grad=t.requires_grad) if isinstance(t, nn.Parameter) else data
 
     twin = clone(model, resized)

@@ -145,8 +145,9 @@ class _Combination:
     def __init__(self, dim: Dim, own: Sequence[Axis]):
         self.elements: list[Tensor] = []
         self.places: list[Tensor] = []
+        coordinates = axes.coordinates(dim)
         for a in own:
-            at = axes.coordinates(dim, a)
+            at = coordinates[a]
             inside = (at >= 0).nonzero()[:, 0]
             self.elements.append(torch.where(at < 0, a.size, at))
             self.places.append(inside[at[inside].argsort(stable=True)].view(a.size, -1))

@@ -206,38 +206,39 @@ class SizedInt(int):
     def __lshift__(self, other: Any) -> Any:
         return self * (1 << other)
 
-    def _escape(self, how: str) -> Equation | None:
+    def escape(self, how: str) -> Equation | None:
+        """Fix the size: the number goes where nothing follows it."""
         return _listener.escaped(self, how) if _listener.escaped else None
 
     def _to_the(self, power: float, value: float, how: str) -> float:
         """`value`, which is this size to `power` times a constant."""
-        fixed = self._escape(how)
+        fixed = self.escape(how)
         return value if fixed is None else SizedFloat(value, self, power, fixed)
 
     def __float__(self) -> float:
-        self._escape("float()")
+        self.escape("float()")
         return float(int(self))
 
     def __truediv__(self, other: Any) -> Any:
         if type(other) in (int, float):
             return self._to_the(1, int(self) / other, "division")
-        self._escape("division")
+        self.escape("division")
         return int(self) / other
 
     def __rtruediv__(self, other: Any) -> Any:
         if type(other) in (int, float):
             return self._to_the(-1, other / int(self), "division")
-        self._escape("division")
+        self.escape("division")
         return other / int(self)
 
     def __pow__(self, other: Any, mod: Any = None) -> Any:
         if type(other) is float and mod is None:
             return self._to_the(other, pow(int(self), other), "power")
-        self._escape("power")
+        self.escape("power")
         return pow(int(self), other, mod)
 
     def __rpow__(self, other: Any, mod: Any = None) -> Any:
-        self._escape("power")
+        self.escape("power")
         return pow(other, int(self), mod)
 
 
@@ -332,7 +333,7 @@ def _arithmetic(symbol: str, reflected: bool) -> Callable[[SizedInt, Any], Any]:
     def method(self: SizedInt, other: Any) -> Any:
         if not isinstance(other, int):
             if isinstance(other, float):
-                self._escape(f"arithmetic with {other}")
+                self.escape(f"arithmetic with {other}")
             return getattr(int(self), name)(other)
         a, b = (other, self) if reflected else (self, other)
         return SizedInt(apply(int(a), int(b)), Operation(symbol, expression_of(a), expression_of(b)))

@@ -307,9 +307,10 @@ class SearchSpace:
                 if not inside:
                     continue
                 along = t.sum([i for i in range(t.dim()) if i != position]).cpu() if t.dim() > 1 else t.cpu()
+                coordinates = axes.coordinates(dim)
                 for a in inside:
                     member, size = index[a]
-                    at = axes.coordinates(dim, a)  # which element each position belongs to; -1: none
+                    at = coordinates[a]  # which element each position belongs to; -1: none
                     total = along.new_zeros(size).index_add_(0, at.clamp(min=0), along * (at >= 0))
                     scores[member] = scores.get(member, 0) + total
         for stack in self.stacks.values():

@@ -22,10 +22,12 @@ from torch import Tensor, nn
 from . import attachment, axes, calls, direct, routing, running
 from .arrivals import Arrivals, transparent_functional
 from .axes import Axis, Dim
+from .carried import constructors
 from .clone import alias, clone, on_meta
 from .errors import TraceError
 from .known import is_by_product, is_result, quiet
 from .modes import BothModes
+from .plainly import plainly
 from .sizes import Attribute, SizedInt, listed, with_entries
 from .tracer import Call, Contraction, Normalisation, Record, Tracer, is_watched
 from .tree import once, walk
@@ -87,7 +89,7 @@ def read(model: nn.Module, example_inputs: Any, cached: bool = False) -> Trace:
     failure: Exception | None = None
     for kind in ("meta", "values"):
         try:
-            with uncollected():
+            with uncollected(), _without_onednn(), plainly([module for _, module in modules]):
                 return _read(model, modules, args, kwargs, kind, cached)
         except TraceError:
             raise
@@ -140,6 +142,17 @@ def uncollected() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+@contextlib.contextmanager
+def _without_onednn() -> Iterator[None]:
+    """Without the kernels of oneDNN, one of which runs a recurrent layer whole; the public switch warns of other things."""
+    enabled = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(enabled)
 
 
 def failed_forward(model: nn.Module, failure: Exception) -> TraceError:
@@ -325,7 +338,7 @@ def _following(
     arrivals = Arrivals(tracer)
     with (
         torch.random.fork_rng(generators), torch.no_grad(), _following_calls(tracer, modules, arrivals, examples),
-        transparent_functional(), running.uncompiled(), tracer, arrivals,
+        transparent_functional(), constructors(), running.uncompiled(), tracer, arrivals,
     ):  # fmt: skip
         yield
 

@@ -485,11 +485,11 @@ def test_gathering_agrees_with_sizes_masks_and_coordinates(drawn):
     index = axes.gathered(dim, indices)
     assert len(index) == axes.measure(dim, {a: len(i) for a, i in indices.items()})
     for a in axes.atoms(dim):  # the element at each new place is the one asked for
-        at = axes.coordinates(dim, a)[index]
+        at = axes.coordinates(dim)[a][index]
         wanted = indices.get(a, torch.arange(a.size))
         assert set(at[at >= 0].tolist()) == set(wanted.tolist())
         times = {int(e): int((wanted == e).sum()) for e in wanted}
-        full = {int(e): int((axes.coordinates(dim, a) == e).sum()) for e in wanted}
+        full = {int(e): int((axes.coordinates(dim)[a] == e).sum()) for e in wanted}
         others = {b: len(i) for b, i in indices.items() if b is not a}
         scale = axes.measure(dim, {**others, a: 1}) - axes.measure(dim, {**others, a: 0})
         for e in times:

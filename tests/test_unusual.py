@@ -734,3 +734,174 @@ def test_a_trace_leaves_nothing_without_elements_in_a_cache(how):
     model(x)
     tables = [t for held in TABLES.values() for t in (held if isinstance(held, tuple) else (held,))]
     assert not any(t.is_meta for t in tables)
+
+
+class _Patches(nn.Module):
+    """Sizes go through a function that remembers its results, as in einops."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 16), nn.Linear(4, 16)
+        self.c, self.d = nn.Linear(16, 2), nn.Linear(16, 2)
+
+    def forward(self, x):
+        y, z = (at(x).reshape(_split(x.shape[0], at.weight.shape[0])) for at in (self.a, self.b))
+        return self.c(y.flatten(1)) + self.d(z.flatten(1))
+
+
+@functools.lru_cache
+def _split(rows, channels):
+    return rows, channels // 4, 4
+
+
+def test_what_a_function_remembers_of_sizes_is_not_that_of_others():
+    net, x = _Patches().eval(), torch.randn(3, 4)
+    net(x)  # on plain numbers
+    space = dmscale.trace(net, x)
+    assert sorted(d.size for d in space.dimensions.values()) == [4, 4], space.frozen
+    assert_exact(space)
+    assert type(_split) is functools._lru_cache_wrapper and _split(6, 8) == (6, 2, 4)
+
+
+@torch.jit.script
+def _snake(x):
+    shape = x.shape
+    x = x.reshape(shape[0], shape[1], -1)
+    return (x + x.softmax(-1).sin() ** 2).reshape(shape)
+
+
+class _Snake(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x):
+        return self.c(self.b(_snake(self.a(x))).softmax(1))
+
+
+def test_sizes_are_seen_in_a_scripted_function():
+    net, x = _Snake().eval(), torch.randn(2, 3, 4, 4)
+    space = dmscale.trace(net, x)
+    assert set(space.dimensions) == {"a", "b"}, space.frozen
+    assert_exact(space)
+    assert isinstance(_snake, torch.jit.ScriptFunction)
+
+
+class _Merged(nn.Module):
+    """Two layers in training, one in evaluation, whose weight the forward replaces."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.both, self.out = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(4, 8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        if self.training:
+            return self.out(self.b(self.a(x)).relu())
+        self.both.weight.data = self.b.weight.data @ self.a.weight.data
+        self.both.bias.data = self.b.bias.data + self.b.weight.data @ self.a.bias.data
+        return self.out(self.both(x).relu())
+
+
+def test_a_parameter_whose_data_the_forward_replaces_is_left_alone_by_a_trace():
+    net, x = _Merged().eval(), torch.randn(2, 4)
+    with torch.no_grad():
+        net.b.bias.zero_(), net(x)  # a trial makes it something else
+    before = {name: t.clone() for name, t in net.state_dict().items()}
+    space = dmscale.trace(net, x)
+    assert all(torch.equal(t, before[name]) for name, t in net.state_dict().items())
+    assert space.dimensions and space.writes_parameters
+    assert_exact(space)
+
+
+def test_a_sparse_buffer_is_copied():
+    net, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).eval(), torch.randn(2, 4)
+    net.register_buffer("heads", torch.eye(3).to_sparse())
+    space = dmscale.trace(net, x)
+    assert set(space.dimensions) == {"0"}, space.frozen
+    small = space.export(space.uniform(0.5))
+    assert small.heads.layout is torch.sparse_coo and small.heads is not net.heads
+
+
+class _Latent(nn.Module):
+    """Noise is made in the order of memory, in which the channels come last here, but for a masked input."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(3, 8), nn.Linear(8, 4), nn.Conv1d(4, 2, 1)
+
+    def forward(self, x):
+        y = self.b(self.a(x).relu()).transpose(1, 2)
+        y = y if y.shape[2] > 99 or self.a.weight.shape[0] < 8 else y.contiguous()
+        return y, self.c(y + torch.randn_like(y))
+
+
+def test_noise_in_another_order_of_memory_is_no_difference():
+    net, x = _Latent().eval(), torch.randn(2, 5, 3)
+    space = dmscale.trace(net, x)
+    assert "a" in space.dimensions, space.frozen
+    space.export(space.uniform(0.5))
+
+
+def test_a_recurrent_layer_is_free_where_values_decide():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn, self.out = nn.LSTM(4, 8, batch_first=True), nn.Linear(8, 2)
+
+        def forward(self, x):
+            y = self.rnn(x)[0]
+            return self.out(y if float(x.sum()) < 1e9 else -y)
+
+    net, x = Net().eval(), torch.randn(2, 5, 4)
+    space = dmscale.trace(net, x)
+    assert set(space.dimensions) == {"rnn"} and not space.cost().uncounted, space.frozen
+    assert_exact(space)
+
+
+def test_a_buffer_of_zeros_may_be_a_variance():
+    class Norm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 2)
+            self.register_buffer("variance", torch.zeros(8))
+
+        def forward(self, x):
+            return self.b(self.a(x) / (self.variance + 1e-3).sqrt())
+
+    space = dmscale.trace(Norm().eval(), torch.randn(2, 4))
+    assert set(space.dimensions) == {"a"}, space.frozen
+
+
+@torch.jit.script
+def _gated(x, channels):
+    n = channels[0]
+    return torch.tanh(x[:, :n]) * torch.sigmoid(x[:, n:])
+
+
+class _WaveNet(nn.Module):
+    """Sizes go through a tensor, in WaveGlow and in what was made of it."""
+
+    def __init__(self, how, channels=12):
+        super().__init__()
+        self.channels, self.how = channels, how
+        self.first, self.inner, self.last = nn.Conv1d(3, 12, 1), nn.Conv1d(12, 24, 3, padding=1), nn.Conv1d(12, 2, 1)
+
+    def forward(self, x):
+        both = self.inner(self.first(x))
+        if self.how == "legacy":
+            return self.last(_gated(both, torch.IntTensor([self.channels])))
+        number = torch.tensor(self.channels)
+        if self.how == "item":
+            return self.last(both[:, : number.item()] * both[:, number:])
+        assert isinstance(torch.arange(2), torch.LongTensor) and torch.LongTensor(3).shape == (3,)
+        return self.last(_gated(both, torch.tensor([self.channels])) / number.sqrt())
+
+
+@pytest.mark.parametrize("how", ["legacy", "item", "computed with"])
+def test_sizes_are_followed_through_a_tensor(how):
+    net, x = _WaveNet(how).eval(), torch.randn(2, 3, 5)
+    space = dmscale.trace(net, x)
+    assert ("inner" in space.dimensions) == (how != "computed with"), space.frozen
+    assert "first" in space.dimensions
+    assert_exact(space)
+    assert torch.IntTensor([2]).dtype == torch.int32 and "carried" not in str(type(torch.IntTensor))

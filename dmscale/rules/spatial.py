@@ -45,6 +45,15 @@ three = rule(
 )(_spatial(3))  # fmt: skip
 
 
+@rule(aten.max_unpool2d, aten.max_unpool3d)
+def max_unpool(trace: Tracer, out: Tensor, x: Tensor, places: Tensor, size: Sequence[int], *args: Any) -> Sequence[Dim]:
+    """Every element goes where the pooling took it from, in its own channel."""
+    lead = x.dim() - len(size)
+    for own, other in zip(trace.dims(x), trace.dims(places)):
+        axes.unify(own, other)
+    return [*trace.dims(x)[:lead], *trace.spatial(out, x, lead)]
+
+
 @rule(aten.im2col)
 def im2col(trace: Tracer, out: Tensor, x: Tensor, kernel: Sequence[int], *args: Any) -> Sequence[Dim]:
     """(B, C, H, W) -> (B, C * window, places)."""

@@ -326,6 +326,13 @@ def channel_shuffle(trace: Tracer, out: Tensor, x: Tensor, groups: int) -> Seque
     return _replaced(dims, 1, (*c, *g))
 
 
+@rule(aten.log_sigmoid_forward)
+def log_sigmoid(trace: Tracer, out: Sequence[Tensor], x: Tensor) -> Sequence[Any]:
+    """Element by element; the buffer for the backward is empty on some devices."""
+    dims = trace.dims(x)
+    return [dims, dims if out[1].shape == x.shape else [axes.axis(n, "empty") for n in out[1].shape]]
+
+
 @rule(aten.new_zeros, aten.new_ones, aten.new_empty, aten.new_full, aten.new_empty_strided)
 def created(trace: Tracer, out: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Sequence[Dim]:
     """A new tensor: its axes are free where Python sizes made it, since those will be equated with them."""
