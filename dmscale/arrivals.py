@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from . import axes, direct, recurrent
 from .axes import Dim
-from .calls import SCALINGS, FunctionCall, counted_as, is_counted
+from .calls import GIVEN_SCALE, SCALINGS, FunctionCall, counted_as, is_counted
 from .carried import CARRIERS, Carried
 from .numbering import Said, freeze_numbers
 from .sizes import Expression, Extent, Operation, SizedFloat, SizedInt, square_root
@@ -268,11 +268,15 @@ def _attention(
     start = tracer.op
     given = (query, key, value, attn_mask, dropout_p, is_causal)
     as_called = operands_of(tracer, given), {"scale": scale, "enable_gqa": enable_gqa}
-    by_size = scale is None
-    if isinstance(scale, SizedFloat):
-        scale.escape("scale")
+    by_size = "attention scale" if scale is None else ""
     if scale is None:
         scale = 1 / math.sqrt(query.size(-1))
+    elif isinstance(scale, SizedFloat):
+        if _is_usual(tracer, scale, query):
+            by_size = GIVEN_SCALE
+        else:
+            scale.escape("scale")
+        scale = float(scale)
     if enable_gqa:
         repeats = query.size(-3) // key.size(-3)
         key, value = (
@@ -282,7 +286,7 @@ def _attention(
     scores = run(torch.Tensor.mul, run(torch.matmul, query, run(torch.transpose, key, -2, -1)), scale)
     if by_size:  # sliced to fewer head dims the kernel scales by the new size
         tracer._operator = "scaled_dot_product_attention"
-        tracer.normalised("attention scale", [tracer.dims(query)[-1]], query)
+        tracer.normalised(by_size, [tracer.dims(query)[-1]], query)
     if is_causal:
         allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril()
         scores = scores.masked_fill(~allowed, float("-inf"))
@@ -292,6 +296,18 @@ def _attention(
     out = run(torch.matmul, run(torch.softmax, scores, -1).to(value.dtype), value)
     tracer.fuse(start, F.scaled_dot_product_attention, *as_called, out)
     return out
+
+
+def _is_usual(tracer: Tracer, scale: SizedFloat, query: Tensor) -> bool:
+    """Whether a scale of attention is a constant by the root of the size of a head, which is not to be fixed by it then."""
+    dim, expression = tracer.dims(query)[-1], scale.size.expression
+    known = [e.dim for e in tracer.record.equations if e.expression == expression]
+    if isinstance(expression, Extent):
+        known.append(expression.dim)
+    if scale.power != -0.5 or not any(axes.same(dim, other) for other in known):
+        return False
+    tracer.record.equations[:] = [e for e in tracer.record.equations if e is not scale.fixed]
+    return True
 
 
 def _one_hot(tracer: Tracer, tensor: Tensor, num_classes: int = -1) -> Tensor:
@@ -339,6 +355,13 @@ def _equate_all(tracer: Tracer, sizes: Sequence[int], dims: Sequence[Dim]) -> No
 @_on("view", "reshape", "expand", "broadcast_to", "_unsafe_view")
 def _shaped(tracer: Tracer, out: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> None:
     _equate_all(tracer, _ints((*args, *kwargs.values())), tracer.dims(out))
+
+
+@_on("reshape_as", "view_as", "expand_as")
+def _shaped_as(tracer: Tracer, out: Tensor, x: Tensor, other: Tensor) -> None:
+    """Each size is that of the other tensor, as in `x.reshape(other.shape)`."""
+    sizes = [SizedInt(n, Extent(dim)) if axes.is_free(dim) else n for n, dim in zip(other.shape, tracer.dims(other))]
+    _equate_all(tracer, sizes, tracer.dims(out))
 
 
 @_on("unflatten")

@@ -7,7 +7,10 @@ with the same axes form one depth dimension.
 
 from __future__ import annotations
 
+import ast
 import bisect
+import functools
+import types
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,8 +18,8 @@ from typing import Any
 
 from torch import nn
 
-from . import axes
-from .sizes import Attribute
+from . import axes, modes
+from .sizes import Attribute, attributes_of
 from .tracer import Call, Record, Value
 
 
@@ -26,7 +29,8 @@ class Blocks:
 
     forms: for branches, the argument and the form of the output of each (see `branches.zero`); empty for whole blocks.
     outputs: for whole blocks, the form of the output of each; None where it has none of these.
-    lists: those that hold an entry for each child of the container, which the forward takes by its position.
+    modified: of each whole block, whether the forward writes to its output.
+    follow: lists with an entry for each child of the container, which the forward takes by its position, and how many there are.
     """
 
     name: str
@@ -35,8 +39,9 @@ class Blocks:
     ranges: tuple[tuple[int, int], ...]
     minimum: int  # a container whose every child is removable keeps one
     forms: tuple[tuple[Any, Any], ...] = ()
-    lists: tuple[Attribute, ...] = ()
+    follow: tuple[Attribute, ...] = ()
     outputs: tuple[Any, ...] = ()
+    modified: tuple[bool, ...] = ()
 
 
 def find(model: nn.Module, record: Record) -> list[Blocks]:
@@ -45,6 +50,7 @@ def find(model: nn.Module, record: Record) -> list[Blocks]:
     called = {call.path: call for call in record.calls if times[call.path] == 1}
     sums = [addition.op for addition in record.additions]
     adding = [c for c in called.values() if bisect.bisect_right(sums, c.start) < bisect.bisect_right(sums, c.end)]
+    adding = [c for c in adding if not _writes_to_its_input(c, record)]
     removable = {call.path: call for call in adding if _is_residual(call, record)}
     runs: list[tuple[str, list[Call]]] = []
     reached = _reached_into(record, removable)
@@ -70,10 +76,18 @@ def find(model: nn.Module, record: Record) -> list[Blocks]:
             Blocks(
                 f"{container}{span} depth".strip(), container, tuple(paths),
                 tuple((call.start, call.end) for call in run), int(len(run) == len(children)),
-                lists=_lists(container, children, record), outputs=tuple(call.form for call in run),
+                outputs=tuple(call.form for call in run),
+                follow=(*_lists(container, children, record), *_numbers(model, container, len(children), record)),
+                modified=tuple(call.result is not None and call.result.origin in record.modified for call in run),
             )
         )  # fmt: skip
     return sorted(found, key=lambda b: b.ranges[0])
+
+
+def _writes_to_its_input(call: Call, record: Record) -> bool:
+    """Whether a block adds in place, `x += f(x)`: there is nothing left then to hand on without it."""
+    written = record.modified.get(call.source.origin, ()) if call.source is not None else ()
+    return any(call.start < op <= call.end for op in written)
 
 
 def _reached_into(record: Record, removable: dict[str, Call]) -> set[str]:
@@ -160,6 +174,40 @@ def _lists(container: str, children: list[str], record: Record) -> tuple[Attribu
         if {i for _, i in entries} == set(range(len(children))) and nearest == [i for _, i in entries]:
             found.append(attribute)
     return tuple(found)
+
+
+def _numbers(model: nn.Module, container: str, children: int, record: Record) -> tuple[Attribute, ...]:
+    """The numbers of children that forwards count up to: `for i in range(self.layers): x = self.blocks[i](x)`.
+
+    Where nothing else is made of such a number, and no other list of the module has as many entries.
+    """
+    if not container:
+        return ()
+    parent = model.get_submodule(_parent(container))
+    cls: Any = type(parent)
+    like = [m for m in parent.children() if isinstance(m, (nn.ModuleList, nn.Sequential)) and len(m) == children]
+    named = [name for name in _counted_up_to(cls) if parent.__dict__.get(name) == children]
+    if not named or len(like) != 1:
+        return ()
+    sizes = [e.expression for e in record.equations] + [e for d in record.decisions for e in (d.left, d.right)]
+    used = {(a.module, a.key) for e in sizes for a in attributes_of(e)}
+    found = [Attribute(_parent(container), (name,), children) for name in named]
+    return tuple(a for a in found if (a.module, a.key) not in used)
+
+
+@functools.cache
+def _counted_up_to(cls: Any) -> tuple[str, ...]:
+    """The attributes to which the methods of a class count: `range(self.layers)`."""
+    found: list[str] = []
+    for function in [m for c in cls.__mro__ for m in vars(c).values() if isinstance(m, types.FunctionType)]:
+        if "range" not in function.__code__.co_names or (tree := modes.syntax(function)) is None:
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "range" and len(node.args) == 1:
+                (end,) = node.args
+                if isinstance(end, ast.Attribute) and isinstance(end.value, ast.Name):
+                    found.append(end.attr)
+    return tuple(dict.fromkeys(found))
 
 
 def _runs(container: str, module: nn.Module, removable: dict[str, Call]) -> list[list[Call]]:

@@ -50,9 +50,14 @@ NAMES = {
 }  # fmt: skip
 """Name of a torch function or method -> what its calls are counted as."""
 
-SCALINGS = {"mul": 1, "div": -1}
+SCALINGS = {"mul": 1, "div": -1, "mul_": 1, "div_": -1}
 """What is counted where the second factor is a plain number -> the sign of its power."""
-_SCALED = {"mul": "mul", "div": "div", "true_divide": "div"}
+_SCALED = {
+    "mul": "mul", "div": "div", "true_divide": "div", "mul_": "mul_", "div_": "div_", "__imul__": "mul_", "__itruediv__": "div_",
+}  # fmt: skip
+
+GIVEN_SCALE = "attention scale, given"
+"""The kind of normalisation that attention is whose scale the forward works out from the size of a head."""
 
 # Python bodies: one call outside a trace, many inside
 _COMPOSITE = ("torch.functional", "torch.nn.functional", f"{__package__}.plainly")
@@ -97,7 +102,8 @@ class CallSite:
 
     dims: (position in that tensor, axes).
     zero: of attention, whether the query is not zero yet where it is masked; of a top-k, whether nothing else is masked.
-    power: of a product with a constant times a power of the size of the one dimension: that power.
+    power: of a product with a constant times a power of the size of the one dimension, or attention of such a scale: that power.
+    modified: whether the forward writes to the result, of which a gate must not keep more than a copy then.
     """
 
     module: str
@@ -107,6 +113,7 @@ class CallSite:
     dims: tuple[tuple[int, Dim], ...]
     zero: bool = False
     power: float = 0
+    modified: bool = False
 
 
 @dataclass
@@ -388,13 +395,23 @@ def _attention(func: Any, args: Any, kwargs: Any, found: CallSite, masks: Any) -
         query = Scaled.apply(query, scale, kept is not None)
         if kept is not None and kept < axes.size(dim):  # the operator scales: no other query is made and kept
             kwargs["scale"] = (axes.size(dim) / kept / query.shape[-1]) ** 0.5
+    elif found.power:
+        query = query * masks.share(dim, found.power).to(query.dtype)
     return func(query, *args[1:], **kwargs)
 
 
 def _rescaled(func: Any, args: Any, kwargs: Any, found: CallSite, masks: Any) -> Tensor:
     """A constant times n ** power is the factor: of k kept elements it is that of all N times (k / N) ** power."""
     ((_, dim),) = found.dims
-    return Scaled.apply(func(*args, **kwargs), masks.share(dim, found.power), masks.is_whole(dim))
+    out = Scaled.apply(func(*args, **kwargs), masks.share(dim, found.power), masks.is_whole(dim))
+    return out.clone() if found.modified else out
+
+
+def _rescaled_in_place(func: Any, args: Any, kwargs: Any, found: CallSite, masks: Any) -> Tensor:
+    """The same, of a tensor that the forward writes the product to."""
+    ((_, dim),) = found.dims
+    out = func(*args, **kwargs)
+    return out.mul_(masks.share(dim, found.power).to(out.dtype))
 
 
 class Scaled(torch.autograd.Function):
@@ -470,5 +487,5 @@ _FORMS: dict[str, Callable[..., Any]] = {
     "topk": _extreme, "argmax": _extreme, "argmin": _extreme, "batch_norm": _standardised,
     "loss": _loss, "logsumexp": _logsumexp, "distance": _distance,
     "sum": _masked, "norm": _masked, "attention": _attention, **dict.fromkeys(_PRODUCTS, _masked),
-    **dict.fromkeys(SCALINGS, _rescaled),
+    "mul": _rescaled, "div": _rescaled, "mul_": _rescaled_in_place, "div_": _rescaled_in_place,
 }  # fmt: skip

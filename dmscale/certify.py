@@ -9,6 +9,7 @@ leave nothing trivial: layers initialised to zero or one would hide a wrong slic
 from __future__ import annotations
 
 import contextlib
+import functools
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -36,14 +37,22 @@ def certify(space: SearchSpace) -> None:
         _certify(space)
 
 
-def _certify(space: SearchSpace) -> None:
-    model, inputs = trial_model(space)
+def _certify(space: SearchSpace, above_zero: bool = False) -> None:
+    model, inputs = trial_model(space, above_zero)
     before = None
     while before != space.dimensions:  # once, where nothing fails: other blocks may go where a dimension less is tried
+        by_rounding = 0.0
         if _untried(space):
-            _certify_those(space, model, inputs, lambda: [n for n, d in space.dimensions.items() if d.kind != "depth"])
+            by_rounding = _certify_those(
+                space, model, inputs, lambda: [n for n, d in space.dimensions.items() if d.kind != "depth"]
+            )
         before = dict(space.dimensions)
-        _certify_those(space, model, inputs, lambda: list(space.dimensions))
+        by_rounding = by_rounding or _certify_those(space, model, inputs, lambda: list(space.dimensions))
+        if by_rounding == float("inf") and not above_zero:
+            return _certify(space, above_zero=True)
+        if by_rounding:
+            space.trace.notes.append(f"what is found was not tried: {unsteady(by_rounding)}")
+            return
 
 
 def _untried(space: SearchSpace) -> list[str]:
@@ -67,11 +76,17 @@ def _inside(space: SearchSpace, path: str) -> dict[Any, str]:
     }
 
 
-def _certify_those(space: SearchSpace, model: nn.Module, inputs: Any, chosen: Callable[[], list[str]]) -> None:
+def _certify_those(space: SearchSpace, model: nn.Module, inputs: Any, chosen: Callable[[], list[str]]) -> float:
+    """Freeze what fails.  Returns what rounding makes of the outputs where that is too much for a trial, else 0."""
     names = chosen()
     while names and _trial(space, model, inputs, names) is not None:
-        if not _runs(model, inputs):
+        outputs = _outputs(model, inputs)
+        if outputs is None:
             continue
+        no_numbers = any(bool(t.isnan().any()) for t in outputs)
+        by_rounding = float("inf") if no_numbers else shaken(space, model, inputs, _halved(space, names))
+        if by_rounding > 1e-4:
+            return by_rounding
         bad = at_fault(lambda some: _trial(space, model, inputs, some), names)
         if not bad:
             name, others, failure = _at_fault_together(space, model, inputs, names)
@@ -85,6 +100,7 @@ def _certify_those(space: SearchSpace, model: nn.Module, inputs: Any, chosen: Ca
                 else:
                     space.take_out([name], f"failed its trial: {reason}")
         names = chosen()
+    return 0.0
 
 
 def _runs_with_cache(space: SearchSpace) -> bool:
@@ -98,13 +114,17 @@ def _runs_with_cache(space: SearchSpace) -> bool:
     return True
 
 
-def trial_model(space: SearchSpace) -> tuple[nn.Module, Any]:
+def trial_model(space: SearchSpace, above_zero: bool = False) -> tuple[nn.Module, Any]:
     """A copy of the space's model on which nothing is trivial, in evaluation mode, and the inputs for it.
+
+    Args:
+        space: of a model that runs.
+        above_zero: whether buffers of zeros become positive: a variance may be among them, of which roots are taken.
 
     Half precision becomes float32: a trial is about indices, not about rounding.
     """
     model = clone(space.model, own_copy) if space.writes_parameters else space.model
-    model = clone(model, _non_trivial).eval()
+    model = clone(model, functools.partial(_non_trivial, above_zero=above_zero)).eval()
     model = model if space.trace.cached else quiet(model)
     inputs = space.example_inputs
     low = {t.dtype for t in model.parameters() if t.is_floating_point()} - {torch.float32, torch.float64}
@@ -114,19 +134,18 @@ def trial_model(space: SearchSpace) -> tuple[nn.Module, Any]:
     return model, inputs
 
 
-def _runs(model: nn.Module, inputs: Any) -> bool:
-    """Whether the model itself runs; False where it did not for what the trace had left in a cache, which has been emptied.
+def _outputs(model: nn.Module, inputs: Any) -> list[Tensor] | None:
+    """Those of the model itself; None where it did not run for what the trace had left in a cache, which has been emptied.
 
     Raises:
         TraceError: it does not: a trace without values lets pass what a kernel may refuse, integers given to a linear layer say.
     """
     try:
-        running.outputs(model, inputs)
+        return running.outputs(model, inputs)
     except Exception as failure:
         if empty_caches():
-            return False
+            return None
         raise failed_forward(model, failure) from failure
-    return True
 
 
 def at_fault(trial: Callable[[Sequence[str]], str | None], names: Sequence[str]) -> dict[str, str]:
@@ -166,11 +185,43 @@ def _trial(space: SearchSpace, model: nn.Module, inputs: Any, names: Sequence[st
     return None if error <= 1e-4 else f"exported and gated model differ by {error:.1e}"
 
 
+def unsteady(by_rounding: float) -> str:
+    """Why two models cannot be compared whose outputs differ so much where weights differ by rounding."""
+    if by_rounding == float("inf"):
+        return "outputs on example_inputs are no numbers (NaN), so two models cannot be compared"
+    return f"outputs differ by {by_rounding:.0e} where weights differ by rounding, so two models cannot be compared"
+
+
+def shaken(space: SearchSpace, model: nn.Module, inputs: Any, structure: Structure) -> float:
+    """Relative difference that weights which differ by rounding make in the outputs of a structure, gated and exported.
+
+    The smaller of the two: inf only where both have outputs that are no numbers, 0 where one does not run.
+    """
+    other = clone(model, _rounded)
+    try:
+        return min(
+            compare(space._gate(model, structure), space._gate(other, structure), inputs),
+            compare(space.build(structure, model), space.build(structure, other), inputs),
+        )
+    except Exception:
+        return 0.0
+
+
+def _rounded(t: Tensor) -> Tensor:
+    """A parameter of which each element is off by up to four units in its last place; a copy of a buffer."""
+    if not isinstance(t, nn.Parameter) or not t.is_floating_point():
+        return own_copy(t)
+    generator = torch.Generator().manual_seed(t.numel())
+    noise = (torch.rand(t.shape, generator=generator) * 2 - 1).to(t.device, t.dtype)
+    return nn.Parameter(t.detach() * (1 + 4 * torch.finfo(t.dtype).eps * noise), requires_grad=t.requires_grad)
+
+
 def _halved(space: SearchSpace, names: Sequence[str]) -> Structure:
     """About half of everything: an odd number of a width, for what holds of a half may hold of round numbers only.
 
-    Widths of one size get different ones: what keeps them equal, if they must be, would not show else.  Where the forward
-    decides by a size, one at which it decides otherwise.
+    Widths of one size get different ones: what keeps them equal, if they must be, would not show else; nor would it where one
+    element is left, which is broadcast, so more stay if more than two are there.  Where the forward decides by a size, one at
+    which it decides otherwise.
     """
     rng, turns = random.Random(0), space.turns
     sizes: dict[str, float] = {}
@@ -180,6 +231,8 @@ def _halved(space: SearchSpace, names: Sequence[str]) -> Structure:
         half = d.size // 2
         if d.kind != "depth":
             half -= (half + 1) % 2 + 2 * (alike[d.size] % 3)
+            if half < 2 < d.size:
+                half = d.size - 1 if d.size > 4 and alike[d.size] % 2 else min(3, d.size - 1) - alike[d.size] % 2
             alike[d.size] += 1
         sizes[n] = turns[n].at if n in turns else max(d.lowest, half)
     scores = {m: [rng.random() for _ in range(t)] for n in names for m, t in space._members(space.dimensions[n])}
@@ -237,7 +290,7 @@ def tolerance(model: nn.Module) -> float:
     return max([1e-4, *(16 * torch.finfo(d).eps for d in kinds if d.itemsize < 4)])
 
 
-def _non_trivial(t: Tensor) -> Tensor:
+def _non_trivial(t: Tensor, above_zero: bool = False) -> Tensor:
     """`t` itself if its elements differ, else random ones around its constant: ones of a norm, zeros of a gate."""
     if t.layout is not torch.strided:  # a sparse table
         return t
@@ -247,8 +300,8 @@ def _non_trivial(t: Tensor) -> Tensor:
     c = float(first[0])
     generator = torch.Generator().manual_seed(t.numel())
     noise = torch.rand(t.shape, generator=generator) - 0.5
-    start = 0 if isinstance(t, nn.Parameter) else 0.5  # a buffer of zeros may be a variance
-    values = c * (1 + noise) if abs(c) >= 0.1 else 0.4 * (noise + start)
+    least = 0.5 if above_zero and not isinstance(t, nn.Parameter) else 0
+    values = c * (1 + noise) if abs(c) >= 0.1 else 0.4 * (noise + least)
     values = values.to(t.device, t.dtype)
     return nn.Parameter(values, requires_grad=False) if isinstance(t, nn.Parameter) else values
 

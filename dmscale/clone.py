@@ -46,8 +46,14 @@ def clone(
         for t in (*module._parameters.values(), *module._buffers.values()):
             if t is not None and id(t) not in memo:
                 memo[id(t)] = replace(t)
+    functions: list[tuple[dict[str, Any], str]] = []
     try:
-        return _copy(model, memo, same if replace is same else _detached, _NOT_RUN if to_run else frozenset())
+        twin = _copy(
+            model, memo, same if replace is same else _detached, _NOT_RUN if to_run else frozenset(), functions
+        )
+        for state, key in functions:
+            state[key] = _rebound(state[key], memo)
+        return twin
     except Exception as error:
         raise TraceError(
             f"{type(model).__name__} cannot be deep-copied ({type(error).__name__}: {error}). dmscale works on a copy of "
@@ -60,12 +66,13 @@ def _detached(t: Tensor) -> Tensor:
 
 
 def _copy(
-    module: nn.Module, memo: dict[int, Any], replace: Callable[[Tensor], Tensor], shared: frozenset[str]
-) -> nn.Module:
+    module: nn.Module, memo: dict[int, Any], replace: Callable[[Tensor], Tensor], shared: frozenset[str],
+    functions: list[tuple[dict[str, Any], str]],
+) -> nn.Module:  # fmt: skip
     """`copy.deepcopy` of a module, several times faster: most of what a module holds needs no copying.
 
     `replace` makes the tensors that are neither parameters nor buffers; what stands under the names in `shared` stays, if it
-    is empty.
+    is empty.  Where a module holds a function that encloses something is added to `functions`.
     """
     if id(module) in memo:
         return memo[id(module)]
@@ -82,6 +89,8 @@ def _copy(
     for key, value in module.__dict__.items():
         kind = type(value)
         if kind in _ATOMIC:
+            if kind is types.FunctionType and value.__closure__ and key != "_compiled_call_impl":
+                functions.append((state, key))
             continue
         if kind in _EMPTY and not value:
             if key not in shared:
@@ -89,11 +98,13 @@ def _copy(
         elif kind is tuple and _ATOMIC.issuperset(map(type, value)):
             continue
         elif key == "_modules":
-            state[key] = {n: None if m is None else _copy(m, memo, replace, shared) for n, m in value.items()}
+            state[key] = {
+                n: None if m is None else _copy(m, memo, replace, shared, functions) for n, m in value.items()
+            }
         elif key in ("_parameters", "_buffers"):
             state[key] = {n: None if t is None else memo[id(t)] for n, t in value.items()}
         elif isinstance(value, nn.Module):
-            state[key] = _copy(value, memo, replace, shared)
+            state[key] = _copy(value, memo, replace, shared, functions)
         elif isinstance(value, Tensor):
             if id(value) not in memo:
                 memo[id(value)] = replace(value)
@@ -110,6 +121,27 @@ def _copy(
         if hasattr(module, name):
             setattr(twin, name, copy.deepcopy(getattr(module, name), memo))
     return twin
+
+
+def _rebound(function: types.FunctionType, memo: dict[int, Any]) -> types.FunctionType:
+    """`function` with the copies of the modules and tensors that it encloses: `lambda t: t @ self.embed.weight.t()`."""
+    closure = function.__closure__ or ()
+    cells = tuple(_with_copy(cell, memo) for cell in closure)
+    if cells == closure:
+        return function
+    twin = types.FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, cells)
+    twin.__kwdefaults__ = function.__kwdefaults__
+    twin.__dict__.update(function.__dict__)
+    return twin
+
+
+def _with_copy(cell: types.CellType, memo: dict[int, Any]) -> types.CellType:
+    try:
+        value = cell.cell_contents
+    except ValueError:  # a name that its function has not given a value yet
+        return cell
+    known = isinstance(value, (nn.Module, Tensor)) and memo.get(id(value), value) is not value
+    return types.CellType(memo[id(value)]) if known else cell
 
 
 @functools.cache

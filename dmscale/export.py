@@ -21,7 +21,7 @@ from .clone import clone
 from .errors import ExportError
 from .known import describe
 from .polynomial import Quotient
-from .sizes import Attribute, with_entries
+from .sizes import Attribute, is_copy_of_items, with_entries
 
 PLAN = "dmscale_plan"
 EXPANSION = "dmscale_expansion"
@@ -54,7 +54,7 @@ def build(
         "branches": {"gone": [], "groups": []},
     }
     modules = dict(small.named_modules())  # under the names of the full model
-    lists: dict[str, set[Attribute]] = {}
+    follow: dict[str, set[Attribute]] = {}
     gone: dict[str, set[str]] = {}  # a container may hold several stacks: take all their blocks out at once
     for name, stack in stacks.items():
         kept = depths.get(name, tuple(range(len(stack.paths))))
@@ -65,17 +65,18 @@ def build(
             plan["branches"]["groups"].append(list(stack.paths))
         elif lost:
             gone.setdefault(stack.container, set()).update(lost)
-            lists.setdefault(stack.container, set()).update(stack.lists)
+            follow.setdefault(stack.container, set()).update(stack.follow)
     branches.remove(modules, **plan["branches"])
     for container, lost in sorted(gone.items(), key=lambda c: -c[0].count(".")):  # inner first: outer ones renumber
         children = [name for name, _ in small.get_submodule(container).named_children()]
         blocks.remove(small, container, lost)
         plan["blocks"].append([container, sorted(lost)])
         stay = [i for i, name in enumerate(children) if name not in lost]
-        for attribute in sorted(lists[container], key=str):
-            entries = [get_attribute(small, attribute)[i] for i in stay]
-            set_attribute(small, attribute, entries)
-            plan["attributes"].append([attribute.module, list(attribute.key), entries])
+        for attribute in sorted(follow[container], key=str):
+            held = get_attribute(small, attribute)
+            value = len(stay) if isinstance(held, int) else [held[i] for i in stay]
+            set_attribute(small, attribute, value)
+            plan["attributes"].append([attribute.module, list(attribute.key), value])
     setattr(small, PLAN, plan)
     small.__dict__.pop(EXPANSION, None)  # what it says of elements holds for the larger model
     return small
@@ -160,7 +161,10 @@ def set_attribute(model: nn.Module, attribute: Attribute, value: int | list) -> 
     if not rest:
         setattr(module, name, value)
         return
+    copied = f"_{name}" in module.__dict__ and is_copy_of_items(module.__dict__, f"_{name}")
     setattr(module, name, _with(getattr(module, name), rest, value))
+    if copied:
+        setattr(module, f"_{name}", tuple(getattr(module, name).items()))
 
 
 def _with(holder: Any, key: Sequence[str | int], value: Any) -> Any:

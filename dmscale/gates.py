@@ -64,6 +64,7 @@ class NormSite:
 
     `weight` is scaled where it is a parameter and there is a bias; else the output, without the `bias` that it holds.
     `input_kept`: whether the input is that or the output of a removable block, which the gate of the block keeps.
+    `modified`: whether the forward writes to the output, which no gate must keep then.
     """
 
     module: str
@@ -75,6 +76,7 @@ class NormSite:
     weight: str | None
     bias: str | None
     input_kept: bool = False
+    modified: bool = False
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,8 @@ def plan(trace: Trace, blocks: Sequence[Blocks]) -> Sites:
         site = _norm_site(trace, norm)
         # a normalisation written out is masked where it takes its statistics, if these calls can be found again
         by_parts = isinstance(site, str) or bool(_other_parts(trace, norm))
-        if by_parts and functions.add(norm.op, free, norm.source):
+        power = -0.5 if norm.kind == calls.GIVEN_SCALE else 0
+        if by_parts and functions.add(norm.op, free, norm.source, power=power):
             continue
         if isinstance(site, str):
             for dim in norm.dims:
@@ -176,6 +179,8 @@ def _note_kept_inputs(trace: Trace, norms: dict[str, NormSite], paths: set[str])
     for call in trace.record.calls:
         if call.path in norms and call.source is not None and call.source.origin in kept:
             norms[call.path] = replace(norms[call.path], input_kept=True)
+        if call.path in norms and call.result is not None and call.result.origin in trace.record.modified:
+            norms[call.path] = replace(norms[call.path], modified=True)
 
 
 def _plan_scales(trace: Trace, functions: CallSites) -> None:
@@ -209,10 +214,13 @@ class CallSites:
         self.trace = trace
         self.sites: dict[tuple[str, str, int], CallSite] = {}
 
-    def add(self, op: int, dims: Sequence[Dim], source: Value | None = None, zero: bool = False) -> bool:
+    def add(
+        self, op: int, dims: Sequence[Dim], source: Value | None = None, zero: bool = False, power: float = 0
+    ) -> bool:  # fmt: skip
         """Gate the call that ran operator `op` along `dims`; False where there is none, or it cannot be told apart.
 
-        With `zero` it must also make zero what is masked: there were no weights to do so.
+        With `zero` it must also make zero what is masked: there were no weights to do so.  Of attention, `power` is that of the
+        scale that it is given.
         """
         call = calls.at(self.trace.record, op)
         site = None if call is None else calls.site(call, dims, source)
@@ -228,12 +236,14 @@ class CallSites:
             and all(i == j and axes.same(p, q) for (i, p), (j, q) in zip(other.dims, site.dims))
         )
         if alike:
-            self.sites[key] = replace(other, zero=other.zero or zero)
+            self.sites[key] = replace(other, zero=other.zero or zero, power=other.power or power)
         return alike
 
     def scale(self, call: FunctionCall, dim: Dim, power: float) -> None:
         """Let `call` follow the size of `dim`, with a power of which it multiplies."""
-        self.sites[call.key] = CallSite(*call.key, 0, ((0, dim),), power=power)
+        same = [f.result for f in self.trace.record.functions if f.key == call.key]
+        written = any(v is not None and v.origin in self.trace.record.modified for v in same)
+        self.sites[call.key] = CallSite(*call.key, 0, ((0, dim),), power=power, modified=written)
 
     def kept(self) -> tuple[CallSite, ...]:
         """The sites whose axes are free in the end."""
@@ -528,7 +538,8 @@ def attach(
     for stack in sites.blocks:
         for i, path in enumerate(stack.paths):
             form = stack.forms[i][1] if stack.forms else stack.outputs[i]
-            gate = BlockGate(masks, stack.name, i, bool(stack.forms), form if trainable else None)
+            modified = bool(stack.modified) and stack.modified[i]
+            gate = BlockGate(masks, stack.name, i, bool(stack.forms), form if trainable else None, modified)
             gated.get_submodule(path).register_forward_hook(gate, with_kwargs=True)
             block_gates[path] = gate
     in_module: dict[str, list[CallSite]] = {}
@@ -633,7 +644,13 @@ class Rescale:
         if self.site.bias is not None:
             b = getattr(module, self.site.bias)
             return replace_first(out, lambda y: torch.lerp(b.to(y.dtype), y, scale.to(y.dtype)))
-        return replace_first(out, lambda y: calls.Scaled.apply(y, scale, self.masks.is_whole(self.site.dim)))
+        whole = self.masks.is_whole(self.site.dim)
+        return replace_first(out, lambda y: _apart(calls.Scaled.apply(y, scale, whole), self.site.modified))
+
+
+def _apart(x: Tensor, modified: bool) -> Tensor:
+    """`x`, or a copy where the forward writes to it: a gate keeps it for its gradient, or has handed on what it was given."""
+    return x.clone() if modified else x
 
 
 @dataclass
@@ -641,6 +658,7 @@ class BlockGate:
     """After a block: lerp(input, output, gate).  After a branch: lerp(0, output, gate).
 
     form: of the output, as in `branches.zero`; None where the block must be run.
+    modified: whether the forward writes to the output.
     """
 
     masks: Masks
@@ -648,6 +666,7 @@ class BlockGate:
     index: int
     branch: bool = False
     form: Any = None
+    modified: bool = False
     skipped: bool = False  # in the call of the moment
 
     def can_skip(self) -> bool:
@@ -666,13 +685,13 @@ class BlockGate:
         # a compiled model would be compiled anew at every change of what is decided, and fuses the lerp anyway
         is_in = None if torch.compiler.is_compiling() else self.masks.is_in(self.stack, self.index)
         if self.skipped:
-            return out  # as `SkippableForward` made it
+            return replace_first(out, lambda y: _apart(y, self.modified))  # as `SkippableForward` made it
         if is_in is None:
             x = torch.zeros_like(x) if self.branch else x
             return replace_first(out, lambda y: torch.lerp(x, y, gate.to(y.dtype)))
         if self.branch:
-            return replace_first(out, lambda y: Kept.apply(y, gate, is_in))
-        return replace_first(out, lambda y: Chosen.apply(x, y, gate, is_in))
+            return replace_first(out, lambda y: _apart(Kept.apply(y, gate, is_in), self.modified))
+        return replace_first(out, lambda y: _apart(Chosen.apply(x, y, gate, is_in), self.modified))
 
 
 class SkippableForward(running.StandIn):

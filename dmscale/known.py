@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,8 +13,8 @@ from torch import nn
 from . import running
 from .tree import walk
 
-# Attributes of PyTorch's own layers that describe their parameters but that no forward reads (a linear layer multiplies
-# by whatever its weight is), so no trace sees them: attribute -> (parameter, dimension).
+# Attributes of PyTorch's own layers that describe their parameters and that their own forwards do not read (a linear layer
+# multiplies by whatever its weight is): attribute -> (parameter, dimension).
 DESCRIPTIVE: dict[type[nn.Module], dict[str, tuple[str, int]]] = {
     nn.Linear: {"in_features": ("weight", 1), "out_features": ("weight", 0)},
     nn.Embedding: {"num_embeddings": ("weight", 0), "embedding_dim": ("weight", 1)},
@@ -84,6 +85,17 @@ def recount(model: nn.Module, container: str, sources: Sequence[int]) -> None:
                 module.__dict__["config"] = own
 
 
+@functools.cache
+def described(cls: Any) -> dict[str, tuple[str, int]]:
+    """Attribute -> (parameter, dimension) of what a layer of PyTorch's says of its parameters."""
+    return {
+        attribute: place
+        for kind, said in DESCRIPTIVE.items()
+        if issubclass(cls, kind)
+        for attribute, place in said.items()
+    }
+
+
 def describe(module: nn.Module) -> None:
     """Bring the descriptive attributes of a PyTorch layer in line with its parameters."""
     if isinstance(module, (nn.modules.conv._ConvNd, *DESCRIPTIVE)):
@@ -102,14 +114,13 @@ def _describe(module: Any) -> None:
         else:
             module.out_channels, module.in_channels = a, b * module.groups
         return
-    for cls, attributes in DESCRIPTIVE.items():
-        if isinstance(module, cls):
-            for attribute, (parameter, dim) in attributes.items():
-                tensor = getattr(module, parameter, None)
-                if tensor is None:
-                    tensor = getattr(module, "running_mean", None)
-                if tensor is not None and getattr(module, attribute, None) != tensor.shape[dim]:
-                    setattr(module, attribute, tensor.shape[dim])
+    cls: Any = type(module)
+    for attribute, (parameter, dim) in described(cls).items():
+        tensor = getattr(module, parameter, None)
+        if tensor is None:
+            tensor = getattr(module, "running_mean", None)
+        if tensor is not None and getattr(module, attribute, None) != tensor.shape[dim]:
+            setattr(module, attribute, tensor.shape[dim])
 
 
 BY_PRODUCTS = frozenset(

@@ -156,15 +156,17 @@ class _Combination:
         """The mask of the dimension from those of its axes, (N,); `without` the factor of one of these."""
         out = own[0].new_ones(len(self.elements[0]))
         if self.elements[0].device != out.device:
-            self._move(out.device)
+            self._move(out)
         for i, (mask, at) in enumerate(zip(own, self.elements)):
             if i != without:
                 out = out * torch.cat([mask, mask.new_ones(1)])[at]
         return out
 
     @torch.inference_mode(False)
-    def _move(self, device: torch.device) -> None:
-        self.elements, self.places = ([t.to(device) for t in ts] for ts in (self.elements, self.places))
+    def _move(self, like: Tensor) -> None:
+        self.elements, self.places = (
+            [like.new_empty(t.shape, dtype=t.dtype).copy_(t) for t in ts] for ts in (self.elements, self.places)
+        )
 
     def collect(self, i: int, values: Tensor) -> Tensor:
         """The sum of `values` (N,) over all that each element of axis number `i` is in, (size,)."""

@@ -162,7 +162,7 @@ def _in_method(cls: Any, method: Any) -> Iterator[Branch]:
     function = inspect.unwrap(method) if callable(method) else getattr(method, "fget", None)
     if not isinstance(function, types.FunctionType) or not _names_training(function.__code__):
         return
-    tree = _source(function)
+    tree = syntax(function)
     if tree is None:
         yield Branch()  # without its source all that is known is that it asks
         return
@@ -173,7 +173,7 @@ def _in_method(cls: Any, method: Any) -> Iterator[Branch]:
         yield Branch(test, me, of_itself)
 
 
-def _source(function: types.FunctionType) -> ast.AST | None:
+def syntax(function: types.FunctionType) -> ast.AST | None:
     """The syntax of a function; None where its source is not at hand."""
     code = function.__code__
     lines = linecache.getlines(code.co_filename, function.__globals__)[code.co_firstlineno - 1 : _last_line(code)]
@@ -230,7 +230,7 @@ def _called(expression: ast.expr, function: types.FunctionType, cls: Any, me: st
 
 def _as_called(function: types.FunctionType, call: ast.Call) -> ast.AST | None:
     """The source of a function with the arguments of a call in the place of their names."""
-    tree = _source(function)
+    tree = syntax(function)
     method = (
         isinstance(call.func, ast.Attribute)
         and function.__qualname__.count(".")

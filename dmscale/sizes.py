@@ -12,6 +12,7 @@ A literal is an expression too: `view(b, n, 8, 64)` says that the last axis is 6
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -134,6 +135,12 @@ def listed(values: list, attribute: Attribute) -> Listed:
 def with_entries(holder: Any, entries: Mapping[str, Any]) -> Any:
     """A copy of a dict or a named tuple with other values under some of its names."""
     return {**holder, **entries} if isinstance(holder, dict) else holder._replace(**entries)
+
+
+def is_copy_of_items(held: Mapping[str, Any], key: str) -> bool:
+    """Whether a module holds under `_name` the items of the dict that it holds as `name`, as layers of einops do."""
+    named = held.get(key[1:]) if type(held[key]) is tuple else None
+    return type(named) is dict and bool(named) and held[key] == tuple(named.items())
 
 
 class SizedInt(int):
@@ -612,12 +619,17 @@ def _freeze_unrelated(
                 if pair is not None:
                     _join(links, pair)
                     progress = True
+        if not progress:  # one at a time: what it links may be a pair in another one
+            shares = (_in_proportion(*in_units(difference, links)) for _, difference in related)
+            same_share = next((found for found in shares if found is not None), None)
+            if same_share is not None:
+                _join(links, same_share)
+                progress = True
     for eq, difference in related:
-        units, sizes = in_units(difference, links)
-        if (same_share := _in_proportion(units, sizes)) is not None:
-            _join(links, same_share)
-        elif units.terms and not any(v.reasons for v in difference.variables):  # type: ignore[attr-defined]
-            _freeze(_least_to_fix(units, eq, known), f"its size is fixed in {eq.where}")
+        units, _ = in_units(difference, links)
+        if units.terms and not any(v.reasons for v in difference.variables):  # type: ignore[attr-defined]
+            shared = difference.variables - _without_common_factors(difference).variables
+            _freeze(_least_to_fix(units, eq, known) - shared, f"its size is fixed in {eq.where}")
 
 
 def _eliminated(equations: list[Poly]) -> list[Poly]:
@@ -657,6 +669,16 @@ def in_units(difference: Poly, links: list[set[Axis]]) -> tuple[Poly, dict[Axis,
     return Poly.of(difference.evaluate(values)), sizes
 
 
+def _without_common_factors(p: Poly) -> Poly:
+    """`p` without the variables that are factors of it: at positive values it is zero where `p` is."""
+    common: Counter[Hashable] | None = None
+    for m in p.terms:
+        common = Counter(m) if common is None else common & Counter(m)
+    if not common:
+        return p
+    return Poly({tuple(sorted((Counter(m) - common).elements(), key=id)): c for m, c in p.terms.items()})
+
+
 def _units(variables: set[Hashable], links: list[set[Axis]]) -> tuple[dict[Hashable, Poly], dict[Axis, int]]:
     """Variable -> what it is in units, of linked ones one; and the size of each unit that is unlike the axis' own."""
     values: dict[Hashable, Poly] = {v: Poly.variable(v) for v in variables}
@@ -688,7 +710,11 @@ def _proportional(difference: Poly, sizes: Mapping[Axis, int]) -> tuple[Axis, Ax
 
 
 def _in_proportion(difference: Poly, sizes: Mapping[Axis, int]) -> list[Axis] | None:
-    """The axes of which `difference = 0` holds at any share, if that may be less than the whole: it is a sum of them alone."""
+    """The axes of which `difference = 0` holds at any share, if that may be less than the whole: it is a sum of them alone.
+
+    Of heads * width = heads * (rotated + rest) the heads may be any number.
+    """
+    difference = _without_common_factors(difference)
     found = [v for m in difference.terms for v in m]
     if len(found) < 3 or any(len(m) != 1 for m in difference.terms) or any(v.reasons for v in found):  # type: ignore[attr-defined]
         return None

@@ -484,9 +484,15 @@ class SearchSpace:
             error = certify.compare(gated, clone(small, apart), self.example_inputs)
             tolerance = certify.tolerance(self.model)
             if not error <= tolerance:
+                by_rounding = certify.shaken(self, clone(self.model, apart), self.example_inputs, structure)
                 raise ExportError(
                     f"the exported {type(self.model).__name__} differs from the gated one by {error:.1e} (relative; allowed "
-                    f"{tolerance:.0e}). Please report it; space.freeze([...], 'reason') takes dimensions out meanwhile."
+                    f"{tolerance:.0e}). "
+                    + (
+                        f"Its {certify.unsteady(by_rounding)}; give other example_inputs, or export with verify=False."
+                        if by_rounding > tolerance
+                        else "Please report it; space.freeze([...], 'reason') takes dimensions out meanwhile."
+                    )
                 )
         return small
 
@@ -538,6 +544,7 @@ class SearchSpace:
                 for n, d in self.dimensions.items()
             },
             "frozen": dict(self.frozen),
+            "notes": self.trace.notes,
             "free": causes.free_share(self),
             "causes": [cause.to_dict() for cause in causes.find(self)],
         }

@@ -68,6 +68,7 @@ def space_table(space: SearchSpace) -> Group:
         parts.append(
             Text(f"Never read on the example, so exported as they are (a branch not taken would not fit): {few}")
         )
+    parts += [Text(f"Note: {note}") for note in space.trace.notes]
     return Group(*parts, *_what_is_free(space))
 
 

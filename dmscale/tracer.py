@@ -260,6 +260,7 @@ class Record:
     magnitudes: dict[str, str] = field(default_factory=dict)  # parameter divided by its norm -> what it is times
     not_alone: list[Dim] = field(default_factory=list)  # with one element left these dimensions would be gone
     steps: dict[int, Step] = field(default_factory=dict)  # by operator number
+    modified: dict[int, list[int]] = field(default_factory=dict)  # origin -> the operators that write to such a tensor
     results: set[int] = field(default_factory=set)  # origins of what the model returns
     decisions: dict[Decision, None] = field(default_factory=dict)  # what was asked of sizes
     by_values: dict[Axis, str] = field(default_factory=dict)  # an axis as long as values say -> the module that made it
@@ -619,6 +620,7 @@ class Tracer(TorchDispatchMode):
         for t in tensors:
             if t is not None:
                 origin = self.value(t).origin
+                self.record.modified.setdefault(self._parts.get(origin, origin), []).append(self.op)
                 if (name := self._named.get(self._parts.get(origin, origin))) is not None:
                     self.record.written.add(name)
 

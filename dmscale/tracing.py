@@ -25,10 +25,10 @@ from .axes import Axis, Dim
 from .carried import constructors
 from .clone import alias, clone, on_meta
 from .errors import TraceError
-from .known import is_by_product, is_result, quiet
+from .known import described, is_by_product, is_result, quiet
 from .modes import BothModes
 from .plainly import plainly
-from .sizes import Attribute, SizedInt, listed, with_entries
+from .sizes import Attribute, Extent, SizedInt, is_copy_of_items, listed, with_entries
 from .tracer import Call, Contraction, Normalisation, Record, Tracer, is_watched
 from .tree import once, walk
 
@@ -243,7 +243,7 @@ def _read(
     twin = twin if cached else quiet(twin, modules)
     tracer = Tracer(meta)
     slots, aliases, parameters = _watch_parameters(tracer, places)
-    _tag_sizes(modules)
+    _tag_sizes(modules, {**slots, **{name: slots[first] for name, first in aliases.items()}})
     examples = None if meta else routing.Examples(twin)  # without values none is chosen by them
     with BothModes(tracer, [module for _, module in modules]) as training:
         _run(tracer, twin, modules, args, kwargs, examples)
@@ -413,20 +413,28 @@ def _watch_parameters(
     return slots, aliases, parameters
 
 
-def _tag_sizes(modules: list[tuple[str, nn.Module]]) -> None:
-    """Make every int that a module holds remember which one it is."""
+def _tag_sizes(modules: list[tuple[str, nn.Module]], slots: Mapping[str, tuple[Dim, ...]]) -> None:
+    """Make every int that a module holds remember which one it is.
+
+    What PyTorch's layers say of their parameters (`embedding_dim`) is the size of these, as an export keeps it.
+    """
     for path, module in modules:
-        held = module.__dict__
+        cls: Any = type(module)
+        held, said, private = module.__dict__, described(cls), []
         for key in held.keys() - _UNSIZED:
             value = held[key]
             kind = type(value)
             if kind in _NO_SIZES:
                 continue
-            if key[:1] == "_" and (kind is not int or type(module).__module__.startswith("torch.")):
+            if key[:1] == "_" and (kind is not int or cls.__module__.startswith("torch.")):
+                if kind is tuple:
+                    private.append(key)
                 continue
             if kind is int:
                 if value > 1:
-                    held[key] = SizedInt(value, Attribute(path, (key,), value))
+                    dim = _described(path, said[key], slots) if key in said else ()
+                    expression = Extent(dim) if axes.size(dim) == value else Attribute(path, (key,), value)
+                    held[key] = SizedInt(value, expression)
             elif kind in (tuple, list) and value and all([type(v) is int for v in value]):
                 tagged = [SizedInt(v, Attribute(path, (key, i), v)) if v > 1 else v for i, v in enumerate(value)]
                 held[key] = kind(tagged)
@@ -437,6 +445,14 @@ def _tag_sizes(modules: list[tuple[str, nn.Module]]) -> None:
                 held[key] = listed(value, Attribute(path, (key,)))
             elif is_settings(value):
                 held[key] = _tagged_settings(value, path, key)
+        for key in [key for key in private if is_copy_of_items(held, key)]:
+            held[key] = tuple(held[key[1:]].items())
+
+
+def _described(path: str, place: tuple[str, int], slots: Mapping[str, tuple[Dim, ...]]) -> Dim:
+    parameter, position = place
+    dims = slots.get(f"{path}.{parameter}" if path else parameter, ())
+    return dims[position] if position < len(dims) else ()
 
 
 def _numbers(value: dict | tuple) -> dict[str, int]:

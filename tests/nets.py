@@ -688,7 +688,7 @@ EXPECTED: dict[Callable[[], tuple[nn.Module, Any]], dict[tuple[str, int], int]] 
     branch_on_value: {(W, 16): 1, (W, 12): 1},
     residual_stack: {(W, 18): 1, (W, 22): 5, (D, 5): 1},
     residual_conv: {(W, 16): 1, (W, 10): 4, (D, 4): 1},
-    fused_attention: {(W, 24): 1, (H, 3): 1},
+    fused_attention: {(W, 24): 1, (H, 3): 1, (W, 8): 1},
     split_attention: {(W, 24): 1, (H, 3): 1, (W, 8): 2},
     gqa_by_expand: {(W, 24): 1, (H, 3): 1, (H, 2): 1, (W, 8): 2},
     gqa_native: {(W, 24): 1, (H, 3): 1, (H, 2): 1, (W, 8): 2},

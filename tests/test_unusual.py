@@ -6,6 +6,7 @@ Each keeps what design.md section 4 promises at every structure, the smallest in
 from __future__ import annotations
 
 import functools
+import math
 import types
 
 import pytest
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, weight_norm
 
 import dmscale
-from dmscale import arrivals
+from dmscale import ExportError, arrivals
 
 
 def traced(model: nn.Module, *inputs: Tensor) -> dmscale.SearchSpace:
@@ -905,3 +906,311 @@ def test_sizes_are_followed_through_a_tensor(how):
     assert "first" in space.dimensions
     assert_exact(space)
     assert torch.IntTensor([2]).dtype == torch.int32 and "carried" not in str(type(torch.IntTensor))
+
+
+@functools.lru_cache(None)
+def head_shape(batch: int, length: int, heads: int, width: int) -> tuple[int, ...]:
+    return batch, length, heads, width // heads
+
+
+class Remembered(nn.Module):
+    """Attention of two layers whose shapes a function remembers by equal numbers, as einops does."""
+
+    def __init__(self):
+        super().__init__()
+        self.heads = 4
+        self.qkv = nn.Linear(16, 48)
+        self.out = nn.Linear(16, 16)
+
+    def forward(self, x):
+        q, k, v = (
+            t.view(head_shape(*x.shape[:2], self.heads, t.shape[-1])).transpose(1, 2) for t in self.qkv(x).chunk(3, -1)
+        )
+        y = (q @ k.transpose(-2, -1)).softmax(-1) @ v
+        return x + self.out(y.transpose(1, 2).flatten(2))
+
+
+def test_what_functions_remember_of_equal_numbers_is_not_taken_for_sizes():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(5, 16), Remembered(), Remembered(), nn.Linear(16, 3)), torch.randn(2, 7, 5)
+    head_shape.cache_clear()
+    model(x)  # from here on the function would answer with plain numbers
+    space = dmscale.trace(model, x)
+    assert sum(d.kind == "heads" for d in space.dimensions.values()) == 2
+    assert_exact(space)
+    assert all(type(n) is int for n in head_shape(2, 7, 4, 16))  # and not with sizes of a trace afterwards
+
+
+class LikeAnother(nn.Module):
+    """A result that is given the form of another tensor."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.first, self.mix, self.last = how, nn.Linear(5, 16), nn.Linear(16, 16), nn.Linear(16, 3)
+
+    def forward(self, x):
+        h = self.first(x)
+        return self.last(getattr(self.mix(h.flatten(0, 1)), self.how)(h))
+
+
+@pytest.mark.parametrize("how", ["reshape_as", "view_as"])
+def test_the_form_of_another_tensor_follows(how):
+    space = traced(LikeAnother(how), torch.randn(2, 7, 5))
+    assert space.dimensions.keys() == {"first"}
+    assert_exact(space)
+
+
+class AcrossFeatures(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(5, 16), nn.BatchNorm1d(7), nn.Linear(16, 3)
+
+    def forward(self, x):
+        return self.last(self.norm(self.first(x)))
+
+
+def test_what_statistics_of_a_batch_are_taken_over_stays():
+    """Those of a batch norm over tokens: in training all features are in them, removed ones too."""
+    space = traced(AcrossFeatures(), torch.randn(2, 7, 5))
+    assert not space.dimensions
+    assert "statistics" in space.frozen["first"]
+
+
+class WrittenTo(nn.Module):
+    """The result of what a gate stands behind, which the forward then writes to."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.first, self.last = how, nn.Linear(5, 16), nn.Linear(16, 3)
+        self.norm = nn.RMSNorm(16)
+        self.blocks = nn.Sequential(*[Residual() for _ in range(3)])
+
+    def forward(self, x):
+        h = self.first(x)
+        if self.how == "norm":
+            return self.last(self.norm(h).relu_())
+        if self.how == "blocks":
+            return self.last(self.blocks(h).mul_(2))
+        scores = h @ h.transpose(1, 2) * (1 / math.sqrt(h.shape[-1]))
+        return self.last(scores.masked_fill_(torch.ones(7, 7).triu(1).bool(), -1e9).softmax(-1) @ h)
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 24), nn.Linear(24, 16)
+
+    def forward(self, x):
+        return x + self.down(self.up(x).relu())
+
+
+@pytest.mark.parametrize("how", ["norm", "blocks", "scores"])
+def test_a_search_runs_where_a_forward_writes_to_what_a_gate_gives(how):
+    model = WrittenTo(how)
+    if how != "norm":
+        del model.norm
+    if how != "blocks":
+        del model.blocks
+    space = traced(model, torch.randn(2, 7, 5))
+    assert ("blocks depth" in space.dimensions) == (how == "blocks")
+    assert_exact(space)
+    searched(space, "60% params")
+
+
+class PartlyRotated(nn.Module):
+    """Heads of which the first half is rotated; sizes are written as heads * head_dim."""
+
+    def __init__(self):
+        super().__init__()
+        self.heads, self.head_dim, self.rotated = 4, 8, 4
+        self.q, self.k, self.v, self.out = (nn.Linear(32, 32) for _ in range(4))
+        self.register_buffer("cos", torch.randn(7, 4))
+
+    def rotate(self, x):
+        turned, rest = x[..., : self.rotated], x[..., self.rotated :]
+        a, b = turned.chunk(2, -1)
+        return torch.cat([turned * self.cos + torch.cat([-b, a], -1), rest], -1)
+
+    def forward(self, x):
+        q, k, v = (f(x).view(2, 7, self.heads, self.head_dim).transpose(1, 2) for f in (self.q, self.k, self.v))
+        y = (self.rotate(q) @ self.rotate(k).transpose(-2, -1)).softmax(-1) @ v
+        return self.out(y.transpose(1, 2).reshape(2, 7, self.heads * self.head_dim))
+
+
+def test_heads_that_are_rotated_in_part_are_free():
+    space = traced(nn.Sequential(nn.Linear(5, 32), PartlyRotated(), nn.Linear(32, 3)), torch.randn(2, 7, 5))
+    assert {"1 heads", "1 head_dim"} <= space.dimensions.keys(), space.frozen
+    assert_exact(space)
+
+
+class SaysItsSize(nn.Module):
+    """What a layer says of its weight is a factor, as of embeddings in many transformers."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.table, self.last = how, nn.Embedding(11, 16), nn.Linear(16, 3)
+
+    def forward(self, x):
+        h = self.table(x)
+        if self.how == "in place":
+            h *= self.table.embedding_dim**0.5
+            return self.last(h)
+        return self.last(h * math.sqrt(self.table.embedding_dim))
+
+
+@pytest.mark.parametrize("how", ["in place", "plain"])
+def test_what_a_layer_says_of_its_weight_follows(how):
+    space = traced(SaysItsSize(how), torch.randint(0, 11, (2, 7)))
+    assert space.dimensions.keys() == {"table"}
+    assert_exact(space)
+    searched(space, "60% params")
+
+
+class Barred(nn.Module):
+    """Classes that may not be chosen have no finite logit."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(5, 16), nn.Linear(16, 3)
+
+    def forward(self, x):
+        return self.last(self.first(x).relu()).masked_fill(torch.tensor([True, False, False]), -math.inf)
+
+
+def test_what_is_infinite_in_both_models_is_no_difference():
+    space = traced(Barred(), torch.randn(2, 5))
+    assert space.dimensions.keys() == {"first"}
+    space.export(space.uniform(0.5))
+
+
+class OneKeyHead(nn.Module):
+    """With one key head the values are taken to have one too, which nothing else says."""
+
+    def __init__(self):
+        super().__init__()
+        self.k, self.v, self.last = nn.Linear(5, 8), nn.Linear(5, 8), nn.Linear(2, 3)
+        self.mix = nn.ParameterList([nn.Parameter(torch.randn(4, 3)) for _ in range(2)])
+
+    def forward(self, x):
+        k, v = (f(x).unflatten(-1, (-1, 2)).transpose(1, 2) for f in (self.k, self.v))
+        if k.shape[1] == 1:
+            v = v.view(v.shape[0], 1, 7, 2)
+        k, v = (torch.einsum("bhnd,hj->bjnd", t, w) for t, w in zip((k, v), self.mix))
+        return self.last((k * v).sum(1))
+
+
+def test_a_trial_does_not_take_everything_to_one():
+    space = traced(OneKeyHead(), torch.randn(2, 7, 5))
+    for name in space.dimensions:
+        space.export(space.structure({name: space.dimensions[name].lowest}))
+    assert_exact(space)
+
+
+class EinopsLike(nn.Module):
+    """A layer that keeps a private copy of the items of its table of sizes."""
+
+    def __init__(self, **sizes):
+        super().__init__()
+        self.sizes = sizes
+        self._sizes = tuple(sizes.items())
+
+    def forward(self, x):
+        return x.unflatten(-1, (dict(self._sizes)["heads"], -1)).transpose(1, 2)
+
+
+class WithLayer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.split = EinopsLike(heads=4)
+        self.q, self.k, self.v = (nn.Linear(5, 16) for _ in range(3))
+        self.last = nn.Linear(16, 3)
+        self.again = lambda y: y @ self.last.weight  # it is a copy's own in a copy
+
+    def forward(self, x):
+        q, k, v = (self.split(f(x)) for f in (self.q, self.k, self.v))
+        y = ((q @ k.transpose(-2, -1)).softmax(-1) @ v).transpose(1, 2).flatten(2)
+        return self.again(self.last(y)).sum(-1)
+
+
+def test_private_copies_of_sizes_and_functions_that_enclose_the_model_follow():
+    model = WithLayer()
+    space = traced(model, torch.randn(2, 7, 5))
+    assert any(d.kind == "heads" for d in space.dimensions.values())
+    assert_exact(space)
+    small = space.export(space.uniform(0.5))
+    assert small.split._sizes == (("heads", 2),) == tuple(small.split.sizes.items())
+    assert small.again.__closure__[0].cell_contents is small
+
+
+class Unsteady(nn.Module):
+    """What rounding decides: whether probabilities sum to one or to a little less; or no numbers at all."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.first, self.last = how, nn.Linear(5, 16), nn.Linear(16, 3)
+
+    def forward(self, x):
+        h = self.first(x)
+        if self.how == "decided by rounding":
+            h = h * (h.detach().softmax(-1).sum(-1, keepdim=True) >= 1)
+        return self.last(h if self.how == "decided by rounding" else h.square().neg().sqrt())
+
+
+@pytest.mark.parametrize(("how", "said"), [("decided by rounding", "rounding"), ("no numbers", "NaN")])
+def test_what_rounding_decides_is_said_and_not_searched(how, said):
+    torch.manual_seed(0)
+    space = dmscale.trace(Unsteady(how), torch.randn(64, 5))
+    assert space.dimensions.keys() == {"first"} and said in str(space)
+    assert said in space.to_dict()["notes"][0]
+    with pytest.raises(ExportError, match=f"{said}.*verify=False"):
+        space.export(space.uniform(0.5))
+    assert space.export(space.uniform(0.5), verify=False).first.out_features == 8
+
+
+class GivenScale(nn.Module):
+    """Attention with the usual scale, or twice that, worked out by the forward."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.heads, self.head_size, self.factor = 2, 8, factor
+        self.qkv, self.out = nn.Linear(5, 48), nn.Linear(16, 3)
+
+    def forward(self, x):
+        q, k, v = (t.unflatten(-1, (-1, self.head_size)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        y = F.scaled_dot_product_attention(q, k, v, scale=self.factor / math.sqrt(self.head_size), is_causal=True)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("factor", [1, 2.0])
+def test_a_scale_of_attention_by_the_size_of_a_head_follows(factor):
+    space = traced(GivenScale(factor), torch.randn(2, 7, 5))
+    assert sorted(d.size for d in space.dimensions.values()) == [2, 8], space.frozen
+    assert_exact(space)
+    searched(space, "60% params")
+
+
+class CountsItsBlocks(nn.Module):
+    """Blocks that the forward takes by their numbers, up to one that it holds."""
+
+    def __init__(self, also=False):
+        super().__init__()
+        self.layers, self.also = 4, also
+        self.first, self.last = nn.Linear(5, 16), nn.Linear(16, 3)
+        self.blocks = nn.ModuleList([Residual() for _ in range(4)])
+        if also:
+            self.norms = nn.ModuleList([nn.LayerNorm(16) for _ in range(4)])
+
+    def forward(self, x):
+        x = self.first(x)
+        for i in range(self.layers):
+            x = self.blocks[i](self.norms[i](x) if self.also else x)
+        return self.last(x)
+
+
+def test_a_number_of_blocks_that_a_forward_counts_up_to_follows():
+    space = traced(CountsItsBlocks(), torch.randn(2, 5))
+    assert space.dimensions["blocks depth"].size == 4
+    assert_exact(space)
+    small = space.export(space.uniform(0.5, depth=True))
+    assert small.layers == len(small.blocks) < 4
+    assert "blocks depth" not in traced(CountsItsBlocks(also=True), torch.randn(2, 5)).dimensions

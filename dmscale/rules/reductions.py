@@ -36,12 +36,11 @@ def batch_norm(trace: Tracer, out: Sequence[Tensor], x: Tensor, *parameters: Any
     """
     dims = trace.dims(x)
     training = any([p is True for p in parameters]) or trace._operator == "_batch_norm_with_update"
-    if training:  # they are those of this very batch, or of a weight that is standardised
-        others = [dims[0], *dims[2:]]
-        if trace.value(x).data:
-            trace.freeze_dims(others, "statistics are taken over it")
-        else:
-            trace.normalised("standardised", others, x)
+    others = [dims[0], *dims[2:]]
+    if trace.value(x).data:  # in training they are those of this very batch, whatever they are now
+        trace.freeze_dims(others, "statistics are taken over it")
+    elif training:  # of a weight that is standardised
+        trace.normalised("standardised", others, x)
     for p in parameters[:4]:
         if isinstance(p, Tensor):
             axes.unify(dims[1], trace.dims(p)[0])

@@ -19,7 +19,7 @@ Tensor = torch.Tensor
 
 
 @rule(
-    aten.alias, aten.detach, aten.lift_fresh, aten.clone, aten._to_copy, aten.contiguous, aten.zeros_like,
+    aten.alias, aten.detach, aten._conj, aten.lift_fresh, aten.clone, aten._to_copy, aten.contiguous, aten.zeros_like,
     aten.ones_like, aten.empty_like, aten.full_like, aten.rand_like, aten.randn_like, aten.bernoulli,
     aten.nan_to_num, aten.positive, aten.lift,
 )  # fmt: skip
