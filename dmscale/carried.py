@@ -35,7 +35,7 @@ class Carried:
         first = args[0] if args else None
         if name in CARRIERS and _are_sizes(first):
             return args, self._carry(function(*args, **kwargs), first)
-        if name == "item" and (size := self._of(first)) is not None:
+        if name == "item" and (size := self._number(first)) is not None:
             return args, size
         if name == "__getitem__":
             index = args[1]
@@ -64,8 +64,13 @@ class Carried:
             return tuple(map(self._sized, index))
         if not isinstance(index, slice):
             return index
-        start, stop = (end if self._of(end) is None else self._of(end) for end in (index.start, index.stop))
+        start, stop = (end if self._number(end) is None else self._number(end) for end in (index.start, index.stop))
         return slice(start, stop, index.step)
+
+    def _number(self, value: Any) -> Any:
+        """What the only element of a tensor is; None if it has more, or is none of these."""
+        sizes = _flat(self._of(value))
+        return sizes[0] if len(sizes) == 1 else None
 
 
 def _flat(sizes: Any) -> list[Any]:

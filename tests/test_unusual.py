@@ -893,12 +893,15 @@ class _WaveNet(nn.Module):
             return self.last(_gated(both, torch.IntTensor([self.channels])))
         number = torch.tensor(self.channels)
         if self.how == "item":
-            return self.last(both[:, : number.item()] * both[:, number:])
+            return self.last(both[:, : torch.tensor([self.channels]).item()] * both[:, number:])
+        if self.how == "one element":
+            number = torch.tensor([self.channels])
+            return self.last(both[:, :number] * both[:, number:])
         assert isinstance(torch.arange(2), torch.LongTensor) and torch.LongTensor(3).shape == (3,)
         return self.last(_gated(both, torch.tensor([self.channels])) / number.sqrt())
 
 
-@pytest.mark.parametrize("how", ["legacy", "item", "computed with"])
+@pytest.mark.parametrize("how", ["legacy", "item", "one element", "computed with"])
 def test_sizes_are_followed_through_a_tensor(how):
     net, x = _WaveNet(how).eval(), torch.randn(2, 3, 5)
     space = dmscale.trace(net, x)
