@@ -12,7 +12,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -29,44 +29,54 @@ _ANY_ARGUMENTS = inspect.CO_VARARGS | inspect.CO_VARKEYWORDS
 def plainly(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Inside, functions of all files and of the classes of `modules` run as they were written."""
     classes = {cls for kind in set(map(type, modules)) for cls in kind.__mro__ if not _is_foreign(cls.__module__)}
-    places = [*_files.functions({cls.__module__ for cls in classes}), *_methods(classes)]
+    places = [*_files.places({cls.__module__ for cls in classes}), *(p for cls in classes for p in _places(cls))]
     try:
-        for holder, name, value in places:
-            static = isinstance(value, staticmethod)
-            setattr(holder, name, staticmethod(_plain(value.__func__)) if static else _plain(value))
+        for place in places:
+            setattr(place.holder, place.name, place.plain)
         yield
     finally:
-        for holder, name, value in places:
-            setattr(holder, name, value)
+        for place in places:
+            setattr(place.holder, place.name, place.value)
+
+
+class _Place(NamedTuple):
+    """Where such a function is held, and what stands for it during a trace."""
+
+    holder: Any
+    name: str
+    value: Any
+    plain: Any
 
 
 class _Files:
     """Where such functions stand in files, each of which is searched once."""
 
     def __init__(self) -> None:
-        self._names: dict[str, list[str]] = {}  # by the file's name in `sys.modules`
+        self._places: dict[str, list[_Place]] = {}  # by the file's name in `sys.modules`
         self._searched = 0
 
-    def functions(self, anew: set[str]) -> list[tuple[Any, str, Any]]:
-        """Holder, name and value of each; the files named in `anew`, and a notebook's, may have got more since."""
+    def places(self, anew: set[str]) -> list[_Place]:
+        """Those of today; the files named in `anew`, and a notebook's, may have got more since."""
         for file in (*anew, "__main__", *(sys.modules if len(sys.modules) != self._searched else ())):
-            if file in anew or file == "__main__" or (file not in self._names and not _is_foreign(file)):
-                held = getattr(sys.modules.get(file), "__dict__", {})
-                self._names[file] = [name for name, value in list(held.items()) if _is_other(value)]
+            if file in anew or file == "__main__" or (file not in self._places and not _is_foreign(file)):
+                self._places[file] = _places(sys.modules.get(file))
         self._searched = len(sys.modules)
-        found = [(sys.modules.get(file), name) for file, names in self._names.items() for name in names]
-        held_now = [(module, name, getattr(module, name, None)) for module, name in found]
-        return [place for place in held_now if _is_other(place[2])]
+        return [p for places in self._places.values() for p in places if p.holder.__dict__.get(p.name) is p.value]
 
 
 _files = _Files()
 
 
-def _methods(classes: Iterable[type]) -> Iterator[tuple[Any, str, Any]]:
-    for cls in classes:
-        for name, value in list(vars(cls).items()):
-            if _is_other(value.__func__ if isinstance(value, staticmethod) else value):
-                yield cls, name, value
+def _places(holder: Any) -> list[_Place]:
+    """Those in a file or a class."""
+    found = []
+    for name, value in list(getattr(holder, "__dict__", {}).items()):
+        static = isinstance(value, staticmethod)
+        function = value.__func__ if isinstance(value, staticmethod) else value
+        if _is_other(function):
+            plain = _plain(function)
+            found.append(_Place(holder, name, value, staticmethod(plain) if static else plain))
+    return found
 
 
 def _is_foreign(file: str) -> bool:
@@ -81,7 +91,7 @@ def _is_other(value: Any) -> bool:
     return kind is _SCRIPTED and hasattr(value, "_torchdynamo_inline")
 
 
-@functools.cache
+@functools.cache  # held in several files, it is one in all of them
 def _plain(function: Any) -> Callable[..., Any]:
     """`function` without memory where it is given sizes; without compilation."""
     compiled = type(function) is _SCRIPTED
