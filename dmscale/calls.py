@@ -122,6 +122,10 @@ class Counting:
 
     open: list[dict[str, int]] = field(default_factory=list)
 
+    def copy(self) -> Counting:
+        """One that counts on from here by itself."""
+        return Counting([dict(counter) for counter in self.open])
+
     def enter(self) -> None:
         """A module is called."""
         self.open.append({})

@@ -198,12 +198,16 @@ def _plan_scales(trace: Trace, functions: CallSites) -> None:
             functions.scale(call, s.dim, s.power)
 
 
-def _alike(a: Sequence[Value], b: Sequence[Value]) -> bool:
-    """Whether two calls of one function took tensors of the same axes, but for those that stay, such as inputs have."""
-    return len(a) == len(b) and all(
-        len(v.dims) == len(w.dims)
-        and all(axes.same(p, q) or not (axes.is_free(p) or axes.is_free(q)) for p, q in zip(v.dims, w.dims))
-        for v, w in zip(a, b)
+def _alike(a: FunctionCall, b: FunctionCall) -> bool:
+    """Whether two calls of one function took and gave the same axes, but for those that stay; `keepdim` makes no difference."""
+    if len(a.operands) != len(b.operands) or (a.result is None) != (b.result is None):
+        return False
+    pairs = [(v.dims, w.dims) for v, w in zip(a.operands, b.operands)]
+    if a.result is not None and b.result is not None:
+        pairs.append((tuple(filter(None, a.result.dims)), tuple(filter(None, b.result.dims))))
+    return all(
+        len(v) == len(w) and all(axes.same(p, q) or not (axes.is_free(p) or axes.is_free(q)) for p, q in zip(v, w))
+        for v, w in pairs
     )
 
 
@@ -227,7 +231,7 @@ class CallSites:
         if call is None or site is None:
             return False
         key = (site.module, site.name, site.number)
-        if not all(_alike(f.operands, call.operands) for f in self.trace.record.functions if f.key == key):
+        if not all(_alike(f, call) for f in self.trace.record.functions if f.key == key):
             return False  # a module called twice, or another call in training mode, and not with the same axes
         other = self.sites.get(key, site)
         alike = (

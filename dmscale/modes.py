@@ -99,7 +99,7 @@ class BothModes:
             module.__dict__.pop(name, None)
 
     def _twice(self, module: Any, name: str) -> Any:
-        method, record = getattr(module, name), self._tracer.record
+        method, tracer = getattr(module, name), self._tracer
 
         def call(*args: Any, **kwargs: Any) -> Any:
             out = method(*args, **kwargs)
@@ -107,15 +107,16 @@ class BothModes:
                 return out
             places = (module.__dict__, module._parameters, module._buffers)
             before = [dict(place) for place in places]
-            with record.apart() as beside:
+            counting, tracer.counting = tracer.counting, tracer.counting.copy()  # those of evaluation go on
+            with tracer.record.apart() as beside:
                 module.training = True
                 try:
                     other = method(*args, **kwargs)
                 except Exception:
                     other = None
-            module.training = False
+            module.training, tracer.counting = False, counting
             self.touched |= beside.touched
-            self.differs = _changed(places, before) or beside.tells or not _same(self._tracer, out, other)
+            self.differs = _changed(places, before) or beside.tells or not _same(tracer, out, other)
             return out
 
         return call

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import axes, kernels
 from .axes import Axis, Conflict, Dim
-from .calls import Counting, FunctionCall
+from .calls import SCALINGS, Counting, FunctionCall
 from .numbering import NOTHING, PICKS, Said, freeze_numbers, heard
 from .rules import RULES
 from .sizes import Attribute, Decision, Equation, Expression, Extent, Operation, SizedInt, listening
@@ -304,14 +304,16 @@ class Record:
     def apart(self) -> Iterator[Apart]:
         """What runs inside, in the midst of a run, adds to no cost, and to nothing that gates and blocks are found by."""
         found: list[list[Any]] = [
-            self.contractions, self.normalisations, self.additions, self.lookups, self.scales, self.functions, self.calls
+            self.contractions, self.normalisations, self.additions, self.lookups, self.scales, self.calls, self.functions
         ]  # fmt: skip
         before = [len(noted) for noted in found]
         beside = Apart()
         with self.free_of_cost(functions=False) as beside.touched:
             yield beside
+            new = [n for noted, length in zip(found, before) for n in noted[length:]]
+            # a product with a plain number is no more than a number
+            beside.tells = not all(isinstance(n, FunctionCall) and n.name in SCALINGS for n in new)
             for noted, length in zip(found, before):
-                beside.tells |= len(noted) > length
                 del noted[length:]
 
     def matters(self) -> set[int]:

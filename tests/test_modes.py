@@ -427,10 +427,30 @@ class KeptTwice(Kept):
         return self.table[self.rows] if self.training else self.table[:4]
 
 
+class KeptBeforeMeans(Kept):
+    """A mean in training comes before that of evaluation, which a gate finds by its number."""
+
+    def forward(self, x):
+        Kept.forwards += 1
+        h = self.first(x)
+        return self.last(h + self.biases(h)) + h.mean(-1, keepdim=True)
+
+    def biases(self, h):
+        return self.table[self.rows] * (h.mean(0) / h.mean(0)) if self.training else self.table[self.rows]
+
+
+class KeptInPart(Kept):
+    """Stochastic depth: products with plain numbers, in training alone."""
+
+    def biases(self, x):
+        return self.table[self.rows].div(0.5).mul(0.5) if self.training else self.table[self.rows]
+
+
 @pytest.mark.parametrize(
     ("cls", "runs"),
-    [(Kept, 1), (KeptTwice, 1), (KeptOfAnother, 2), (KeptInTraining, 2), (KeptByAnother, 2), (KeptUnderAName, 2)],
-)
+    [(Kept, 1), (KeptTwice, 1), (KeptInPart, 1), (KeptBeforeMeans, 2), (KeptOfAnother, 2), (KeptInTraining, 2),
+     (KeptByAnother, 2), (KeptUnderAName, 2)],
+)  # fmt: skip
 def test_a_helper_alone_runs_in_both_modes_where_that_tells_all(cls, runs):
     torch.manual_seed(0)
     model, x = non_trivial(cls()).eval(), torch.randn(4, 5)
@@ -438,7 +458,7 @@ def test_a_helper_alone_runs_in_both_modes_where_that_tells_all(cls, runs):
     Kept.forwards = 0
     space = dmscale.trace(model, x, verify=False)
     assert Kept.forwards == runs and {k: v for k, v in vars(model).items() if k != "kept"} == state
-    assert "first" in space.dimensions or cls is KeptOfAnother
+    assert "first" in space.dimensions or cls in (KeptOfAnother, KeptBeforeMeans)
     for seed in range(4):
         structure = space.sample(seed)
         for training in (False, True):
