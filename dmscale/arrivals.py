@@ -176,8 +176,13 @@ def _scaled(tracer: Tracer, factor: SizedFloat, sign: int) -> bool:
     if dim is None or not axes.is_free(dim):
         return False
     tracer.record.scales.append(Scale(tracer.op, tracer.path, dim, sign * factor.power))
-    tracer.record.equations[:] = [e for e in tracer.record.equations if e is not factor.fixed]
+    _release(tracer, factor)
     return True
+
+
+def _release(tracer: Tracer, factor: SizedFloat) -> None:
+    """Take back that the size in `factor` is fixed: a gate follows it."""
+    tracer.record.equations[:] = [e for e in tracer.record.equations if e is not factor.fixed]
 
 
 def _measured(tracer: Tracer, expression: Expression) -> Dim | None:
@@ -306,7 +311,7 @@ def _is_usual(tracer: Tracer, scale: SizedFloat, query: Tensor) -> bool:
         known.append(expression.dim)
     if scale.power != -0.5 or not any(axes.same(dim, other) for other in known):
         return False
-    tracer.record.equations[:] = [e for e in tracer.record.equations if e is not scale.fixed]
+    _release(tracer, scale)
     return True
 
 

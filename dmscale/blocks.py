@@ -18,8 +18,9 @@ from typing import Any
 
 from torch import nn
 
-from . import axes, modes
+from . import axes
 from .sizes import Attribute, attributes_of
+from .syntax import syntax
 from .tracer import Call, Record, Value
 
 
@@ -200,12 +201,13 @@ def _counted_up_to(cls: Any) -> tuple[str, ...]:
     """The attributes to which the methods of a class count: `range(self.layers)`."""
     found: list[str] = []
     for function in [m for c in cls.__mro__ for m in vars(c).values() if isinstance(m, types.FunctionType)]:
-        if "range" not in function.__code__.co_names or (tree := modes.syntax(function)) is None:
+        if "range" not in function.__code__.co_names or (tree := syntax(function)) is None:
             continue
+        me = function.__code__.co_varnames[:1]
         for node in ast.walk(tree):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "range" and len(node.args) == 1:
                 (end,) = node.args
-                if isinstance(end, ast.Attribute) and isinstance(end.value, ast.Name):
+                if isinstance(end, ast.Attribute) and isinstance(end.value, ast.Name) and (end.value.id,) == me:
                     found.append(end.attr)
     return tuple(dict.fromkeys(found))
 

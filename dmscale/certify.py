@@ -117,11 +117,11 @@ def _runs_with_cache(space: SearchSpace) -> bool:
 def trial_model(space: SearchSpace, above_zero: bool = False) -> tuple[nn.Module, Any]:
     """A copy of the space's model on which nothing is trivial, in evaluation mode, and the inputs for it.
 
+    Half precision becomes float32: a trial is about indices, not about rounding.
+
     Args:
         space: of a model that runs.
         above_zero: whether buffers of zeros become positive: a variance may be among them, of which roots are taken.
-
-    Half precision becomes float32: a trial is about indices, not about rounding.
     """
     model = clone(space.model, own_copy) if space.writes_parameters else space.model
     model = clone(model, functools.partial(_non_trivial, above_zero=above_zero)).eval()

@@ -9,11 +9,8 @@ these alone are called in both modes.
 from __future__ import annotations
 
 import ast
-import contextlib
 import functools
 import inspect
-import linecache
-import textwrap
 import types
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor, nn
 
 from . import axes
+from .syntax import syntax
 
 if TYPE_CHECKING:
     from .axes import Dim
@@ -172,23 +170,6 @@ def _in_method(cls: Any, method: Any) -> Iterator[Branch]:
     of_itself = all(isinstance(module, ast.Name) and module.id == me for module in asked)
     for test in _tests(tree, function, cls, me):
         yield Branch(test, me, of_itself)
-
-
-def syntax(function: types.FunctionType) -> ast.AST | None:
-    """The syntax of a function; None where its source is not at hand."""
-    code = function.__code__
-    lines = linecache.getlines(code.co_filename, function.__globals__)[code.co_firstlineno - 1 : _last_line(code)]
-    for source in (lambda: "".join(lines), lambda: inspect.getsource(function)):  # which splits the file into tokens
-        with contextlib.suppress(OSError, SyntaxError):
-            if (tree := ast.parse(textwrap.dedent(source()))).body:
-                return tree
-    return None
-
-
-def _last_line(code: types.CodeType) -> int:
-    """The last line that anything in it was made from."""
-    inner = [_last_line(c) for c in code.co_consts if isinstance(c, types.CodeType)]
-    return max([*inner, *(line or 0 for _, _, line in code.co_lines())])
 
 
 def _tests(tree: ast.AST, function: types.FunctionType, cls: Any, me: str, depth: int = 3) -> Iterator[ast.expr]:
