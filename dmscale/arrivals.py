@@ -108,7 +108,9 @@ class Arrivals(TorchFunctionMode):
         name = route.name
         if name in _TO_PYTHON:
             tracer._operator = name
-            tracer.freeze_dims(tracer.dims(args[0]), "its elements are read by Python")
+            for dim, size in zip(tracer.dims(args[0]), args[0].shape):
+                if size > 1:
+                    tracer.one_by_one(dim, range(size), "its elements are read by Python")
             freeze_numbers(tracer, [tracer.value(args[0])])
         if handler is None:
             if recurrent.is_layer(name, args, kwargs):
@@ -490,6 +492,8 @@ def _slice_arrives(tracer: Tracer, dim: Dim, total: int, start: int | None, stop
     first, last, _ = slice(start, stop).indices(total)
     if last <= first or (first == 0 and last == total and not isinstance(stop, SizedInt)):
         return
+    if last - first == 1 and tracer.has_list_of(total) and not isinstance(start, SizedInt):
+        return  # an element for a module
     try:
         before, middle, behind = axes.cut(dim, [first, last - first, total - last])
     except axes.Conflict:

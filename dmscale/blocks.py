@@ -72,13 +72,14 @@ def find(model: nn.Module, record: Record) -> list[Blocks]:
         children = list(dict(model.get_submodule(container).named_children()))
         alone = [c for c, r in runs].count(container) == 1
         first, last = paths[0].rpartition(".")[2], paths[-1].rpartition(".")[2]
+        follow = counted(model, _parent(container), (container,), record) if container else ()
         span = "" if alone else f" {first}" if first == last else f" {first}..{last}"
         found.append(
             Blocks(
                 f"{container}{span} depth".strip(), container, tuple(paths),
                 tuple((call.start, call.end) for call in run), int(len(run) == len(children)),
                 outputs=tuple(call.form for call in run),
-                follow=(*_lists(container, children, record), *_numbers(model, container, len(children), record)),
+                follow=(*_lists(container, children, record), *follow),
                 modified=tuple(call.result is not None and call.result.origin in record.modified for call in run),
             )
         )  # fmt: skip
@@ -177,36 +178,38 @@ def _lists(container: str, children: list[str], record: Record) -> tuple[Attribu
     return tuple(found)
 
 
-def _numbers(model: nn.Module, container: str, children: int, record: Record) -> tuple[Attribute, ...]:
-    """The numbers of children that forwards count up to: `for i in range(self.layers): x = self.blocks[i](x)`.
+def counted(model: nn.Module, owner: str, containers: Sequence[str], record: Record) -> tuple[Attribute, ...]:
+    """The numbers of modules in `containers`, which the module at `owner` holds, that its forward counts up to.
 
-    Where nothing else is made of such a number, and no other list of the module has as many entries.
+    `for i in range(self.layers): x = self.blocks[i](x)`.  Where nothing else is made of such a number, and no other list of
+    the owner has as many entries.
     """
-    if not container:
-        return ()
-    parent = model.get_submodule(_parent(container))
-    cls: Any = type(parent)
-    like = [m for m in parent.children() if isinstance(m, (nn.ModuleList, nn.Sequential)) and len(m) == children]
-    named = [name for name in _counted_up_to(cls) if parent.__dict__.get(name) == children]
-    if not named or len(like) != 1:
+    module = model.get_submodule(owner)
+    entries = len(list(model.get_submodule(containers[0]).children()))
+    cls: Any = type(module)
+    named = [name for name in _counted_up_to(cls) if module.__dict__.get(name) == entries]
+    as_many = [
+        n for n, c in module.named_children() if isinstance(c, (nn.ModuleList, nn.Sequential)) and len(c) == entries
+    ]
+    if any((f"{owner}.{name}" if owner else name) not in containers for name in as_many):
         return ()
     sizes = [e.expression for e in record.equations] + [e for d in record.decisions for e in (d.left, d.right)]
-    used = {(a.module, a.key) for e in sizes for a in attributes_of(e)}
-    found = [Attribute(_parent(container), (name,), children) for name in named]
+    used = {(a.module, a.key) for e in sizes for a in attributes_of(e)} if named else set()
+    found = [Attribute(owner, (name,), entries) for name in named]
     return tuple(a for a in found if (a.module, a.key) not in used)
 
 
 @functools.cache
 def _counted_up_to(cls: Any) -> tuple[str, ...]:
-    """The attributes to which the methods of a class count: `range(self.layers)`."""
+    """The attributes to which the methods of a class count: `range(self.layers)`, `range(self.first, self.last)`."""
     found: list[str] = []
     for function in [m for c in cls.__mro__ for m in vars(c).values() if isinstance(m, types.FunctionType)]:
         if "range" not in function.__code__.co_names or (tree := syntax(function)) is None:
             continue
         me = function.__code__.co_varnames[:1]
         for node in ast.walk(tree):
-            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "range" and len(node.args) == 1:
-                (end,) = node.args
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "range" and len(node.args) in (1, 2):
+                end = node.args[-1]
                 if isinstance(end, ast.Attribute) and isinstance(end.value, ast.Name) and (end.value.id,) == me:
                     found.append(end.attr)
     return tuple(dict.fromkeys(found))

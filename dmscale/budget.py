@@ -268,21 +268,24 @@ def _thawable_within(space: SearchSpace, scope: str | None) -> list[str]:
 
 
 def smallest(space: SearchSpace, wanted: Budget | None = None) -> Structure:
-    """The structure with every dimension at its minimum; of blocks those stay that load the budget least, else the first."""
+    """The structure with every dimension at its minimum.
+
+    Of blocks and experts those stay that load the budget least, or the first where there is none.
+    """
     sizes = {n: d.lowest for n, d in space.dimensions.items()}
     found = space.structure(sizes)
-    if wanted is None or not space.stacks:
+    if wanted is None or not space.parts:
         return found
     scores: dict[str, np.ndarray] = {}
-    column = len(space.variables) - sum(len(s.paths) for s in space.stacks.values())
+    column = len(space.variables) - sum(map(len, space.parts.values()))
     base = space.vector(found)
     base[column:] = 0
-    for stack in space.stacks.values():
-        n = len(stack.paths)
+    for name, parts in space.parts.items():
+        n = len(parts)
         rows = np.repeat(base[None], n + 1, 0)
         rows[np.arange(n), column + np.arange(n)] = 1
         loads = [space.costs.many(rows, m) / t for m, t in wanted.targets.items()]
-        scores[stack.name] = -np.sum([np.maximum(load[:n] - load[n], 0) for load in loads], axis=0)
+        scores[name] = -np.sum([np.maximum(load[:n] - load[n], 0) for load in loads], axis=0)
         column += n
     return space.structure(sizes, scores)
 
@@ -319,7 +322,7 @@ def fit(
             raise BudgetError(
                 f"no structure meets the budget of {wanted}; dmscale.budget.parse says what is in the way"
             )
-        blocks = {n: _indicator(least.kept[n], len(s.paths)) for n, s in space.stacks.items()}
+        blocks = {n: _indicator(least.kept[n], len(parts)) for n, parts in space.parts.items()}
         problem = _Problem(space, wanted, {**scores, **blocks}, None)
     sizes = problem.of_few(problem.make_room(problem.settle(sizes)))
     chosen = {n: int(k) for n, k in zip(space.dimensions, sizes)}
@@ -372,15 +375,15 @@ class _Problem:
         self._lay_out()
 
     def _lay_out(self) -> None:
-        """Of each variable of the cost: its dimension, and the full size of its axis or the block's place in the ranking."""
-        widths = [(i, a.size) for i, d in enumerate(self.dimensions) for a in d.axes]
-        index = {d.name: i for i, d in enumerate(self.dimensions)}
-        blocks: list[tuple[int, int]] = []
-        for name, stack in self.space.stacks.items():
-            score = self._score(name, len(stack.paths))
-            blocks += [(index[name], int(p)) for p in np.argsort(np.argsort(-score, kind="stable"))]
-        both = np.array([*widths, *blocks], dtype=np.int64).reshape(-1, 2)
-        self._dimension_of, self._layout, self._widths = both[:, 0], both[:, 1], len(widths)
+        """Of each variable of the cost: its dimension, the full size of its axis, and of blocks and experts their rank."""
+        widths = [(i, a.size, 0) for i, d in enumerate(self.dimensions) for a in d.axes]
+        index = {m: i for i, d in enumerate(self.dimensions) for m in (d.name, *d.members)}
+        blocks: list[tuple[int, int, int]] = []
+        for name, parts in self.space.parts.items():
+            score = self._score(name, len(parts))
+            blocks += [(index[name], len(parts), int(p)) for p in np.argsort(np.argsort(-score, kind="stable"))]
+        both = np.array([*widths, *blocks], dtype=np.int64).reshape(-1, 3)
+        self._dimension_of, self._size_of, self._rank, self._widths = *both.T, len(widths)
 
     def _score(self, member: str, size: int) -> np.ndarray:
         found = self.scores.get(member)
@@ -397,9 +400,9 @@ class _Problem:
 
     def costs(self, sizes: np.ndarray) -> dict[str, np.ndarray]:
         """Metric -> cost at each row of sizes (S, D), for the metrics of the budget."""
-        k, n = sizes[:, self._dimension_of], self._widths
-        widths = k[:, :n] * self._layout[:n] // self.full[self._dimension_of[:n]]
-        variables = np.concatenate([widths, k[:, n:] > self._layout[n:]], 1)
+        n = self._widths
+        kept = sizes[:, self._dimension_of] * self._size_of // self.full[self._dimension_of]
+        variables = np.concatenate([kept[:, :n], kept[:, n:] > self._rank[n:]], 1)
         return {m: self.space.costs.many(variables, m) for m in self.targets}
 
     def loads(self, sizes: np.ndarray) -> np.ndarray:

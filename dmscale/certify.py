@@ -56,13 +56,13 @@ def _certify(space: SearchSpace, above_zero: bool = False) -> None:
 
 
 def _untried(space: SearchSpace) -> list[str]:
-    """The dimensions inside blocks that go in a trial of everything, unlike any inside a block of the same stack that stays."""
+    """The dimensions inside blocks and experts that go in a trial of everything, unlike any inside one beside it that stays."""
     structure = _halved(space, list(space.dimensions))
     found: list[str] = []
-    for stack in space.stacks.values():
-        stays = [path for i, path in enumerate(stack.paths) if i in structure.kept[stack.name]]
+    for part, of_each in space.parts.items():
+        stays = [path for i in structure.kept[part] for path in of_each[i]]
         tried = {form for path in stays for form in _inside(space, path)}
-        for path in set(stack.paths) - set(stays):
+        for path in [path for paths in of_each for path in paths if path not in stays]:
             found += [name for form, name in _inside(space, path).items() if form not in tried]
     return found
 

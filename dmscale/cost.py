@@ -287,6 +287,10 @@ def cost_model(space: SearchSpace) -> CostModel:
     """The costs of a space over its variables: the free axes, then a gate for each removable block."""
     record = space.trace.record
     inside, free = block_finder(space), space.free_axes
+    blocks = [
+        ((name, i), tuple(f"{path}." for path in paths)) for name, of_each in space.parts.items()
+        for i, paths in enumerate(of_each)
+    ]  # fmt: skip
     terms: dict[str, list[CostTerm]] = {m: [] for m in METRICS}
 
     def add(
@@ -305,7 +309,7 @@ def cost_model(space: SearchSpace) -> CostModel:
     for name, dims in space.trace.slots.items():
         if name in parameters:
             owners = [name, *(n for n, first in space.trace.aliases.items() if first == name)]
-            gate = _block_of_parameters(space, owners)
+            gate = tuple(part for part, inside_of in blocks if all(n.startswith(inside_of) for n in owners))
             paths = [n.rpartition(".")[0] for n in owners]
             add("params", dims, gate, 1, paths)
             add("bytes", dims, gate, parameters[name].element_size(), paths)
@@ -324,18 +328,13 @@ def _once(dims: Sequence[axes.Dim], repeated: Sequence[axes.Dim]) -> list[axes.D
 
 
 def block_finder(space: SearchSpace) -> Callable[[int], tuple[Hashable, ...]]:
-    """What tells of an operator's number the removable block that it runs in, as a cost variable: one or none."""
+    """What tells of an operator's number the removable block and the expert that it runs in, as cost variables."""
     gates_at: dict[int, tuple[Hashable, ...]] = {}
-    for stack in space.stacks.values():
-        for i, (start, end) in enumerate(stack.ranges):
-            for op in range(start + 1, end + 1):
-                gates_at[op] = ((stack.name, i),)
+    ranges = {n: [(r,) for r in s.ranges] for n, s in space.stacks.items()} | {
+        m: list(e.ranges) for m, e in space.experts.items()
+    }
+    for name, of_each in ranges.items():
+        for i, found in enumerate(of_each):
+            for op in [op for start, end in found for op in range(start + 1, end + 1)]:
+                gates_at[op] = (*gates_at.get(op, ()), (name, i))
     return lambda op: gates_at.get(op, ())
-
-
-def _block_of_parameters(space: SearchSpace, names: Sequence[str]) -> tuple[Hashable, ...]:
-    for stack in space.stacks.values():
-        for i, path in enumerate(stack.paths):
-            if all(n.startswith(path + ".") for n in names):
-                return ((stack.name, i),)
-    return ()

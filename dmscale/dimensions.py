@@ -27,7 +27,7 @@ class Dimension:
     """One number of the network that can be chosen.
 
     name: after what a user recognises, `layer3.0.conv1`, `blocks.4.attn heads`, `blocks depth`.
-    kind: 'width', 'heads' or 'depth'.
+    kind: 'width', 'heads', 'depth', or 'choice' where each element has a module of its own: experts, alternative operations.
     size: number of elements.
     minimum: fewest elements that a structure may keep: the user's, or more where operators need more (as many experts as are
         chosen, two channels under a variance).  Rounded up to `multiple` it is `lowest`.
@@ -97,7 +97,7 @@ class Resolved:
 def resolve(trace: tracing.Trace, model: nn.Module, options: Options) -> Resolved:
     """Plan gates and solve size equations until neither freezes anything more."""
     stacks = _stacks(trace, model, options)
-    watched = trace.indexing.union(*(free_atoms(equation) for equation in trace.record.equations))
+    watched = trace.indexing.union(trace.experts, *(free_atoms(equation) for equation in trace.record.equations))
     solution, solved, free = None, -1, _count_free(watched)
     while True:
         before = free
@@ -162,7 +162,7 @@ def dimensions(
     for group in groups:
         group = sorted(group, key=lambda a: (names[a].count("."), a.size))  # the widest scope names the dimension
         name, size = names[group[0]], group[0].size
-        kind = "heads" if group[0] in heads else "width"
+        kind = "heads" if group[0] in heads else "choice" if group[0] in trace.experts else "width"
         step = size // math.gcd(*(a.size for a in group))  # so that every linked axis keeps whole elements
         for a in group:  # keeps n * a.size / size elements of n: that must be a multiple of its own step
             step = math.lcm(step, steps.get(a, 1) * size // math.gcd(steps.get(a, 1) * size, a.size))

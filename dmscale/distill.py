@@ -187,11 +187,12 @@ def _is_child_of_container(named: Mapping[str, nn.Module], path: str) -> bool:
 
 
 def student_path(space: SearchSpace, structure: Structure, path: str) -> str | None:
-    """Where module `path` of the full model is in the exported one; None if it went with a block."""
+    """Where module `path` of the full model is in the exported one; None if it went with a block or an expert."""
     gone: dict[str, set[str]] = {}
-    for name, stack in space.stacks.items():
-        lost = {p.rpartition(".")[2] for i, p in enumerate(stack.paths) if i not in structure.kept[name]}
-        gone.setdefault(stack.container, set()).update(lost)
+    for part, of_each in space.parts.items():
+        for lost in [p for i, paths in enumerate(of_each) if i not in structure.kept[part] for p in paths]:
+            container, _, name = lost.rpartition(".")
+            gone.setdefault(container, set()).add(name)
     old: list[str] = []
     new: list[str] = []
     for part in path.split(".") if path else []:

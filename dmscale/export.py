@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,13 @@ from .axes import Axis, Dim
 from .blocks import Blocks
 from .clone import clone
 from .errors import ExportError
+from .experts import Experts
 from .known import describe
 from .polynomial import Quotient
 from .sizes import Attribute, is_copy_of_items, with_entries
+
+if TYPE_CHECKING:
+    from .tracing import Trace
 
 PLAN = "dmscale_plan"
 EXPANSION = "dmscale_expansion"
@@ -29,9 +33,10 @@ EXPANSION = "dmscale_expansion"
 
 def build(
     model: nn.Module,
-    slots: Mapping[str, tuple[Dim, ...]],
+    trace: Trace,
     attributes: Mapping[Attribute, Quotient],
     stacks: Mapping[str, Blocks],
+    experts: Mapping[str, Experts],
     widths: Mapping[Axis, tuple[int, ...]],
     depths: Mapping[str, tuple[int, ...]],
 ) -> nn.Module:
@@ -39,21 +44,23 @@ def build(
 
     Args:
         model: the full model; it is copied.
-        slots: parameter or buffer -> its dimensions.
+        trace: of the model.
         attributes: attribute -> its value as a polynomial of the free axes.
         stacks: the removable blocks by name.
+        experts: member whose elements have a module each -> these.
         widths: free axis -> indices kept.
-        depths: stack -> blocks kept.
+        depths: stack, or member of experts -> blocks or experts kept.
     """
-    small, values = resize(
-        model, slots, attributes, {a: torch.tensor(kept, dtype=torch.long) for a, kept in widths.items()}
-    )
+    indices = {a: torch.tensor(kept, dtype=torch.long) for a, kept in widths.items()}
+    small, values = resize(model, trace, attributes, indices)
     plan: dict[str, Any] = {
         "attributes": [[a.module, list(a.key), value] for a, value in values.items()],
+        "constants": [[n, [[i, at.tolist()] for i, at in cuts]] for n, cuts in _cuts(trace.constants, indices).items()],
         "blocks": [],
         "branches": {"gone": [], "groups": []},
     }
     modules = dict(small.named_modules())  # under the names of the full model
+    resized = {id(_holder(small, name)[name.rpartition(".")[2]]) for name, _ in plan["constants"]}
     follow: dict[str, set[Attribute]] = {}
     gone: dict[str, set[str]] = {}  # a container may hold several stacks: take all their blocks out at once
     for name, stack in stacks.items():
@@ -66,6 +73,12 @@ def build(
         elif lost:
             gone.setdefault(stack.container, set()).update(lost)
             follow.setdefault(stack.container, set()).update(stack.follow)
+    for name, found in experts.items():
+        kept = depths.get(name, tuple(range(len(found.paths))))
+        lost = {str(i) for i in range(len(found.paths)) if i not in kept}
+        for container in found.containers if lost else ():
+            gone.setdefault(container, set()).update(lost)
+            follow.setdefault(container, set()).update(found.follow)
     branches.remove(modules, **plan["branches"])
     for container, lost in sorted(gone.items(), key=lambda c: -c[0].count(".")):  # inner first: outer ones renumber
         children = [name for name, _ in small.get_submodule(container).named_children()]
@@ -77,6 +90,10 @@ def build(
             value = len(stay) if isinstance(held, int) else [held[i] for i in stay]
             set_attribute(small, attribute, value)
             plan["attributes"].append([attribute.module, list(attribute.key), value])
+    plan["resized"] = [
+        f"{path}.{key}" if path else key
+        for path, module in small.named_modules() for key, t in module.__dict__.items() if id(t) in resized
+    ]  # fmt: skip
     setattr(small, PLAN, plan)
     small.__dict__.pop(EXPANSION, None)  # what it says of elements holds for the larger model
     return small
@@ -92,7 +109,7 @@ def _laid_out(data: Tensor, like: Tensor) -> Tensor:
 
 def resize(
     model: nn.Module,
-    slots: Mapping[str, tuple[Dim, ...]],
+    trace: Trace,
     attributes: Mapping[Attribute, Quotient],
     indices: Mapping[Axis, Tensor],
     fill: Callable[[str, Tensor], Tensor] = lambda name, t: t,
@@ -101,7 +118,7 @@ def resize(
 
     Args:
         model: it is copied.
-        slots: parameter or buffer -> its dimensions.
+        trace: of the model.
         attributes: attribute -> its value as a polynomial of the free axes.
         indices: axis -> which of its elements stands at each new place, (new size,) of int64.
         fill: (name, the tensor gathered) -> what the copy shall hold, of that shape.
@@ -114,16 +131,15 @@ def resize(
 
     def resized(t: Tensor) -> Tensor:
         data, name = t.detach(), names[id(t)]
-        for position, dim in enumerate(slots.get(name, ())):
-            index = axes.gathered(dim, indices)
-            if not torch.equal(index, torch.arange(t.shape[position])):
-                data = data.index_select(position, index.to(data.device))
+        for position, index in _cut(trace.slots.get(name, ()), indices):
+            data = data.index_select(position, index.to(data.device))
         dense = t.layout is torch.strided
         own = _laid_out(data, t).clone(memory_format=torch.preserve_format) if dense else data.clone()
         data = fill(name, own)
         return nn.Parameter(data, requires_grad=t.requires_grad) if isinstance(t, nn.Parameter) else data
 
     twin = clone(model, resized)
+    _resize_constants(twin, _cuts(trace.constants, indices))
     values = _attribute_values(model, attributes, {a: len(index) for a, index in indices.items()})
     for attribute, value in values.items():
         set_attribute(twin, attribute, value)
@@ -131,6 +147,53 @@ def resize(
         describe(module)
     _refresh_flat_weights(twin)
     return twin, values
+
+
+def _cut(dims: Sequence[Dim], indices: Mapping[Axis, Tensor]) -> list[tuple[int, Tensor]]:
+    """Where a tensor of dimensions `dims` changes: (position, which of its elements stands at each new place)."""
+    found = [(i, axes.gathered(dim, indices)) for i, dim in enumerate(dims)]
+    return [(i, at) for i, at in found if not torch.equal(at, torch.arange(axes.size(dims[i])))]
+
+
+def _cuts(
+    constants: Mapping[str, tuple[Dim, ...]], indices: Mapping[Axis, Tensor]
+) -> dict[str, list[tuple[int, Tensor]]]:
+    found = {name: _cut(dims, indices) for name, dims in constants.items()}
+    return {name: cuts for name, cuts in found.items() if cuts}
+
+
+def _resize_constants(model: nn.Module, cuts: Mapping[str, Sequence[tuple[int, Tensor]]]) -> None:
+    """Resize tensors that modules hold as plain attributes, in place; what several modules share they share still."""
+    resized: dict[int, tuple[Any, Tensor]] = {}
+    for name, positions in cuts.items():
+        old = new = _holder(model, name).get(name.rpartition(".")[2])
+        if isinstance(new, Tensor):  # a forward may keep there what it makes when it first needs it
+            for position, index in positions:
+                new = new.index_select(position, index.to(new.device))
+            resized[id(old)] = old, new  # the first lives on, so that nothing else gets its id
+    for module in model.modules() if resized else ():
+        for key, value in module.__dict__.items():
+            if id(value) in resized:
+                module.__dict__[key] = resized[id(value)][1]
+
+
+def constants(model: nn.Module) -> dict[str, Tensor]:
+    """Name -> tensor, of the plain attributes of modules that the export has resized; none of another model."""
+    held = getattr(model, PLAN, {}).get("resized", ())
+    return {name: _holder(model, name)[name.rpartition(".")[2]] for name in held}
+
+
+def _hold(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Let modules hold these tensors as plain attributes; those that have held one tensor do so again."""
+    known: dict[int, tuple[Any, Tensor]] = {}
+    for name, t in tensors.items():
+        holder, key = _holder(model, name), name.rpartition(".")[2]
+        old = holder.get(key)
+        _, holder[key] = (old, t) if old is None else known.setdefault(id(old), (old, t.to(old.device)))
+
+
+def _holder(model: nn.Module, name: str) -> dict[str, Any]:
+    return model.get_submodule(name.rpartition(".")[0]).__dict__
 
 
 def _attribute_values(
@@ -193,16 +256,21 @@ def _refresh_flat_weights(model: nn.Module) -> None:
             module._init_flat_weights()
 
 
-def replay(model: nn.Module, plan: Mapping[str, Any]) -> nn.Module:
+def replay(model: nn.Module, plan: Mapping[str, Any], saved: Mapping[str, Tensor] | None = None) -> nn.Module:
     """Do to a fresh full model, in place, what `build` did beside the slicing: set attributes, take blocks out.
 
+    Args:
+        saved: what `constants` gave of the exported model; without it what the fresh one holds is cut.
     Raises:
         ExportError: the model lacks a module or a block that the plan names.
     """
     named = dict(model.named_modules())
-    missing = [path for path, *_ in (*plan["attributes"], *plan["blocks"]) if path not in named]
+    cuts = {n: [(i, torch.tensor(at)) for i, at in several] for n, several in plan.get("constants", ())}
+    paths = [path for path, *_ in (*plan["attributes"], *plan["blocks"])] + [n.rpartition(".")[0] for n in cuts]
+    missing = [path for path in paths if path not in named]
     if missing:
         raise ExportError(f"{type(model).__name__} has no module '{missing[0]}'; is it the model that was exported?")
+    _resize_constants(model, cuts)
     for module, key, value in plan["attributes"]:
         set_attribute(model, Attribute(module, tuple(key)), value)
     if "branches" in plan:  # files written before there were branches lack it
@@ -216,5 +284,6 @@ def replay(model: nn.Module, plan: Mapping[str, Any]) -> nn.Module:
         if unknown:
             raise ExportError(f"'{container}' has no blocks {sorted(unknown)}; is it the model that was exported?")
         blocks.remove(model, container, set(gone))
+    _hold(model, saved or {})
     setattr(model, PLAN, dict(plan))
     return model

@@ -8,7 +8,8 @@ linear or convolution that sums over it (`W * m`, O(weights)) equals masking its
   computes exactly the statistics of the k kept elements, and its scale is corrected by sqrt(k / N): true of LayerNorm,
   GroupNorm and every RMSNorm, whatever class implements it;
 - a mean, variance or maximum anywhere in a forward: the same over what is kept (`calls.py`);
-- a block: lerp(input, block(input), gate); a branch of a block: lerp(0, branch(input), gate).
+- a block: lerp(input, block(input), gate); a branch of a block: lerp(0, branch(input), gate);
+- what an expert of a list gives, where its score is neither chosen nor under a softmax (`experts.py`).
 
 All of it lives on a clone of the module tree that shares the user's parameters.
 """
@@ -79,6 +80,15 @@ class NormSite:
     modified: bool = False
 
 
+@dataclass(frozen=True, eq=False)
+class ExpertSite:
+    """Mask what module `module` gives with element `index` of `axis`: nothing else tells that it is gone."""
+
+    module: str
+    axis: Axis
+    index: int
+
+
 @dataclass(frozen=True)
 class Sites:
     """Everywhere that a gated model differs from the user's."""
@@ -89,6 +99,7 @@ class Sites:
     blocks: tuple[Blocks, ...]
     by_products: tuple[tuple[str, tuple[tuple[Dim, ...], ...]], ...] = ()
     calls: tuple[CallSite, ...] = ()
+    experts: tuple[ExpertSite, ...] = ()
 
 
 # -- planning: which places, or why an axis must stay ------------------------------------------------------------------
@@ -112,7 +123,7 @@ def plan(trace: Trace, blocks: Sequence[Blocks]) -> Sites:
         if gives and matters.isdisjoint(gives):
             continue  # nobody reads it: the mean over the heads of scores that nobody asked for
         if norm.kind == "selected by index":
-            for dim in free:
+            for dim in [d for d in free if trace.experts.keys().isdisjoint(axes.factors(d))]:
                 axes.freeze(dim, f"{norm.kind} in {norm.path or 'the model'} ({norm.operator})")
             continue
         if norm.kind == "sum":
@@ -158,7 +169,7 @@ def plan(trace: Trace, blocks: Sequence[Blocks]) -> Sites:
         WeightSite(module, name, tuple(sorted((i, d) for i, d in dims.items() if axes.is_free(d))))
         for (module, name), dims in weights.items()
     )
-    return Sites(
+    found_sites = Sites(
         tuple(s for s in sites if s.dims),
         tuple(s for s in inputs.values() if axes.is_free(s.dim)),
         tuple(s for s in norms.values() if axes.is_free(s.dim)),
@@ -170,6 +181,20 @@ def plan(trace: Trace, blocks: Sequence[Blocks]) -> Sites:
         ),
         functions.kept(),
     )
+    return replace(found_sites, experts=tuple(_expert_sites(trace, found_sites)))
+
+
+def _expert_sites(trace: Trace, sites: Sites) -> Iterator[ExpertSite]:
+    """Of experts whose scores are masked nowhere, not in a softmax and not where some are chosen, the outputs."""
+    along = [(*s.dims,) for s in sites.weights] + [s.dims for s in sites.calls]
+    masked = [d for dims in along for _, d in dims] + [s.dim for s in sites.inputs] + [s.dim for s in sites.norms]
+    covered = {a for dim in masked for a in axes.atoms(dim)}
+    for a, experts in trace.experts.items():
+        if not a.reasons and a not in covered:
+            for i, paths in enumerate(experts.paths):
+                last = max((c for p in paths for c in trace.record.of("calls", p)), key=lambda c: c.end, default=None)
+                if last is not None:
+                    yield ExpertSite(last.path, a, i)
 
 
 def _note_kept_inputs(trace: Trace, norms: dict[str, NormSite], paths: set[str]) -> None:
@@ -538,6 +563,8 @@ def attach(
         norm.register_forward_pre_hook(KeptCount(masks, site), with_kwargs=True)
         if site.weight is None:
             norm.register_forward_hook(Rescale(masks, site))
+    for expert in sites.experts:
+        gated.get_submodule(expert.module).register_forward_hook(MaskedExpert(masks, expert))
     block_gates: dict[str, BlockGate] = {}
     for stack in sites.blocks:
         for i, path in enumerate(stack.paths):
@@ -655,6 +682,18 @@ class Rescale:
 def _apart(x: Tensor, modified: bool) -> Tensor:
     """`x`, or a copy where the forward writes to it: a gate keeps it for its gradient, or has handed on what it was given."""
     return x.clone() if modified else x
+
+
+@dataclass
+class MaskedExpert:
+    """After an expert: y * m, of its element."""
+
+    masks: Masks
+    site: ExpertSite
+
+    def __call__(self, module: nn.Module, args: tuple, out: Any) -> Any:
+        gate = self.masks((self.site.axis,))[self.site.index]
+        return replace_first(out, lambda y: y * gate.to(y.dtype))
 
 
 @dataclass

@@ -511,7 +511,9 @@ class _Group:
         self.grid = [torch.tensor(np.stack(g)) for g in zip(*(t.grid for t in tables))]  # of each factor (I, G)
         self.ms = torch.tensor(np.stack([t.ms.reshape(-1) for t in tables]))  # (I, G ** K)
         gates = [inside(t.instance.end) for t in tables]
-        self.gate = torch.tensor([variables[g[0]] if g else one for g in gates])
+        most = max(map(len, gates), default=0)
+        rows_ = [[*(variables[g] for g in of_one), *[one] * (most - len(of_one))] for of_one in gates]
+        self.gates = torch.tensor(rows_, dtype=torch.long).reshape(len(tables), most)
         polys = [extent_in((a,), free) for t in tables for a in t.factors]
         width = max((len(m) for p in polys for m in p.terms), default=0)
         rows = [
@@ -525,7 +527,7 @@ class _Group:
 
     def sum(self, values: Tensor) -> Tensor:
         """Gated milliseconds of all tables at vectors (S, V + 1), (S,)."""
-        ms, gate = self.ms.to(values), values[:, self.gate.to(values.device)]
+        ms, gate = self.ms.to(values), values[:, self.gates.to(values.device)].prod(2)
         at = torch.zeros(len(values), len(ms), dtype=torch.long, device=values.device)
         corners = [(at, torch.ones_like(gate))]
         for k, (low, share) in enumerate(self._cells(values)):

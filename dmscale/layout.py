@@ -28,6 +28,7 @@ class Layout:
     element_size: (E,) number of elements of each element's segment.
     sharpness: (E,) lambda of the soft masks: N for widths, 4 N for heads and depth, of which there are few.
     in_depth: (E,) whether the element is a block.
+    with_modules: (B + X,) the places of all blocks and experts.
     inside: (B, S) for each block, in the order of its elements, the segments that it alone holds: its hidden widths, its heads.
     ceiling: (D,) largest share that may be pruned.
     """
@@ -67,7 +68,11 @@ class Layout:
         self.is_width = np.array([d.kind != "depth" for d in self.dimensions])
         self._width_columns = np.array([i for i, d in enumerate(self.dimensions) for _ in d.axes], dtype=np.int64)
         self._width_sizes = np.array([a.size for a in self.axes], dtype=np.float64)
-        self._stacks = [(index[n], len(s.paths)) for n, s in space.stacks.items()]
+        owner_of = dict(zip(self.members, owner))
+        self._parts = [(owner_of[n], len(parts)) for n, parts in space.parts.items()]
+        place = dict(zip(self.members, self.start.tolist()))
+        places = [place[n] + i for n, parts in space.parts.items() for i in range(len(parts))]
+        self.with_modules = torch.tensor(places, dtype=torch.long)
 
     def _inside(self) -> Tensor:
         held: dict[Axis, list[str]] = {a: [] for a in self.axes}
@@ -106,13 +111,13 @@ class Layout:
     def cost_variables(self, pruned: np.ndarray) -> np.ndarray:
         """The soft values of the space's cost variables at pruned shares (S, D), with a one behind the last, (S, V + 1)."""
         widths = self._width_sizes * (1 - pruned[:, self._width_columns])
-        blocks = [np.repeat(1 - pruned[:, i : i + 1], n, 1) for i, n in self._stacks]
+        blocks = [np.repeat(1 - pruned[:, i : i + 1], n, 1) for i, n in self._parts]
         return np.concatenate([widths, *blocks, np.ones((len(pruned), 1))], 1)
 
     def soft_variables(self, mask: Tensor) -> Tensor:
         """The values of the space's cost variables at a mask (E,), differentiable, (V,)."""
         widths = torch.zeros(len(self.sizes), dtype=mask.dtype, device=mask.device).index_add(0, self.segment, mask)
-        return torch.cat([widths[: len(self.axes)], mask[self.in_depth]])
+        return torch.cat([widths[: len(self.axes)], mask[self.with_modules]])
 
     def flat(self, scores: Mapping[str, Any], device: torch.device) -> Tensor:
         """Scores by member as one vector (E,); members that have none get zeros."""

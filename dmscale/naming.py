@@ -16,7 +16,7 @@ def name_axes(trace: Trace) -> dict[Axis, str]:
 
     An axis that one layer makes has the layer's path.  One that several make (a residual stream, the two inputs of a
     gated MLP) has the path that they share, and 'width'.  Heads and head dims are named after the attention module, experts
-    after the module of router and matrices.
+    after the module of router and matrices, or the list that they are in.
     """
     atoms = trace.atoms
     heads = {a for dim in trace.record.batched for a in atoms[dim]}
@@ -40,6 +40,8 @@ def name_axes(trace: Trace) -> dict[Axis, str]:
             for a in atoms[lookup.dim]:
                 experts.add(a)
                 makers.get(a, {})[lookup.path] = None
+    for a, found in trace.experts.items():  # after the list, whatever makes their scores
+        makers[a] = {found.containers[0]: None}
     names: dict[Axis, str] = {}
     numbers = _numbers(trace, makers)
     makers = {a: paths for a, paths in makers.items() if a not in numbers}

@@ -77,13 +77,13 @@ _FILLS = _overloads(aten.masked_fill, aten.masked_fill_)
 
 
 def heard(
-    trace: Tracer, func: Any, kwargs: Any, values: Sequence[Value], noted: Sequence[Said | None]
+    trace: Tracer, func: Any, args: Any, kwargs: Any, values: Sequence[Value], noted: Sequence[Said | None]
 ) -> Sequence[Said]:
     """What the results of an operator say; freezes axes whose numbers it takes and that it is not known to keep to.
 
     Args:
         trace: where to freeze.
-        func, kwargs: the operator, and its keyword arguments.
+        func, args, kwargs: the operator, and its arguments.
         values: what is known of its tensor arguments.
         noted: what its rule has said of each result; None where it did not.
     """
@@ -100,7 +100,7 @@ def heard(
         said = NOTHING if first.numbers is None else Said(first.numbers)
         noted = [*noted[:1], *[s or NOTHING for s in noted[1:]]]  # of a sort, the second result is a permutation
     elif func in _COMPARES:
-        said = _compared(trace, func, values)
+        said = _compared(trace, func, args, values)
     elif func not in _LOOKED_AFTER:
         freeze_numbers(trace, values)
         zero = tuple(d for s in before for d in s.zero) if func in _TIMES else first.zero if func in _SUMS else ()
@@ -126,10 +126,16 @@ def _keeps_values(func: Any, dtype: torch.dtype | None, numbers: Dim | None) -> 
     return dtype is not torch.bool and not small
 
 
-def _compared(trace: Tracer, func: Any, values: Sequence[Value]) -> Said:
-    """Numbers of one axis among themselves; where one side is all of its numbers, being equal is a one-hot vector."""
+def _compared(trace: Tracer, func: Any, args: Any, values: Sequence[Value]) -> Said:
+    """Numbers of one axis among themselves; where one side is all of its numbers, being equal is a one-hot vector.
+
+    Where one side is a number that Python counts, a module may go with it.
+    """
     numbers = [v.said.numbers for v in values]
     if all(n is None for n in numbers):
+        return NOTHING
+    if func is aten.eq.Scalar and numbers[0] is not None and args[1] in range(axes.size(numbers[0])):
+        trace.one_by_one(numbers[0], [int(args[1])], "the numbers of its elements are computed with")
         return NOTHING
     p, q = (*numbers, None)[:2]
     try:

@@ -27,7 +27,9 @@ class Example:
 
 
 def alternatives(model: nn.Module, path: str) -> list[str]:
-    """Paths of the modules that the one at `path` could stand for: of its class, with parameters of its shapes, in its list.
+    """Paths of the modules that the one at `path` could stand for: of its class, with parameters of its names, in its list.
+
+    They may differ in size, as those of an exported model do.
 
     `path` itself is one of them; none where it is in no `ModuleList` or `ModuleDict`.
     """
@@ -38,13 +40,12 @@ def alternatives(model: nn.Module, path: str) -> list[str]:
     own = model.get_submodule(path)
     return [
         f"{parent}.{name}" if parent else name for name, child in container.named_children()
-        if type(child) is type(own) and _shapes(child) == _shapes(own)
+        if type(child) is type(own) and _ranks(child) == _ranks(own)
     ]  # fmt: skip
 
 
-def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    # plain ints: sizes of a trace that are found equal would tie the layers of a list to one another
-    return {name: tuple(map(int, p.shape)) for name, p in module.named_parameters()}
+def _ranks(module: nn.Module) -> dict[str, int]:
+    return {name: p.dim() for name, p in module.named_parameters()}
 
 
 class Examples:

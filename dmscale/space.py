@@ -21,6 +21,7 @@ from .clone import alias, clone, own_copy
 from .cost import METRICS, Cost, CostModel, block_finder, cost_model
 from .dimensions import Dimension, Options, dimensions, resolve
 from .errors import BudgetError, DmscaleError, ExportError, TraceError, did_you_mean
+from .experts import Experts
 from .structure import Structure
 
 TOLERANCE = 1e-4
@@ -35,6 +36,7 @@ class SearchSpace:
 
     dimensions: dict[str, Dimension]
     frozen: dict[str, str]
+    experts: dict[str, Experts]
 
     def __init__(self, model: nn.Module, example_inputs: Any, trace: tracing.Trace, options: Options):
         self.model = model
@@ -53,6 +55,10 @@ class SearchSpace:
         self.sites, self.solution = resolved.sites, resolved.solution
         self.attributes = resolved.solution.attributes
         self.dimensions, self.frozen = dimensions(self.trace, resolved, self.options)
+        self.experts = {
+            m: self.trace.experts[a]
+            for d in self.dimensions.values() for m, a in zip(d.members, d.axes) if a in self.trace.experts
+        }  # fmt: skip
         self.__dict__.pop("costs", None)
         self.__dict__.pop("shares", None)
         self.__dict__.pop("turns", None)
@@ -124,7 +130,7 @@ class SearchSpace:
         return tuple(routing.routed(self.trace.record, self.model))
 
     def block_of_operator(self) -> Callable[[int], tuple[Hashable, ...]]:
-        """What tells of an operator's number the removable block that it runs in, as a cost variable: one or none."""
+        """What tells of an operator's number the removable block and the expert that it runs in, as cost variables."""
         return block_finder(self)
 
     @property
@@ -134,10 +140,16 @@ class SearchSpace:
 
     @property
     def variables(self) -> list[Hashable]:
-        """What the cost polynomials are in: the free axes, then (stack, i) for each removable block."""
+        """What the cost polynomials are in: the free axes, then (stack, i) for each block and (member, i) for each expert."""
         return [a for d in self.dimensions.values() for a in d.axes] + [
-            (s.name, i) for s in self.stacks.values() for i in range(len(s.paths))
+            (name, i) for name, parts in self.parts.items() for i in range(len(parts))
         ]
+
+    @property
+    def parts(self) -> dict[str, tuple[tuple[str, ...], ...]]:
+        """Stack, or member whose elements are experts -> the modules that go with each of its elements."""
+        blocks = {n: tuple((path,) for path in s.paths) for n, s in self.stacks.items()}
+        return blocks | {m: e.paths for m, e in self.experts.items()}
 
     # -- structures ---------------------------------------------------------------------------------------------------
 
@@ -313,8 +325,9 @@ class SearchSpace:
                     at = coordinates[a]  # which element each position belongs to; -1: none
                     total = along.new_zeros(size).index_add_(0, at.clamp(min=0), along * (at >= 0))
                     scores[member] = scores.get(member, 0) + total
-        for stack in self.stacks.values():
-            scores[stack.name] = torch.tensor([self._inside(path, values) for path in stack.paths], dtype=torch.float32)
+        for name, parts in self.parts.items():
+            held = [sum(self._inside(path, values) for path in paths) for paths in parts]
+            scores[name] = scores.get(name, 0) + torch.tensor(held, dtype=torch.float32)
         return scores
 
     def _inside(self, path: str, values: Mapping[str, Tensor]) -> float:
@@ -345,9 +358,9 @@ class SearchSpace:
         values: list[int] = []
         for d in self.dimensions.values():
             values += [d.count(a.size, structure.sizes[d.name]) for a in d.axes]
-        for s in self.stacks.values():
-            kept = set(structure.kept[s.name])
-            values += [int(i in kept) for i in range(len(s.paths))]
+        for name, parts in self.parts.items():
+            kept = set(structure.kept[name])
+            values += [int(i in kept) for i in range(len(parts))]
         return np.array(values, dtype=np.int64)
 
     def cost_of_many(self, structures: Sequence[Structure], metric: str = "macs") -> np.ndarray:
@@ -459,8 +472,8 @@ class SearchSpace:
         """
         self._check_structure(structure)
         return export.build(
-            model or self.model, self.trace.slots, self.attributes, self.stacks, self.widths_of(structure),
-            {n: structure.kept[n] for n in self.stacks},
+            model or self.model, self.trace, self.attributes, self.stacks, self.experts, self.widths_of(structure),
+            {n: structure.kept[n] for n in self.parts},
         )  # fmt: skip
 
     @torch.inference_mode(False)
@@ -614,7 +627,7 @@ def trace(
     names = [*space.dimensions, *space.frozen]
     for argument in ("freeze", "only", "minimum", "multiple"):
         _check_globs(argument, getattr(options, argument), names)
-    _check_bounds("minimum", options.minimum, ("width", "heads"), space)
+    _check_bounds("minimum", options.minimum, ("width", "heads", "choice"), space)
     _check_bounds("multiple", options.multiple, ("width",), space)
     if verify and space.dimensions and not any(p.is_meta for p in model.parameters()):
         certify.certify(space)

@@ -23,6 +23,9 @@ from .errors import DmscaleError, ExportError
 from .known import describe
 from .structure import Structure
 
+_CONSTANT = "constant: "
+"""Stands before the names of what modules hold as plain attributes."""
+
 
 def save(model: nn.Module, path: str | os.PathLike[str], structure: Structure | None = None) -> None:
     """Write `model` (exported by dmscale, or any module) to a safetensors file, whole or not at all.
@@ -47,11 +50,10 @@ def save(model: nn.Module, path: str | os.PathLike[str], structure: Structure | 
         else:
             first[key] = name
             tensors[name] = t.detach().contiguous()
-    metadata = {
-        "format": "pt",
-        "dmscale_plan": json.dumps(getattr(model, export.PLAN, {"attributes": [], "blocks": []})),
-    }
-    metadata["tied"] = json.dumps(tied)
+    plan = getattr(model, export.PLAN, {"attributes": [], "blocks": []})
+    metadata = {"format": "pt", "dmscale_plan": json.dumps(plan), "tied": json.dumps(tied)}
+    for name, t in export.constants(model).items():  # no part of a state, and a factory may not have made them yet
+        tensors[_CONSTANT + name] = t.detach().clone(memory_format=torch.contiguous_format)
     if structure is not None:
         metadata["structure"] = structure.to_json()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -86,7 +88,8 @@ def load(path: str | os.PathLike[str], model_factory: Callable[[], Any]) -> nn.M
     if "dmscale_plan" not in metadata:
         raise DmscaleError(f"{path} was not written by dmscale.save; it has no plan of an export")
     tensors |= {name: tensors[first] for name, first in json.loads(metadata["tied"]).items()}
-    model = export.replay(_made_by(model_factory), json.loads(metadata["dmscale_plan"]))
+    constants = {n.removeprefix(_CONSTANT): tensors.pop(n) for n in [*tensors] if n.startswith(_CONSTANT)}
+    model = export.replay(_made_by(model_factory), json.loads(metadata["dmscale_plan"]), constants)
     _check(model, tensors, str(path))
     for name, t in tensors.items():
         module, _, leaf = name.rpartition(".")

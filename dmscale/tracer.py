@@ -14,7 +14,7 @@ import bisect
 import contextlib
 import functools
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -180,6 +180,15 @@ class Scale:
     power: float
 
 
+class Position(NamedTuple):
+    """Element `number` of `dim` was taken by it, in module `path`; `reason` fixes the axis where no module goes with each."""
+
+    dim: Dim
+    path: str
+    number: int
+    reason: str
+
+
 class Step(NamedTuple):
     """What one operator took and gave, as origins; one that `writes` into its arguments is not to be left out."""
 
@@ -253,6 +262,7 @@ class Record:
     multiples: list[tuple[Dim, int]] = field(default_factory=list)  # dim, what its size must be a multiple of
     least: list[tuple[Dim, int]] = field(default_factory=list)  # dim, the smallest size that it may have
     lookups: list[Lookup] = field(default_factory=list)
+    positions: list[Position] = field(default_factory=list)
     scales: list[Scale] = field(default_factory=list)
     by_products: dict[str, tuple[tuple[Dim, ...], ...]] = field(default_factory=dict)  # outputs whose axes may shrink
     read: dict[str, int] = field(default_factory=dict)  # parameter -> the first operator that took it
@@ -433,7 +443,8 @@ def _kind(func: Any) -> _Kind:
 class Tracer(TorchDispatchMode):
     """Runs operators and infers the axes of their results.
 
-    On meta tensors, `meta=True`, real constants that meet a meta tensor are replaced by meta ones for the call.
+    On meta tensors, `meta=True`, real constants that meet a meta tensor are replaced by meta ones for the call.  `lists` tells
+    of the modules that hold lists how many modules are in each.
     """
 
     kernel = staticmethod(kernels.run)
@@ -442,10 +453,11 @@ class Tracer(TorchDispatchMode):
     def _should_skip_dynamo(cls) -> bool:
         return False  # PyTorch would put a function around each operator to say so; nothing is compiled during a trace
 
-    def __init__(self, meta: bool = False):
+    def __init__(self, meta: bool = False, lists: Mapping[str, Collection[int]] | None = None):
         super().__init__()
         self.record = Record()
         self.meta = meta
+        self.lists = lists or {}  # path of a module -> how many modules each list has that it is or holds
         self.op = 0
         self.path = ""  # of the innermost module that runs
         self.counting = Counting()
@@ -601,6 +613,24 @@ class Tracer(TorchDispatchMode):
         self.record.normalisations.append(
             Normalisation(self.op, self.path, self._operator, kind, tuple(dims), self.value(x), w, b, group)
         )
+
+    def has_list_of(self, size: int) -> bool:
+        """Whether the module of the moment is or holds a list of so many modules."""
+        return size in self.lists.get(self.path, ())
+
+    def one_by_one(self, dim: Dim, indices: Iterable[int], reason: str) -> None:
+        """Note that elements of `dim` are taken by number, as modules of a list may be (`experts.py`); without one it is fixed.
+
+        Args:
+            reason: why it is fixed where no module goes with each element; "" where the gates see to that.
+        """
+        if not self.has_list_of(axes.size(dim)):
+            if reason:
+                self.freeze(dim, reason)
+        elif axes.is_free(dim):
+            self.record.positions += [
+                Position(dim, self.path, i, reason and f"{reason} in {self.where}") for i in indices
+            ]
 
     def multiple_of(self, dim: Dim, step: int) -> None:
         """Note that a kernel takes `dim` only where its size is a multiple of `step`."""
@@ -818,7 +848,7 @@ class Tracer(TorchDispatchMode):
             product = self._attend(func, kind, args, tensors, values)
         said = None
         if self._said or not silent:
-            said = heard(self, func, kwargs, values, [self._said.get(id(o)) for o in outs])
+            said = heard(self, func, args, kwargs, values, [self._said.get(id(o)) for o in outs])
         given = []
         for i, (o, own_dims) in enumerate(zip(outs, found)):  # of the results that matter
             dims, numbers, own = tuple(own_dims), NOTHING if said is None else said[i], origin

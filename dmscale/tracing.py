@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from . import attachment, axes, calls, direct, routing, running
+from . import attachment, axes, calls, direct, experts, routing, running
 from .arrivals import Arrivals, transparent_functional
 from .axes import Axis, Dim
 from .carried import constructors
@@ -50,15 +50,18 @@ class Trace:
 
     slots: parameter and buffer name -> its dimensions; tied ones appear once, under their first name.
     aliases: every other name of a tied tensor -> its first name.
+    constants: name of a tensor that a module holds as a plain attribute -> its dimensions; it is sliced as buffers are.
     record: contractions, normalisations, size equations, module calls.
     on: "meta" or "values", how the model was run.
     cached: whether it made its key-value cache.
     unread: parameters that no operator took, in evaluation or in training mode.
     indexing: the atoms of all slots.
+    experts: the axes of which each element has a module of its own.
     """
 
     slots: dict[str, tuple[Dim, ...]]
     aliases: dict[str, str]
+    constants: dict[str, tuple[Dim, ...]]
     record: Record
     on: str
     cached: bool = False
@@ -66,6 +69,7 @@ class Trace:
     notes: list[str] = field(default_factory=list)
     atoms: axes.Atoms = field(default_factory=axes.Atoms, repr=False)  # nothing is unified any more
     indexing: set[Axis] = field(default_factory=set, repr=False)
+    experts: dict[Axis, experts.Experts] = field(default_factory=dict, repr=False)
 
 
 def read(model: nn.Module, example_inputs: Any, cached: bool = False) -> Trace:
@@ -241,16 +245,17 @@ def _read(
     if any([module.training for _, module in modules]):
         twin.eval()
     twin = twin if cached else quiet(twin, modules)
-    tracer = Tracer(meta)
+    tracer = Tracer(meta, experts.lists(modules))
     slots, aliases, parameters = _watch_parameters(tracer, places)
+    constants = _watch_constants(tracer, modules)
     _tag_sizes(modules, {**slots, **{name: slots[first] for name, first in aliases.items()}})
     examples = None if meta else routing.Examples(twin)  # without values none is chosen by them
     with BothModes(tracer, [module for _, module in modules]) as training:
         _run(tracer, twin, modules, args, kwargs, examples)
     for a in tracer.record.deciding():
         axes.freeze((a,), "only a branch of the forward depends on it, which may return it")
-    trace = Trace(slots, aliases, tracer.record, kind, cached)
-    touched = tracer.record.touched() | training.touched
+    trace = Trace(slots, aliases, constants, tracer.record, kind, cached)
+    touched = tracer.record.touched() | training.touched | {p.dim for p in tracer.record.positions}
     if examples is not None and parameters - tracer.record.read.keys():
         touched |= _read_others(tracer, twin, examples, trace)
     if parameters - tracer.record.read.keys() or training.differs:
@@ -261,6 +266,7 @@ def _read(
                 trace.unread.append(name)
             for dim in slots[name]:
                 axes.freeze(dim, "the forward never reads it")
+    trace.experts = experts.find(twin, tracer.record)
     atoms = trace.atoms
     trace.indexing = {a for dims in slots.values() for dim in dims for a in atoms[dim]}
     # of a table of positions, the rows beyond the example's length are in no result
@@ -411,6 +417,17 @@ def _watch_parameters(
             parameters = set(slots)
     assert parameters is not None
     return slots, aliases, parameters
+
+
+def _watch_constants(tracer: Tracer, modules: Sequence[tuple[str, nn.Module]]) -> dict[str, tuple[Dim, ...]]:
+    """The dimensions of the floating-point tensors that modules hold as plain attributes, each under its first name."""
+    found: dict[str, tuple[Dim, ...]] = {}
+    for path, module in modules:
+        for key, t in module.__dict__.items():
+            if type(t) is Tensor and t.dim() and (t.is_floating_point() or t.is_complex()) and not is_watched(t):
+                found[f"{path}.{key}" if path else key] = tracer.dims(tracer.watch(t))
+                tracer.value(t).zeroed = False  # no weight makes it
+    return found
 
 
 def _tag_sizes(modules: list[tuple[str, nn.Module]], slots: Mapping[str, tuple[Dim, ...]]) -> None:

@@ -132,7 +132,7 @@ def _zeros(space: SearchSpace, targets: Mapping[Axis, int], quiet: Mapping[Axis,
     """Where the weights of new elements must be zero; axes for which there is no such place, with the reason."""
     record = space.trace.record
     zeros: Zeros = {}
-    refused: dict[Axis, str] = {}
+    refused = {a: "each of its elements has a module of its own" for a in targets if a in space.trace.experts}
     for dim, _ in record.least:
         inside = {a for a in axes.atoms(dim) if a in targets}
         refused |= dict.fromkeys(inside, "the largest of its elements are chosen, and new ones would be among them")
@@ -262,7 +262,7 @@ def build(space: SearchSpace, widths: Widths, model: nn.Module, noise: float, se
             t = t.index_fill(position, new.nonzero()[:, 0].to(t.device), 0)
         return t
 
-    wide, _ = resize(model, space.trace.slots, space.attributes, indices, fill)
+    wide, _ = resize(model, space.trace, space.attributes, indices, fill)
     return wide
 
 

@@ -1149,7 +1149,7 @@ EXPECTED: dict[Callable[[], tuple[nn.Module, Any]], dict[tuple[str, int], int]] 
     global_response_norm: {(W, 14): 1},
     weight_norm: {(W, 12): 1, (W, 15): 1},
     weight_standardisation: {(W, 12): 1, (W, 15): 1, (W, 16): 1},
-    sideways_convolution: {(W, 14): 1},
+    sideways_convolution: {(W, 14): 1, ("choice", 3): 1},
     spectral_norm: {(W, 12): 1, (W, 15): 1, (W, 11): 1},
     mqa_by_expand: {(W, 24): 1, (H, 3): 1, (W, 8): 2},
     mqa_native: {(W, 24): 1, (H, 3): 1, (W, 8): 2},

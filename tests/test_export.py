@@ -385,3 +385,60 @@ def test_a_dict_through_which_modules_hand_tensors_stays_one():
     own = dmscale.trace(model, torch.randn(3, 5))
     assert {n: d.size for n, d in own.dimensions.items()} == {"0.layer": 8}
     agrees(own, own.uniform(0.5))
+
+
+class Positions(nn.Module):
+    """A table that is a plain attribute, as many write it; `late` makes it in the first forward that needs it."""
+
+    def __init__(self, width: int, late: bool = False):
+        super().__init__()
+        self.width = width
+        self.table = None if late else self.made()
+
+    def made(self):
+        at = torch.arange(40)[:, None] / (1 + torch.arange(self.width))
+        return at.sin().unsqueeze(0)
+
+    def forward(self, x):
+        if self.table is None:
+            self.table = self.made()
+        return x + self.table[:, : x.shape[1]].to(x.device)
+
+
+class WithTables(nn.Module):
+    def __init__(self, late: bool = False):
+        super().__init__()
+        self.first, self.last = nn.Linear(5, 12), nn.Linear(12, 3)
+        self.positions, self.again = Positions(12, late), Positions(12, late)
+        self.again.table = self.positions.table
+        self.scale, self.inner, self.outer = torch.rand(9) + 0.5, nn.Linear(12, 9), nn.Linear(9, 12)
+        self.mixing, self.behind = torch.randn(12, 7), nn.Linear(7, 3)
+
+    def forward(self, x):
+        x = self.again(self.positions(self.first(x)))
+        x = x + self.outer(self.inner(x).relu() * self.scale)
+        return self.last(x) + self.behind(x @ self.mixing)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_tensors_that_are_plain_attributes_are_sliced_too(late, tmp_path):
+    def make():
+        torch.manual_seed(0)
+        return non_trivial(WithTables(late))
+
+    model, x = make(), torch.randn(2, 6, 5)
+    model(x)  # makes what is made late
+    own, before = dmscale.trace(model, x), model.scale.clone()
+    assert {n: d.size for n, d in own.dimensions.items()} == {"residual width": 12, "inner": 9, "width": 7}
+    for seed in range(4):
+        structure = own.sample(seed)
+        small = agrees(own, structure)
+        assert small.positions.table.shape == (1, 40, structure.sizes["residual width"])
+        assert late or small.again.table is small.positions.table
+        dmscale.save(small, tmp_path / "small.safetensors")
+        loaded = dmscale.load(tmp_path / "small.safetensors", make).eval()
+        assert difference(outputs(loaded, x), outputs(small, x)) < 1e-6
+        assert late or loaded.again.table is loaded.positions.table
+    assert torch.equal(model.scale, before) and model.positions.table.shape == (1, 40, 12)
+    large = dmscale.expand(model, x, width=2)
+    assert large.scale.shape == (18,) and difference(outputs(large, x), outputs(model, x)) < 1e-5

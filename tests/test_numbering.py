@@ -234,31 +234,24 @@ def test_a_mask_learns_from_what_is_chosen_where_nothing_else_reads_it():
         assert float(leaf.grad[i]) == pytest.approx(float(slope), rel=1e-2, abs=1e-3)
 
 
-class Looped(nn.Module):
-    """A list of experts, each with the rows that chose it; `handed_out` also returns the numbers."""
+class Told(nn.Module):
+    """Experts in a table; `handed_out` returns the numbers too, else those who chose number 2 get something more."""
 
     def __init__(self, handed_out=False):
         super().__init__()
         self.handed_out, self.router = handed_out, nn.Linear(5, 4)
-        self.experts = nn.ModuleList(nn.Linear(5, 3) for _ in range(4))
         self.table = nn.Parameter(torch.randn(4, 5, 3))
 
     def forward(self, x):
         weight, number = self.router(x).softmax(-1).topk(2)
-        if self.handed_out:
-            return torch.einsum("td,tkdh,tk->th", x, self.table[number], weight), number
-        out = torch.zeros(x.shape[0], 3)
-        for i, expert in enumerate(self.experts):
-            row, place = torch.where(number == i)
-            out.index_add_(0, row, expert(x[row]) * weight[row, place, None])
-        return out
+        out = torch.einsum("td,tkdh,tk->th", x, self.table[number], weight)
+        return (out, number) if self.handed_out else out + (number == 2).sum(-1, keepdim=True)
 
 
 @pytest.mark.parametrize("handed_out, reason", [(False, "numbers of its elements"), (True, "output")])
 def test_experts_that_are_told_apart_by_a_literal_or_handed_out_stay(handed_out, reason):
-    space = dmscale.trace(non_trivial(Looped(handed_out)), torch.randn(8, 5))
-    frozen = {n: why for n, why in space.frozen.items() if n in ("router", "experts")}
-    assert frozen and all(reason in why for why in frozen.values()), space.frozen
+    space = dmscale.trace(non_trivial(Told(handed_out)), torch.randn(8, 5))
+    assert reason in space.frozen["experts"], space.frozen
     assert not space.dimensions
 
 

@@ -182,16 +182,21 @@ def cat(trace: Tracer, out: Tensor, tensors: Sequence[Tensor], dim: int = 0) -> 
 
 @rule(aten.stack)
 def stack(trace: Tracer, out: Tensor, tensors: Sequence[Tensor], dim: int = 0) -> Sequence[Dim]:
-    """A new frozen dimension; the others unified."""
+    """A new dimension, fixed unless a module goes with each element; the others unified."""
     dims = list(trace.broadcast(tensors, tensors[0].shape))
-    dims.insert(dim % out.dim(), axes.axis(len(tensors), "index of a stack"))
+    index = axes.axis(len(tensors))
+    trace.one_by_one(index, range(len(tensors)), "index of a stack")
+    dims.insert(dim % out.dim(), index)
     return dims
 
 
 @rule(aten.split, aten.split_with_sizes, aten.chunk, aten.unsafe_split, aten.unsafe_chunk, aten.unsafe_split_with_sizes)
 def split(trace: Tracer, out: Sequence[Tensor], x: Tensor, sizes: Any, dim: int = 0) -> Sequence[Sequence[Dim]]:
-    """The axis is the sum of the pieces."""
+    """The axis is the sum of the pieces; those of one element are as many as there are modules, where one goes with each."""
     dims = trace.dims(x)
+    if len(out) == x.shape[dim] and trace.has_list_of(len(out)):
+        trace.one_by_one(dims[dim], range(len(out)), "selected by index")
+        return [_replaced(dims, dim % x.dim(), ()) for _ in out]
     pieces = axes.cut(dims[dim], [o.shape[dim] for o in out])
     return [_replaced(dims, dim % x.dim(), piece) for piece in pieces]
 
@@ -206,12 +211,19 @@ def _replaced(dims: Sequence[Dim], position: int, dim: Dim) -> list[Dim]:
 def slice_(
     trace: Tracer, out: Tensor, x: Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
 ) -> Sequence[Dim]:
-    """The middle of three pieces; with a step the axis is viewed as (piece, step), which needs a fixed step."""
+    """The middle of three pieces, or one element that a module may go with.
+
+    With a step the axis is viewed as (piece, step), which needs a fixed step.
+    """
     dims, total, wanted = trace.dims(x), x.shape[dim], out.shape[dim]
     dim %= x.dim()
     start = 0 if start is None else min(max(start + total if start < 0 else start, 0), total)
     if wanted == total:
         return dims
+    if wanted == 1 and trace.has_list_of(total) and axes.is_free(dims[dim]):
+        trace.one_by_one(dims[dim], [start], "")
+        trace.normalised("selected by index", [dims[dim]], x)
+        return _replaced(dims, dim, ())
     if step == 1:
         sizes = [start, wanted, total - start - wanted]
         return _replaced(dims, dim, axes.cut(dims[dim], sizes)[1])
@@ -231,17 +243,18 @@ def narrow(trace: Tracer, out: Tensor, x: Tensor, dim: int, start: int, length: 
 
 @rule(aten.select)
 def select(trace: Tracer, out: Tensor, x: Tensor, dim: int, index: int) -> Sequence[Dim]:
-    """One element of an axis by number: the axis is fixed, unless only the shape of the result is read."""
+    """One element of an axis by number: the axis is fixed, unless only the shape is read, or a module goes with each element."""
     dims = list(trace.dims(x))
+    trace.one_by_one(dims[dim], [index % x.shape[dim]], "")
     trace.normalised("selected by index", [dims.pop(dim)], x)
     return dims
 
 
 @rule(aten.unbind)
 def unbind(trace: Tracer, out: Sequence[Tensor], x: Tensor, dim: int = 0) -> Sequence[Sequence[Dim]]:
-    """Every element of an axis by number."""
+    """Every element of an axis by number: the axis is fixed, unless a module goes with each."""
     dims = list(trace.dims(x))
-    trace.freeze(dims.pop(dim), "selected by index")
+    trace.one_by_one(dims.pop(dim), range(len(out)), "selected by index")
     return [dims for _ in out]
 
 

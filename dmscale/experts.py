@@ -1,0 +1,117 @@
+"""Experts in lists: modules of which there are as many as an axis has elements.
+
+    scores = self.router(x).softmax(-1)  # (T, E)
+    out = sum(scores[:, i, None] * expert(x) for i, expert in enumerate(self.experts))
+
+The elements of the router's axis are taken by number, each for the module of that number: with an element and its module
+gone, the others have new numbers in both.  The loop is Python's and leaves nothing in a trace.  So that element i goes with
+module i, of every list that has as many and is held where the elements were taken, is a guess, which the trial of the space
+proves or takes back (`certify.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from . import axes, routing
+from .axes import Axis, Dim
+from .blocks import counted
+from .sizes import Attribute
+from .tracer import Position, Record
+
+
+@dataclass(frozen=True, eq=False)
+class Experts:
+    """The modules that go with the elements of an axis.
+
+    containers: the lists that hold a module for each element.
+    paths: for each element its modules, one in each list.
+    ranges: for each element the operators that go with it, from behind the first number of a pair up to the second.
+    follow: the numbers of modules that forwards count up to.
+    """
+
+    containers: tuple[str, ...]
+    paths: tuple[tuple[str, ...], ...]
+    ranges: tuple[tuple[tuple[int, int], ...], ...]
+    follow: tuple[Attribute, ...] = ()
+
+
+def lists(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, set[int]]:
+    """Path of a module -> how many modules are in each of the lists that it is or holds, of those that hold any."""
+    found: dict[str, set[int]] = {}
+    for path, module in modules:
+        if isinstance(module, nn.ModuleList) and len(module) > 1:
+            for owner in (path, path.rpartition(".")[0]):
+                found.setdefault(owner, set()).add(len(module))
+    return found
+
+
+def find(model: nn.Module, record: Record) -> dict[Axis, Experts]:
+    """The axes of which every element was taken by number for a module of its own; freezes the others whose elements were.
+
+    Args:
+        model: the traced model.
+        record: of its trace.
+    """
+    taken: dict[Axis, list[Position]] = {}
+    for position in record.positions:
+        (*outer, last) = axes.factors(position.dim) or (None,)
+        if outer or last is None or not last.is_atom:
+            _fix(position.dim, [position])
+        elif not last.reasons:
+            taken.setdefault(last, []).append(position)
+    found: dict[tuple[str, ...], tuple[Axis, Experts]] = {}  # by the lists
+    routed = set(routing.routed(record, model)) if taken else set()
+    for axis, positions in taken.items():
+        owners = {p.path for p in positions}
+        experts = _experts(model, owners.pop(), axis, record, routed) if len(owners) == 1 else None
+        missing = set(range(axis.size)).difference([p.number for p in positions])
+        if experts is not None and missing and not _unreached(experts, missing, record, routed):
+            experts = None
+        if experts is None:
+            _fix((axis,), positions)
+        elif experts.containers in found:  # stacked once more, in training mode say
+            axes.unify((axis,), (found[experts.containers][0],))
+        else:
+            found[experts.containers] = axis, experts
+    return {axes.factors((axis,))[0]: experts for axis, experts in found.values()}
+
+
+def _fix(dim: Dim, positions: Sequence[Position]) -> None:
+    """Freeze what no module goes with; where there is no reason the gates see to it, if the result matters."""
+    reason = next((p.reason for p in positions if p.reason), None)
+    if reason is not None:
+        axes.freeze(dim, reason)
+
+
+def _unreached(experts: Experts, numbers: Iterable[int], record: Record, routed: set[str]) -> bool:
+    """Whether no row of the example chose the experts of these numbers, so that the forward had nothing to do for them."""
+    return all(p in routed and not record.of("calls", p) for i in numbers for p in experts.paths[i])
+
+
+def _experts(model: nn.Module, owner: str, axis: Axis, record: Record, routed: set[str]) -> Experts | None:
+    containers = tuple(_lists(model, owner, axis.size, record))
+    if not containers:
+        return None
+    paths = tuple(tuple(f"{c}.{i}" if c else str(i) for c in containers) for i in range(axis.size))
+    # one that gets as many rows as values say: with it gone these go to others
+    ranges = tuple(
+        tuple((c.start, c.end) for p in several if p not in routed for c in record.of("calls", p)) for several in paths
+    )
+    return Experts(containers, paths, ranges, counted(model, owner, containers, record))
+
+
+def _lists(model: nn.Module, owner: str, size: int, record: Record) -> Iterator[str]:
+    """The lists of `size` modules that the module at `owner` is or holds, of which any was called."""
+    module = model.get_submodule(owner)
+    held = [(owner, module)] + [
+        (f"{owner}.{name}" if owner else name, child) for name, child in module.named_children()
+    ]
+    for path, child in held:
+        prefix = f"{path}." if path else ""
+        listed = isinstance(child, nn.ModuleList) and len(child) == size
+        if listed and any(record.of("calls", f"{prefix}{i}") for i in range(size)):
+            yield path
