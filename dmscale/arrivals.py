@@ -124,7 +124,7 @@ class Arrivals(TorchFunctionMode):
                 _fix(tracer, sized)
             return out
         makes = handler in (_created, _unpacked, _noise)
-        tracer.making_sized = makes or (handler is _numbered and _counts_to(args, kwargs))
+        tracer.making_sized = makes or (handler is _numbered and _counts_to(tracer, args, kwargs))
         try:
             out = func(*args, **kwargs)
         finally:
@@ -319,7 +319,7 @@ def _is_usual(tracer: Tracer, scale: SizedFloat, query: Tensor) -> bool:
 
 def _one_hot(tracer: Tracer, tensor: Tensor, num_classes: int = -1) -> Tensor:
     """One-hot vectors as the comparison that they are: `tensor` (...) with all numbers, (..., num_classes)."""
-    if not isinstance(num_classes, SizedInt):
+    if not isinstance(num_classes, SizedInt) and not tracer.has_list_of(num_classes):
         return F.one_hot(tensor, num_classes)
     tracer.making_sized = True
     try:
@@ -330,9 +330,11 @@ def _one_hot(tracer: Tracer, tensor: Tensor, num_classes: int = -1) -> Tensor:
     return (tensor.unsqueeze(-1) == every).long()
 
 
-def _counts_to(args: Any, kwargs: Any) -> bool:
-    """Whether the arguments of an `arange` ask for the numbers below one size."""
-    return len(args) == 1 and isinstance(args[0], SizedInt) and not kwargs.keys() & {"start", "end", "step"}
+def _counts_to(tracer: Tracer, args: Any, kwargs: Any) -> bool:
+    """Whether the arguments of an `arange` ask for the numbers below one size, or the length of a list."""
+    if len(args) != 1 or kwargs.keys() & {"start", "end", "step"}:
+        return False
+    return isinstance(args[0], SizedInt) or tracer.has_list_of(args[0])
 
 
 # -- handlers: tracer, out, then the function's own arguments ---------------------------------------------------------
@@ -564,7 +566,7 @@ def _unpacked(tracer: Tracer, out: Sequence[Tensor], data: Tensor, *args: Any, *
 @_on("arange")
 def _numbered(tracer: Tracer, out: Tensor, *args: Any, **kwargs: Any) -> None:
     """The numbers of all elements of an axis, if they go up to one size."""
-    if _counts_to(args, kwargs):
+    if _counts_to(tracer, args, kwargs):
         (dim,) = tracer.dims(out)
         tracer.equate(args[0], dim)
         tracer.value(out).said = Said(dim)

@@ -20,7 +20,7 @@ from . import axes, routing
 from .axes import Axis, Dim
 from .blocks import counted
 from .sizes import Attribute
-from .tracer import Position, Record
+from .tracer import Call, Position, Record
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,12 +30,14 @@ class Experts:
     containers: the lists that hold a module for each element.
     paths: for each element its modules, one in each list.
     ranges: for each element the operators that go with it, from behind the first number of a pair up to the second.
+    chosen: whether values say which rows each one gets: with one gone these go to others, and no operator with it.
     follow: the numbers of modules that forwards count up to.
     """
 
     containers: tuple[str, ...]
     paths: tuple[tuple[str, ...], ...]
     ranges: tuple[tuple[tuple[int, int], ...], ...]
+    chosen: bool = False
     follow: tuple[Attribute, ...] = ()
 
 
@@ -69,7 +71,7 @@ def find(model: nn.Module, record: Record) -> dict[Axis, Experts]:
         owners = {p.path for p in positions}
         experts = _experts(model, owners.pop(), axis, record, routed) if len(owners) == 1 else None
         missing = set(range(axis.size)).difference([p.number for p in positions])
-        if experts is not None and missing and not _unreached(experts, missing, record, routed):
+        if experts is not None and missing and not _unreached(experts, missing, record):
             experts = None
         if experts is None:
             _fix((axis,), positions)
@@ -87,9 +89,9 @@ def _fix(dim: Dim, positions: Sequence[Position]) -> None:
         axes.freeze(dim, reason)
 
 
-def _unreached(experts: Experts, numbers: Iterable[int], record: Record, routed: set[str]) -> bool:
+def _unreached(experts: Experts, numbers: Iterable[int], record: Record) -> bool:
     """Whether no row of the example chose the experts of these numbers, so that the forward had nothing to do for them."""
-    return all(p in routed and not record.of("calls", p) for i in numbers for p in experts.paths[i])
+    return experts.chosen and not any(record.of("calls", p) for i in numbers for p in experts.paths[i])
 
 
 def _experts(model: nn.Module, owner: str, axis: Axis, record: Record, routed: set[str]) -> Experts | None:
@@ -97,11 +99,16 @@ def _experts(model: nn.Module, owner: str, axis: Axis, record: Record, routed: s
     if not containers:
         return None
     paths = tuple(tuple(f"{c}.{i}" if c else str(i) for c in containers) for i in range(axis.size))
-    # one that gets as many rows as values say: with it gone these go to others
-    ranges = tuple(
-        tuple((c.start, c.end) for p in several if p not in routed for c in record.of("calls", p)) for several in paths
-    )
-    return Experts(containers, paths, ranges, counted(model, owner, containers, record))
+    calls = [[c for p in several for c in record.of("calls", p)] for several in paths]
+    chosen = any(p in routed for several in paths for p in several) or not _all_alike([c[0] for c in calls if c])
+    ranges = tuple(tuple((c.start, c.end) for c in of_one if not chosen) for of_one in calls)
+    return Experts(containers, paths, ranges, chosen, counted(model, owner, containers, record))
+
+
+def _all_alike(calls: Sequence[Call]) -> bool:
+    """Whether all were given the same rows, and not each its own."""
+    rows = [c.source.dims[:-1] for c in calls if c.source is not None]
+    return all(len(r) == len(rows[0]) and all(map(axes.same, r, rows[0])) for r in rows)
 
 
 def _lists(model: nn.Module, owner: str, size: int, record: Record) -> Iterator[str]:

@@ -127,7 +127,8 @@ class SearchSpace:
     @functools.cached_property
     def routed(self) -> tuple[str, ...]:
         """Modules whose MACs depend on values too, experts of a mixture say: they are counted as the example routes."""
-        return tuple(routing.routed(self.trace.record, self.model))
+        chosen = [p for e in self.trace.experts.values() if e.chosen for paths in e.paths for p in paths]
+        return tuple(dict.fromkeys([*routing.routed(self.trace.record, self.model), *chosen]))
 
     def block_of_operator(self) -> Callable[[int], tuple[Hashable, ...]]:
         """What tells of an operator's number the removable block and the expert that it runs in, as cost variables."""

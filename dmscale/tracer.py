@@ -181,11 +181,14 @@ class Scale:
 
 
 class Position(NamedTuple):
-    """Element `number` of `dim` was taken by it, in module `path`; `reason` fixes the axis where no module goes with each."""
+    """Element `number` of `dim` was taken by it, in module `path`; None if only the size of `dim` was given, as a plain number.
+
+    `reason` fixes the axis where no module goes with each element.
+    """
 
     dim: Dim
     path: str
-    number: int
+    number: int | None
     reason: str
 
 
@@ -689,7 +692,10 @@ class Tracer(TorchDispatchMode):
     def equate(self, value: int, dim: Dim) -> None:
         """Note that a Python size equals the size of `dim`; literals for fixed axes say nothing new."""
         if not isinstance(value, SizedInt):
-            if axes.is_free(dim):
+            if axes.is_free(dim) and self.has_list_of(value):  # which may have been asked for its length
+                reason = f"its size is fixed in {self.where}"
+                self.record.positions.append(Position(dim, self.path, None, reason))
+            elif axes.is_free(dim):
                 self.record.equations.append(Equation(int(value), dim, self.where))
             return
         expression = value.expression

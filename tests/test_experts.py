@@ -88,6 +88,15 @@ class Sparse(Mixture):
         return sum(scores[:, i, None] * expert(x) for i, expert in enumerate(self.experts))
 
 
+class Measured(Mixture):
+    """As many classes as the list is long."""
+
+    def mix(self, x):
+        best, number = self.router(x).softmax(-1).topk(CHOSEN, -1)
+        scores = (F.one_hot(number, num_classes=len(self.experts)) * best[..., None]).sum(1)
+        return sum(scores[:, i, None] * expert(x) for i, expert in enumerate(self.experts))
+
+
 class InTwoLists(Mixture):
     def __init__(self):
         super().__init__()
@@ -175,6 +184,24 @@ class Busy(Mixture):
         return out
 
 
+class Sorted(Mixture):
+    """Rows sorted by expert, of which Python reads how many each one has, in an array as long as the list."""
+
+    def mix(self, x):
+        best, number = self.router(x).softmax(-1).topk(CHOSEN, -1)
+        counts = number.new_zeros((number.shape[0], len(self.experts))).scatter_(1, number, 1).sum(0)
+        order, out, start = number.view(-1).argsort(), [], 0
+        rows = x[order // number.shape[1]]
+        for i, count in enumerate(counts.numpy()):
+            if count:
+                out.append(self.experts[i](rows[start : start + count]))
+                start = start + count
+        joined = torch.cat(out)
+        back = torch.empty_like(joined)
+        back[order] = joined
+        return (back.view(*number.shape, -1) * best.unsqueeze(-1)).sum(1)
+
+
 class Tasks(nn.Module):
     """Several routers for the same experts, one for each task (MMoE)."""
 
@@ -204,7 +231,7 @@ DENSE = [
     Mean,
     Tasks,
 ]
-ROUTED = [Chosen, OneHot, Switch, Busy]
+ROUTED = [Chosen, OneHot, Switch, Busy, Sorted]
 
 
 def traced(cls: type[nn.Module]) -> tuple[nn.Module, torch.Tensor, dmscale.SearchSpace]:
@@ -243,7 +270,7 @@ def test_experts_go_with_their_elements(cls, tmp_path):
     assert_same(before, fingerprint(model))
 
 
-@pytest.mark.parametrize("cls", [Switch, Busy])
+@pytest.mark.parametrize("cls", [Switch, Busy, Sorted])
 def test_an_example_need_not_reach_every_expert(cls):
     torch.manual_seed(0)
     model, few, many = non_trivial(cls()), torch.randn(2, 5), torch.randn(300, 5)
@@ -256,7 +283,7 @@ def test_an_example_need_not_reach_every_expert(cls):
         assert difference(outputs(small, many), outputs(space.gate(structure), many)) < 1e-5
 
 
-@pytest.mark.parametrize("cls", [Counted, Independent, Sparse, Alternatives, Chosen])
+@pytest.mark.parametrize("cls", [Counted, Independent, Sparse, Measured, Alternatives, Chosen])
 def test_a_search_chooses_among_experts(cls):
     """Every expert has an importance, and a budget is met that only fewer experts can meet."""
     model, x, space = traced(cls)
