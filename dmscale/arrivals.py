@@ -23,7 +23,7 @@ from .calls import GIVEN_SCALE, SCALINGS, FunctionCall, counted_as, is_counted
 from .carried import CARRIERS, Carried
 from .numbering import Said, freeze_numbers
 from .sizes import Expression, Extent, Operation, SizedFloat, SizedInt, square_root
-from .tracer import Scale, Tracer, _constant, _tensors, operands_of, shape_of
+from .tracer import READ, Scale, Tracer, _constant, _tensors, operands_of, shape_of
 
 Tensor = torch.Tensor
 _TO_PYTHON = {"tolist", "numpy", "__array__"}  # what becomes of the elements no operator shows
@@ -110,7 +110,7 @@ class Arrivals(TorchFunctionMode):
             tracer._operator = name
             for dim, size in zip(tracer.dims(args[0]), args[0].shape):
                 if size > 1:
-                    tracer.one_by_one(dim, range(size), "its elements are read by Python")
+                    tracer.one_by_one(dim, range(size), READ)
             freeze_numbers(tracer, [tracer.value(args[0])])
         if handler is None:
             if recurrent.is_layer(name, args, kwargs):

@@ -221,7 +221,7 @@ def _halved(space: SearchSpace, names: Sequence[str]) -> Structure:
 
     Widths of one size get different ones: what keeps them equal, if they must be, would not show else; nor would it where one
     element is left, which is broadcast, so more stay if more than two are there.  Where the forward decides by a size, one at
-    which it decides otherwise.
+    which it decides otherwise.  Of experts the first one goes, so that none stays in its place.
     """
     rng, turns = random.Random(0), space.turns
     sizes: dict[str, float] = {}
@@ -236,6 +236,8 @@ def _halved(space: SearchSpace, names: Sequence[str]) -> Structure:
             alike[d.size] += 1
         sizes[n] = turns[n].at if n in turns else max(d.lowest, half)
     scores = {m: [rng.random() for _ in range(t)] for n in names for m, t in space._members(space.dimensions[n])}
+    for m in space.experts.keys() & scores.keys():
+        scores[m][0] = -1
     return space.structure(sizes, scores)
 
 

@@ -20,7 +20,7 @@ from . import axes, routing
 from .axes import Axis, Dim
 from .blocks import counted
 from .sizes import Attribute
-from .tracer import Call, Position, Record
+from .tracer import READ, Call, Position, Record
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +69,10 @@ def find(model: nn.Module, record: Record) -> dict[Axis, Experts]:
     routed = set(routing.routed(record, model)) if taken else set()
     for axis, positions in taken.items():
         owners = {p.path for p in positions}
-        experts = _experts(model, owners.pop(), axis, record, routed) if len(owners) == 1 else None
+        experts = None
+        if len(owners) == 1:
+            read = any(p.reason.startswith(READ) for p in positions)
+            experts = _experts(model, owners.pop(), axis.size, record, routed, read)
         missing = set(range(axis.size)).difference([p.number for p in positions])
         if experts is not None and missing and not _unreached(experts, missing, record):
             experts = None
@@ -94,21 +97,27 @@ def _unreached(experts: Experts, numbers: Iterable[int], record: Record) -> bool
     return experts.chosen and not any(record.of("calls", p) for i in numbers for p in experts.paths[i])
 
 
-def _experts(model: nn.Module, owner: str, axis: Axis, record: Record, routed: set[str]) -> Experts | None:
-    containers = tuple(_lists(model, owner, axis.size, record))
+def _experts(
+    model: nn.Module, owner: str, size: int, record: Record, routed: set[str], read: bool
+) -> Experts | None:  # fmt: skip
+    """The lists of `size` modules at `owner`, if all are given the same, or what values say: `read` if Python has read them."""
+    containers = tuple(_lists(model, owner, size, record))
     if not containers:
         return None
-    paths = tuple(tuple(f"{c}.{i}" if c else str(i) for c in containers) for i in range(axis.size))
+    paths = tuple(tuple(f"{c}.{i}" if c else str(i) for c in containers) for i in range(size))
     calls = [[c for p in several for c in record.of("calls", p)] for several in paths]
-    chosen = any(p in routed for several in paths for p in several) or not _all_alike([c[0] for c in calls if c])
+    alike = _all_alike([c[0] for c in calls if c])
+    chosen = any(p in routed for several in paths for p in several) or (read and not alike)
+    if not (alike or chosen):
+        return None  # each has a part of its own, and would be given that of another one
     ranges = tuple(tuple((c.start, c.end) for c in of_one if not chosen) for of_one in calls)
     return Experts(containers, paths, ranges, chosen, counted(model, owner, containers, record))
 
 
 def _all_alike(calls: Sequence[Call]) -> bool:
-    """Whether all were given the same rows, and not each its own."""
-    rows = [c.source.dims[:-1] for c in calls if c.source is not None]
-    return all(len(r) == len(rows[0]) and all(map(axes.same, r, rows[0])) for r in rows)
+    """Whether all were given tensors of the same axes."""
+    given = [c.source.dims for c in calls if c.source is not None]
+    return all(len(dims) == len(given[0]) and all(map(axes.same, dims, given[0])) for dims in given)
 
 
 def _lists(model: nn.Module, owner: str, size: int, record: Record) -> Iterator[str]:

@@ -180,6 +180,9 @@ class Scale:
     power: float
 
 
+READ = "its elements are read by Python"
+
+
 class Position(NamedTuple):
     """Element `number` of `dim` was taken by it, in module `path`; None if only the size of `dim` was given, as a plain number.
 

@@ -355,6 +355,19 @@ class Reversed(Mixture):
         return sum(scores[:, N - 1 - i, None] * expert(x) for i, expert in enumerate(self.experts))
 
 
+class InParts(Mixture):
+    """Each module gets a part of the input by its place, as in selective kernels: another one would get what was not its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(WIDTH // N, WIDTH) for _ in range(N))
+
+    def mix(self, x):
+        parts = x.split(WIDTH // N, -1)
+        every = torch.stack([expert(parts[i]) for i, expert in enumerate(self.experts)], 1)
+        return (every * self.router(x).softmax(-1).unsqueeze(-1)).sum(1)
+
+
 class OneElement(Mixture):
     """Not every element is taken."""
 
@@ -371,7 +384,7 @@ class Literal(Mixture):
         return sum(scores[:, i, None] * self.experts[i](x) for i in range(6))
 
 
-@pytest.mark.parametrize("cls", [Reversed, OneElement, Literal])
+@pytest.mark.parametrize("cls", [Reversed, InParts, OneElement, Literal])
 def test_where_the_modules_do_not_follow_the_axis_stays(cls):
     model, x, space = traced(cls)
     assert not space.experts and not any(d.kind == "choice" for d in space.dimensions.values())
