@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import dataclasses
 import functools
 import operator
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ from .axes import Axis, Conflict, Dim
 from .calls import SCALINGS, Counting, FunctionCall
 from .numbering import NOTHING, PICKS, Said, freeze_numbers, heard
 from .rules import RULES
+from .rules.registry import Rule
 from .sizes import Attribute, Decision, Equation, Expression, Extent, Operation, SizedInt, listening
 
 aten = torch.ops.aten
@@ -931,7 +933,22 @@ class Tracer(TorchDispatchMode):
             for t in tensors:
                 self.freeze_dims(self.dims(t), f"conflict ({error})")
             freeze_numbers(self, [self.value(t) for t in tensors])
+            if rule is not None and not self._contracting:
+                self._count_apart(rule, args, kwargs, tensors, out)
             return [self.fresh(o, f"conflict in {self.where}") for o in outs]
+
+    def _count_apart(self, rule: Rule, args: Any, kwargs: Any, tensors: list[Tensor], out: Any) -> None:
+        """Count the MACs of what conflicts, on fixed axes that have met nothing."""
+        own = [(t, self.value(t)) for t in tensors]
+        for t, value in own:
+            self._store(t, dataclasses.replace(value, dims=tuple(self.fresh(t, "a conflict"))))
+        try:
+            rule(self, out, *args, **kwargs)
+        except (Conflict, RecursionError):
+            pass  # it conflicts in itself: no contraction does
+        finally:
+            for t, value in own:
+                self._store(t, value)
 
     def _no_rule(self, tensors: list[Tensor]) -> None:
         self.record.unknown.setdefault(self._operator, {})[self.path] = None

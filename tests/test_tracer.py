@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nets import NETS
+from nets import NETS, counted_macs
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import _get_current_function_mode_stack
@@ -165,6 +165,25 @@ def test_a_conflict_names_operator_and_module():
     trace = read(Model(), torch.randn(2, 2, 4))
     assert any(line.startswith("flat (view)") for line in trace.record.conflicts)
     assert any("in flat (view)" in r for r in axes.reasons(trace.slots["a.weight"][0]))
+
+
+def test_what_conflicts_is_counted_all_the_same():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 8, 1), nn.Conv2d(8, 9, 1)
+            self.grouped = nn.Conv2d(15, 6, 3, groups=3)
+
+        def forward(self, x):
+            parts = self.c(self.b(x)).unflatten(1, (3, 3)).flatten(1, 2)
+            return self.grouped(
+                torch.cat([self.a(x), x[:, :2], parts], 1)
+            )  # of the three groups, 5 each, one ends in a part
+
+    model, x = Model(), torch.randn(2, 3, 8, 8)
+    trace = read(model, x)
+    assert any(line.startswith("grouped (convolution)") for line in trace.record.conflicts)
+    assert dmscale.trace(model, x).cost().macs == counted_macs(model, (x,))
 
 
 def test_two_views_that_do_not_fit_name_the_module():
