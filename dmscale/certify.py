@@ -124,7 +124,8 @@ def trial_model(space: SearchSpace, above_zero: bool = False) -> tuple[nn.Module
         above_zero: whether buffers of zeros become positive: a variance may be among them, of which roots are taken.
     """
     model = clone(space.model, own_copy) if space.writes_parameters else space.model
-    model = clone(model, functools.partial(_non_trivial, above_zero=above_zero)).eval()
+    model = clone(model, functools.partial(_non_trivial, above_zero=above_zero))
+    model.eval()  # a statement, here and wherever a mode is set: a class of its own kind may return nothing
     model = model if space.trace.cached else quiet(model)
     inputs = space.example_inputs
     low = {t.dtype for t in model.parameters() if t.is_floating_point()} - {torch.float32, torch.float64}

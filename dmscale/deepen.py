@@ -93,7 +93,8 @@ def _zeros(
 
     def is_identity(names: Sequence[str]) -> bool:
         gone = {id(parameters[n]) for n in names}
-        twin = quiet(clone(model.get_submodule(path), lambda t: _zero(t) if id(t) in gone else t)).eval()
+        twin = quiet(clone(model.get_submodule(path), lambda t: _zero(t) if id(t) in gone else t))
+        twin.eval()
         own_args, own_kwargs = running.map_tensors(lambda t: t, (args, kwargs))  # lists that a block may append to
         try:
             y = running.tensors_in(running.call(twin, own_args, own_kwargs))[0]

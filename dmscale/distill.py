@@ -69,7 +69,9 @@ class Distill:
 
 def frozen_copy(model: nn.Module) -> nn.Module:
     """A copy of `model` with tensors of its own, in evaluation mode, that takes no gradients: a teacher."""
-    return clone(model, own_copy).eval().requires_grad_(False)
+    copy = clone(model, own_copy)
+    copy.eval()
+    return copy.requires_grad_(False)
 
 
 # -- terms ------------------------------------------------------------------------------------------------------------

@@ -159,7 +159,8 @@ def scale(
         bar.update(shown, completed=steps)
         structure = search.structure
         shown = bar.add_task("fine-tune", total=finetune_steps)
-        small = (search.export() if inherit or before is None else _cut(space, structure, before)).train()
+        small = search.export() if inherit or before is None else _cut(space, structure, before)
+        small.train()
         if finetune_steps == 0:
             recovery.recalibrate(small, (next(store.batches) for _ in range(20)))
         else:
@@ -174,7 +175,8 @@ def scale(
                     tuned.step(next(store.batches))
                     store.save_recovery(tuned)
             tuned.finish()
-    return Scaled(small.train(training), structure, space.cost(structure), space, search)
+    small.train(training)
+    return Scaled(small, structure, space.cost(structure), space, search)
 
 
 def _cut(space: SearchSpace, structure: Structure, weights: nn.Module) -> nn.Module:

@@ -1217,3 +1217,28 @@ def test_a_number_of_blocks_that_a_forward_counts_up_to_follows():
     small = space.export(space.uniform(0.5, depth=True))
     assert small.layers == len(small.blocks) < 4
     assert "blocks depth" not in traced(CountsItsBlocks(also=True), torch.randn(2, 5)).dimensions
+
+
+class Moded(Residual):
+    """A block of a class that sets its mode and returns nothing, as those of OpenMMLab do."""
+
+    def train(self, mode=True):
+        super().train(mode)
+
+
+def test_a_class_may_return_nothing_when_its_mode_is_set():
+    class Model(nn.Sequential):
+        def train(self, mode=True):
+            super().train(mode)
+
+    model = Model(nn.Linear(5, 16), Moded(), Moded(), nn.Linear(16, 3))
+    space = dmscale.trace(model, torch.randn(2, 5))
+    assert_exact(space)
+    searched(space, "60% params")
+    batches = [(torch.randn(2, 5), torch.tensor([0, 1]))]
+    found = dmscale.scale(
+        model, batches[0][0], batches, nn.CrossEntropyLoss(), budget="60% params", steps=4, finetune_steps=2,
+        distill="logits",
+    )  # fmt: skip
+    assert found.cost.params < space.cost().params and found.model.training
+    assert dmscale.expand(model, torch.randn(2, 5), depth=2)
