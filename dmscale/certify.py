@@ -50,6 +50,7 @@ def _certify(space: SearchSpace, above_zero: bool = False) -> None:
         by_rounding = by_rounding or _certify_those(space, model, inputs, lambda: list(space.dimensions))
         if by_rounding == float("inf") and not above_zero:
             return _certify(space, above_zero=True)
+        _certify_training(space, model, inputs)
         if by_rounding:
             space.trace.notes.append(f"what is found was not tried: {unsteady(by_rounding)}")
             return
@@ -101,6 +102,42 @@ def _certify_those(space: SearchSpace, model: nn.Module, inputs: Any, chosen: Ca
                     space.take_out([name], f"failed its trial: {reason}")
         names = chosen()
     return 0.0
+
+
+def _certify_training(space: SearchSpace, model: nn.Module, inputs: Any) -> None:
+    """Freeze stacks that training needs: the forward writes to what a block gives, which is its input once it has gone.
+
+    The outputs are the same, but what has been written to may have been saved for the backward.
+    """
+    trains: bool | None = None
+    for name, stack in list(space.stacks.items()):
+        if name not in space.dimensions or not any(stack.modified):
+            continue
+        scores = {name: [float(not written) for written in stack.modified]}
+        for left in {space.dimensions[name].lowest, stack.modified.count(False)}:
+            if not _trains(space.build(space.structure({name: left}, scores), model), inputs):
+                trains = _trains(model, inputs) if trains is None else trains
+                if trains:
+                    space.take_out(
+                        [name], "the forward writes to its output, which would be an input that training needs"
+                    )
+                break
+
+
+def _trains(model: nn.Module, inputs: Any) -> bool:
+    """Whether gradients of a copy of `model` can be taken."""
+    copy = clone(model, own_copy)
+    args, kwargs = running.arguments(inputs)
+    with running.uncompiled(), running.evaluating(copy), repeatable(copy), torch.enable_grad():
+        try:
+            outputs = [
+                t for t in running.tensors_in(copy(*args, **kwargs)) if t.is_floating_point() and t.requires_grad
+            ]
+            if outputs:
+                torch.stack([t.sum().double() for t in outputs]).sum().backward()
+        except RuntimeError:
+            return False
+    return True
 
 
 def _runs_with_cache(space: SearchSpace) -> bool:

@@ -1242,3 +1242,31 @@ def test_a_class_may_return_nothing_when_its_mode_is_set():
     )  # fmt: skip
     assert found.cost.params < space.cost().params and found.model.training
     assert dmscale.expand(model, torch.randn(2, 5), depth=2)
+
+
+class Rectified(Residual):
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+class WrittenBehind(nn.Module):
+    """Two branches of blocks, of which all but the last give what a ReLU needs again, and a sum in place on one of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(5, 16), nn.Linear(16, 3)
+        self.left, self.right = (nn.Sequential(Rectified(), Residual()) for _ in range(2))
+
+    def forward(self, x):
+        x = self.first(x)
+        left, right = self.left(x), self.right(x)
+        left += right
+        return self.last(left)
+
+
+def test_blocks_stay_where_training_needs_what_the_forward_writes_to():
+    space = traced(WrittenBehind(), torch.randn(2, 5))
+    assert "right depth" in space.dimensions and "writes to its output" in space.frozen["left depth"]
+    for structure in (space.structure({n: d.lowest for n, d in space.dimensions.items()}), space.sample(seed=0)):
+        run(space.export(structure).train(), space.example_inputs).sum().backward()
+    searched(space, "60% params")
