@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import copy
 import functools
+import operator
 import types
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from .errors import TraceError
 from .kernels import blank
 from .known import CACHES
+from .running import tensors_in
 from .tree import walk
 
 
@@ -46,7 +48,7 @@ def clone(
         for t in (*module._parameters.values(), *module._buffers.values()):
             if t is not None and id(t) not in memo:
                 memo[id(t)] = replace(t)
-    functions: list[tuple[dict[str, Any], str]] = []
+    functions: list[tuple[dict[Any, Any], Any]] = []
     try:
         twin = _copy(
             model, memo, same if replace is same else _detached, _NOT_RUN if to_run else frozenset(), functions
@@ -67,12 +69,12 @@ def _detached(t: Tensor) -> Tensor:
 
 def _copy(
     module: nn.Module, memo: dict[int, Any], replace: Callable[[Tensor], Tensor], shared: frozenset[str],
-    functions: list[tuple[dict[str, Any], str]],
+    functions: list[tuple[dict[Any, Any], Any]],
 ) -> nn.Module:  # fmt: skip
     """`copy.deepcopy` of a module, several times faster: most of what a module holds needs no copying.
 
     `replace` makes the tensors that are neither parameters nor buffers; what stands under the names in `shared` stays, if it
-    is empty.  Where a module holds a function that encloses something is added to `functions`.
+    is empty.  Where a module holds a function that encloses something, or one as a hook, is added to `functions`.
     """
     if id(module) in memo:
         return memo[id(module)]
@@ -94,7 +96,9 @@ def _copy(
             continue
         if kind in _EMPTY and not value:
             if key not in shared:
-                state[key] = kind()
+                state[key] = (
+                    kind() if key in _OF_ANY_MODULE else memo.setdefault(id(value), kind())
+                )  # a hook may fill it
         elif kind is tuple and _ATOMIC.issuperset(map(type, value)):
             continue
         elif key == "_modules":
@@ -112,11 +116,19 @@ def _copy(
         elif key in CACHES:
             state[key] = kind()
         elif key != "_compiled_call_impl":
+            held = [
+                vars(v) for v in (value, *(value.values() if isinstance(value, dict) else ())) if hasattr(v, "__dict__")
+            ]
+            for t in tensors_in((value, held)):
+                if t.grad_fn is not None:  # what a forward has left behind, of which Python makes no copies
+                    memo.setdefault(id(t), replace(t))
             state[key] = copy.deepcopy(value, memo)
     state.pop("_compiled_call_impl", None)
     if module._forward_hooks or module._forward_pre_hooks:  # a handle that is kept somewhere refers to these as well
         for key in _BESIDE_HOOKS:
             state[key] = copy.deepcopy(module.__dict__[key], memo)
+        for hooks in (state["_forward_hooks"], state["_forward_pre_hooks"]):
+            functions += [(hooks, key) for key, hook in hooks.items() if type(hook) is types.FunctionType]
     for name in _slots(cls):
         if hasattr(module, name):
             setattr(twin, name, copy.deepcopy(getattr(module, name), memo))
@@ -124,12 +136,17 @@ def _copy(
 
 
 def _rebound(function: types.FunctionType, memo: dict[int, Any]) -> types.FunctionType:
-    """`function` with the copies of the modules and tensors that it encloses: `lambda t: t @ self.embed.weight.t()`."""
-    closure = function.__closure__ or ()
+    """`function` with the copies of what it encloses or has as a global name: `lambda t: t @ self.embed.weight.t()`.
+
+    That is modules, tensors, and what modules hold: the dict in which a hook leaves the features that a forward takes from it.
+    """
+    closure, names = function.__closure__ or (), function.__globals__
     cells = tuple(_with_copy(cell, memo) for cell in closure)
-    if cells == closure:
+    held = [n for n in function.__code__.co_names if n in names and memo.get(id(names[n]), names[n]) is not names[n]]
+    if all(map(operator.is_, cells, closure)) and not held:  # cells are equal where what is in them is
         return function
-    twin = types.FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, cells)
+    names = {**names, **{n: memo[id(names[n])] for n in held}} if held else names
+    twin = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, cells)
     twin.__kwdefaults__ = function.__kwdefaults__
     twin.__dict__.update(function.__dict__)
     return twin
@@ -140,8 +157,7 @@ def _with_copy(cell: types.CellType, memo: dict[int, Any]) -> types.CellType:
         value = cell.cell_contents
     except ValueError:  # a name that its function has not given a value yet
         return cell
-    known = isinstance(value, (nn.Module, Tensor)) and memo.get(id(value), value) is not value
-    return types.CellType(memo[id(value)]) if known else cell
+    return types.CellType(memo[id(value)]) if memo.get(id(value), value) is not value else cell
 
 
 @functools.cache
@@ -166,6 +182,7 @@ def _copies_itself(cls: Any) -> bool:
 _COPY_PROTOCOL = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__")
 _ATOMIC = {int, float, str, bool, type(None), bytes, torch.dtype, torch.device, type, types.FunctionType}
 _EMPTY = {dict, list, set, collections.OrderedDict}
+_OF_ANY_MODULE = frozenset(nn.Module().__dict__)
 _BESIDE_HOOKS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
 """Where a module says how its hooks are to be called."""
 _NOT_RUN = frozenset({

@@ -1270,3 +1270,54 @@ def test_blocks_stay_where_training_needs_what_the_forward_writes_to():
     for structure in (space.structure({n: d.lowest for n, d in space.dimensions.items()}), space.sample(seed=0)):
         run(space.export(structure).train(), space.example_inputs).sum().backward()
     searched(space, "60% params")
+
+
+SHARED: dict[str, Tensor] = {}
+
+
+class Keeper:
+    def __init__(self, kept):
+        self.kept = kept
+
+    def __call__(self, module, args, out):
+        self.kept["first"] = out
+
+
+def keeps_globally(module, args, out):
+    SHARED["first"] = out
+
+
+class Hooked(nn.Module):
+    """Takes the features of a layer from where a hook has left them, as DPT does with those of its ViT."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.first, self.middle, self.last = nn.Linear(5, 16), nn.Linear(16, 16), nn.Linear(32, 3)
+        kept = self.kept = SHARED if how == "in a global dict" else {}
+        hooks = {
+            "through the model": lambda module, args, out: self.kept.update(first=out),
+            "in an enclosed dict": lambda module, args, out: kept.update(first=out),
+            "in a global dict": keeps_globally,
+            "in an object": Keeper(kept),
+        }
+        self.first.register_forward_hook(hooks[how])
+
+    def forward(self, x):
+        y = self.middle(self.first(x).relu())
+        return self.last(torch.cat([y, self.kept["first"]], -1))
+
+
+@pytest.mark.parametrize(
+    "how", ["through the model", "in an enclosed dict", "in a global dict", "in an object"]
+)  # fmt: skip
+def test_hooks_of_a_copy_leave_what_they_keep_with_the_copy(how):
+    model, x = Hooked(how), torch.randn(2, 5)
+    model(x).sum().backward()  # what is left behind has a history then
+    left = model.kept["first"]
+    space = traced(model, x)
+    assert sorted(d.size for d in space.dimensions.values()) == [16, 16], space.frozen
+    assert_exact(space)
+    small = searched(space, "60% params")
+    assert model.kept["first"] is left
+    small(x)
+    assert small.kept["first"].shape[1] == small.first.out_features and model.kept["first"] is left
