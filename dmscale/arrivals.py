@@ -124,7 +124,8 @@ class Arrivals(TorchFunctionMode):
                 _fix(tracer, sized)
             return out
         makes = handler in (_created, _unpacked, _noise)
-        tracer.making_sized = makes or (handler is _numbered and _counts_to(tracer, args, kwargs))
+        makes = makes or (handler is _numbered and _counts_to(tracer, args, kwargs))
+        tracer.making_sized = makes or (handler is _padded and bool(_sized(args, kwargs)))
         try:
             out = func(*args, **kwargs)
         finally:
@@ -561,6 +562,25 @@ def _is_number(a: Any) -> bool:
 def _unpacked(tracer: Tracer, out: Sequence[Tensor], data: Tensor, *args: Any, **kwargs: Any) -> None:
     """A packed sequence written into zeros, time step by time step: how many there are is fixed, the features are not."""
     tracer.freeze_dims(tracer.dims(out[0])[:2], "the length of sequences")
+
+
+@_on("pad")
+def _padded(
+    tracer: Tracer, out: Tensor, input: Tensor, pad: Sequence[int], mode: str = "constant", value: Any = None
+) -> None:  # fmt: skip
+    """The numbers of elements that lengthen an axis at its ends; they follow where it is free, as the channels of a shortcut."""
+    for j, ends in enumerate(zip(pad[::2], pad[1::2])):
+        dim = tracer.dims(out)[-1 - j]
+        parts = (
+            dim[0].root().sum
+            if len(dim) == 1 and mode == "constant" and axes.is_free(tracer.dims(input)[-1 - j])
+            else None
+        )
+        for n, end in zip(ends, (0, -1)):
+            if parts is not None and int(n) > 1:
+                tracer.equate(n, parts[end])
+            elif isinstance(n, SizedInt):
+                _fix(tracer, [n])
 
 
 @_on("arange")

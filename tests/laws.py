@@ -323,6 +323,11 @@ def _pad(checked: Checked, size: Any, given: dict) -> None:
             total = axes.size(dim)
             cut = axes.cut(dim, [max(-before, 0), total + min(before, 0) + min(after, 0), max(-after, 0)])
             pad[2 * j : 2 * j + 2] = [-size(c) if p < 0 else p for c, p in ((cut[0], before), (cut[2], after))]
+        if max(before, after) > 0:
+            parts = axes.factors(checked.out_dims[0][-1 - j])[0].sum
+            for end, at in (before, 0), (after, -1):
+                if end > 0 and parts is not None:
+                    pad[2 * j - at] = size(parts[at])
     given["pad"] = pad
 
 

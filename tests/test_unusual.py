@@ -1321,3 +1321,24 @@ def test_hooks_of_a_copy_leave_what_they_keep_with_the_copy(how):
     assert model.kept["first"] is left
     small(x)
     assert small.kept["first"].shape[1] == small.first.out_features and model.kept["first"] is left
+
+
+class Lengthened(nn.Module):
+    """A shortcut whose channels are made as many as the block's by zeros, as BlazeFace and thin ResNets do."""
+
+    def __init__(self, width, more, before=0):
+        super().__init__()
+        self.more, self.before = more, before
+        self.conv = nn.Conv2d(width, before + width + more, 3, padding=1)
+
+    def forward(self, x):
+        return torch.relu(self.conv(x) + F.pad(x, (0, 0, 0, 0, self.before, self.more)))
+
+
+def test_zeros_that_lengthen_a_shortcut_are_as_many_as_the_channels_that_stay():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), Lengthened(8, 4), Lengthened(12, 6, 2), nn.Conv2d(20, 2, 1))
+    space = traced(model, torch.randn(2, 3, 8, 8))
+    assert sorted(d.size for d in space.dimensions.values()) == [2, 4, 6, 8], space.frozen
+    assert_exact(space)
+    small = searched(space, "60% params")
+    assert small[1].more == small[1].conv.out_channels - small[1].conv.in_channels

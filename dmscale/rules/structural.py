@@ -269,7 +269,10 @@ def glu(trace: Tracer, out: Tensor, x: Tensor, dim: int = -1) -> Sequence[Dim]:
 
 @rule(aten.constant_pad_nd)
 def constant_pad_nd(trace: Tracer, out: Tensor, x: Tensor, padding: Sequence[int], *args: Any) -> Sequence[Dim]:
-    """Padding is a sum with frozen ends (the channel padding of a parameter-free shortcut); cropping is a slice."""
+    """Padding is a sum (the channel padding of a parameter-free shortcut); cropping is a slice.
+
+    Its ends are frozen, but for those of a free axis whose sizes will be equated with what Python gives.
+    """
     dims = list(trace.dims(x))
     for j in range(len(padding) // 2):
         before, after = padding[2 * j : 2 * j + 2]
@@ -278,7 +281,8 @@ def constant_pad_nd(trace: Tracer, out: Tensor, x: Tensor, padding: Sequence[int
             crop = [max(-before, 0), min(x.shape[i], x.shape[i] + min(before, 0) + min(after, 0)), max(-after, 0)]
             dims[i] = axes.cut(dims[i], crop)[1]
         if before > 0 or after > 0:
-            ends = [axes.axis(n, "padding") if n > 1 else (axes.Axis(n, ["padding"]),) for n in (before, after)]
+            sized = trace.making_sized and axes.is_free(dims[i])
+            ends = [(axes.Axis(n, () if sized and n > 1 else ("padding",)),) for n in (before, after)]
             dims[i] = axes.concat([part for part in (ends[0], dims[i], ends[1]) if axes.size(part)])
     return dims
 
