@@ -1342,3 +1342,24 @@ def test_zeros_that_lengthen_a_shortcut_are_as_many_as_the_channels_that_stay():
     assert_exact(space)
     small = searched(space, "60% params")
     assert small[1].more == small[1].conv.out_channels - small[1].conv.in_channels
+
+
+class KernelInParts(nn.Module):
+    """A depthwise convolution whose kernel is made of all but the first of its nine weights (pixel differences)."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 2, 1)
+        self.weight = nn.Parameter(torch.randn(16, 1, 3, 3))
+
+    def forward(self, x):
+        flat = self.weight.flatten(2)
+        kernel = torch.cat([flat[:, :, 1:], -flat[:, :, 1:], flat[:, :, :1].new_zeros(flat.shape[0], 1, 9)], -1)
+        y = self.first(x)
+        return self.last(F.conv2d(y, kernel.unflatten(-1, (5, 5)), padding=2, groups=y.shape[1]))
+
+
+def test_what_cannot_be_cut_is_fixed_and_what_stands_beside_it_is_not():
+    space = traced(KernelInParts(), torch.randn(2, 3, 8, 8))
+    assert [d.size for d in space.dimensions.values()] == [16], space.frozen
+    assert_exact(space)

@@ -197,8 +197,18 @@ def split(trace: Tracer, out: Sequence[Tensor], x: Tensor, sizes: Any, dim: int 
     if len(out) == x.shape[dim] and trace.has_list_of(len(out)):
         trace.one_by_one(dims[dim], range(len(out)), "selected by index")
         return [_replaced(dims, dim % x.dim(), ()) for _ in out]
-    pieces = axes.cut(dims[dim], [o.shape[dim] for o in out])
+    pieces = _cut(trace, dims[dim], [o.shape[dim] for o in out])
     return [_replaced(dims, dim % x.dim(), piece) for piece in pieces]
+
+
+def _cut(trace: Tracer, dim: Dim, sizes: Sequence[int]) -> list[Dim]:
+    """`axes.cut`; a dimension that cannot be cut there is fixed, and those beside it have no part in that."""
+    try:
+        return axes.cut(dim, sizes)
+    except Conflict as error:
+        trace.record.conflicts.append(f"{trace.where}: {error}")
+        trace.freeze(dim, f"conflict ({error})")
+        return [axes.axis(n, f"conflict in {trace.where}") for n in sizes]
 
 
 def _replaced(dims: Sequence[Dim], position: int, dim: Dim) -> list[Dim]:
@@ -226,7 +236,7 @@ def slice_(
         return _replaced(dims, dim, ())
     if step == 1:
         sizes = [start, wanted, total - start - wanted]
-        return _replaced(dims, dim, axes.cut(dims[dim], sizes)[1])
+        return _replaced(dims, dim, _cut(trace, dims[dim], sizes)[1])
     if total % step == 0 and start < step and wanted == total // step:
         piece = axes.axis(total // step)
         axes.unify(dims[dim], (*piece, *axes.axis(step, "strided slice")))
@@ -262,7 +272,7 @@ def unbind(trace: Tracer, out: Sequence[Tensor], x: Tensor, dim: int = 0) -> Seq
 def glu(trace: Tracer, out: Tensor, x: Tensor, dim: int = -1) -> Sequence[Dim]:
     """The first half times a gate from the second: two equal pieces of one axis."""
     dims = trace.dims(x)
-    value, gate = axes.cut(dims[dim], [out.shape[dim]] * 2)
+    value, gate = _cut(trace, dims[dim], [out.shape[dim]] * 2)
     axes.unify(value, gate)
     return _replaced(dims, dim % x.dim(), value)
 
@@ -279,7 +289,7 @@ def constant_pad_nd(trace: Tracer, out: Tensor, x: Tensor, padding: Sequence[int
         i = x.dim() - 1 - j
         if before < 0 or after < 0:
             crop = [max(-before, 0), min(x.shape[i], x.shape[i] + min(before, 0) + min(after, 0)), max(-after, 0)]
-            dims[i] = axes.cut(dims[i], crop)[1]
+            dims[i] = _cut(trace, dims[i], crop)[1]
         if before > 0 or after > 0:
             sized = trace.making_sized and axes.is_free(dims[i])
             ends = [(axes.Axis(n, () if sized and n > 1 else ("padding",)),) for n in (before, after)]
