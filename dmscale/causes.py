@@ -26,6 +26,7 @@ REMEDIES: dict[str, str] = {
     "kernel size": "a kernel keeps its size",
     "the forward never reads it": "give example inputs that use it, or take it out of the model",
     "failed its trial": "please report it, with the model",
+    "its forward decides by it": "write one branch that serves all sizes, where the forward has one for fewer",
     "no rule for": "register a rule for the operator: docs/architecture.md, How to add a rule",
     "softmax over it": "write the softmax as e = x.exp() and e / e.sum(dim, keepdim=True)",
     "the default scale of attention": "pass scale= to scaled_dot_product_attention",

@@ -88,16 +88,19 @@ def _certify_those(space: SearchSpace, model: nn.Module, inputs: Any, chosen: Ca
         by_rounding = float("inf") if no_numbers else shaken(space, model, inputs, _halved(space, names))
         if by_rounding > 1e-4:
             return by_rounding
-        bad = at_fault(lambda some: _trial(space, model, inputs, some), names)
+        turns = space.turns
+        likely = sorted(names, key=lambda n: (n not in turns, space.dimensions[n].kind != "depth"))  # together: fewer trials
+        bad = at_fault(lambda some: _trial(space, model, inputs, some), likely)
         if not bad:
             name, others, failure = _at_fault_together(space, model, inputs, names)
             bad = {name: f"together with {others}, {failure}"}
-        turns = space.turns
         for name, reason in bad.items():
             if name in space.dimensions:
                 turn = turns.get(name)
                 if turn is not None and turn.minimum is not None:
                     space.hold(name, turn)
+                elif turn is not None:
+                    space.take_out([name], f"its forward decides by it ({reason} at {turn.at} of {space.dimensions[name].size})")
                 else:
                     space.take_out([name], f"failed its trial: {reason}")
         names = chosen()
