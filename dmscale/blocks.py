@@ -22,6 +22,7 @@ from . import axes
 from .sizes import Attribute, attributes_of
 from .syntax import syntax
 from .tracer import Call, Record, Value
+from .tree import once, walk
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +55,7 @@ def find(model: nn.Module, record: Record) -> list[Blocks]:
     adding = [c for c in adding if not _writes_to_its_input(c, record)]
     removable = {call.path: call for call in adding if _is_residual(call, record)}
     runs: list[tuple[str, list[Call]]] = []
-    reached = _reached_into(record, removable)
+    reached = _reached_into(model, record, removable)
     for path in dict.fromkeys([_parent(path) for path in removable]):
         module = model.get_submodule(path)
         if isinstance(module, (nn.ModuleList, nn.Sequential)):
@@ -92,13 +93,14 @@ def _writes_to_its_input(call: Call, record: Record) -> bool:
     return any(call.start < op <= call.end for op in written)
 
 
-def _reached_into(record: Record, removable: dict[str, Call]) -> set[str]:
+def _reached_into(model: nn.Module, record: Record, removable: dict[str, Call]) -> set[str]:
     """Containers of which something outside calls a part of a block, as in `self.blocks[0].norm.embed(t)`.
 
-    With a block gone, that would be a part of another one.
+    With a block gone, that would be a part of another one.  An activation that all blocks hold is a part of each.
     """
     found: set[str] = set()
     around: dict[str, list[Call]] = {"": []}  # path -> the blocks that it and what it is inside of are
+    common = _common(model) if removable else set()
 
     def blocks_at(path: str) -> list[Call]:
         if path not in around:
@@ -108,9 +110,16 @@ def _reached_into(record: Record, removable: dict[str, Call]) -> set[str]:
 
     for call in record.calls if removable else ():
         for block in blocks_at(_parent(call.path)):
-            if not (block.start <= call.start and call.end <= block.end):
+            if not (block.start <= call.start and call.end <= block.end) and call.path not in common:
                 found.add(_parent(block.path))
     return found
+
+
+def _common(model: nn.Module) -> set[str]:
+    """The first place of every module without weights that stands in several."""
+    places = walk(model, again=True)
+    times = Counter([id(module) for _, module in places])
+    return {path for path, m in once(places) if times[id(m)] > 1 and not any(True for _ in (*m.parameters(), *m.buffers()))}
 
 
 def _parent(path: str) -> str:

@@ -1363,3 +1363,21 @@ def test_what_cannot_be_cut_is_fixed_and_what_stands_beside_it_is_not():
     space = traced(KernelInParts(), torch.randn(2, 3, 8, 8))
     assert [d.size for d in space.dimensions.values()] == [16], space.frozen
     assert_exact(space)
+
+
+class ActsWith(Residual):
+    def __init__(self, act):
+        super().__init__()
+        self.act = act
+
+    def forward(self, x):
+        return x + self.down(self.act(self.up(x)))
+
+
+def test_blocks_that_hold_one_activation_have_a_depth():
+    act = nn.GELU()
+    model = nn.Sequential(nn.Linear(5, 16), nn.Sequential(*[ActsWith(act) for _ in range(3)]), nn.Linear(16, 3))
+    space = traced(model, torch.randn(2, 5))
+    assert space.dimensions["1 depth"].size == 3
+    assert_exact(space)
+    searched(space, "60% params")
