@@ -424,6 +424,7 @@ class _Kind(NamedTuple):
     shifts: bool  # where its second argument is a number
     by_values: bool  # how long its result is
     mutable: bool
+    fills: tuple[str, ...]  # names of the arguments that it puts its results into (`out=`)
     squares: bool  # where its exponent is two
     multiplies: bool
 
@@ -443,6 +444,7 @@ def _kind(func: Any) -> _Kind:
         func in _SHIFTS,
         torch.Tag.dynamic_output_shape in func.tags,
         func._schema.is_mutable,
+        tuple([a.name for a in func._schema.arguments if a.is_out]),
         func is aten.pow.Tensor_Scalar,
         func is aten.mul.Tensor,
     )
@@ -815,7 +817,10 @@ class Tracer(TorchDispatchMode):
             if v.product is not None:
                 multiplied = True
         self._contracting = self._shifting = False
-        if kind.mutable:
+        if kind.fills:
+            self.writes(*[kwargs.get(name) for name in kind.fills])
+            kwargs = {k: v for k, v in kwargs.items() if k not in kind.fills}
+        elif kind.mutable:
             self.writes(tensors[0])
         if self._said:
             self._said.clear()

@@ -1381,3 +1381,29 @@ def test_blocks_that_hold_one_activation_have_a_depth():
     assert space.dimensions["1 depth"].size == 3
     assert_exact(space)
     searched(space, "60% params")
+
+
+class PutsInto(nn.Module):
+    """Attention whose mask, half of whose scores and whose maxima are put into tensors that are there already."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.middle, self.last = nn.Linear(5, 16), nn.Linear(16, 16), nn.Linear(16, 3)
+
+    def forward(self, x):
+        mask = torch.ones(x.shape[1], x.shape[1])
+        mask = torch.tril(mask, out=mask)
+        y = self.first(x)
+        scores = (y @ y.mT).masked_fill(mask == 0, -1e9).softmax(-1) @ self.middle(y)
+        half, most, where = torch.empty_like(scores), torch.empty(0), torch.empty(0, dtype=torch.long)
+        with torch.no_grad():
+            torch.mul(scores.detach(), 0.5, out=half)
+            torch.max(scores.detach(), 1, out=(most, where))
+        return self.last(scores + half + most[:, None])
+
+
+def test_results_that_are_put_into_other_tensors_are_followed():
+    space = traced(PutsInto(), torch.randn(2, 4, 5))
+    assert sorted(space.dimensions) == ["first", "middle"], space.frozen
+    assert_exact(space)
+    searched(space, "60% params")
