@@ -511,6 +511,7 @@ def _solve_once(equations: list[Equation], kept: Mapping[Attribute, Quotient]) -
     progress = True
     while progress:
         progress = False
+        shares: list[Attribute] = []
         unsolved = [eq for eq in unsolved if any(a not in known for a in attributes_of(eq.expression))]
         for eq in unsolved:
             try:
@@ -518,10 +519,13 @@ def _solve_once(equations: list[Equation], kept: Mapping[Attribute, Quotient]) -
             except Inexact:
                 continue
             if found and found[0] not in known:
+                if _is_share(found[1]):
+                    shares.append(found[0])
+                    continue
                 known[found[0]] = found[1]
                 progress = True
         if not progress:
-            held = _free_divisor(todo, known) or _fixed_factors(todo, known)
+            held = shares[:1] or _free_divisor(todo, known) or _fixed_factors(todo, known)
             known.update({a: Quotient(a.value) for a in held})
             progress = bool(held)
     links: list[set[Axis]] = []
@@ -548,6 +552,14 @@ def _solve_once(equations: list[Equation], kept: Mapping[Attribute, Quotient]) -
             _join(links, pair)
     _freeze_unrelated(related, links, known)
     return Solution(known, links)
+
+
+def _is_share(q: Quotient) -> bool:
+    """Whether `q` is a ratio of sums, whole only if their parts keep their shares, and then it is what it was.
+
+    As `parts` is where `x[:, : channels // parts]` is the first of three pieces.
+    """
+    return bool(q.denominator.variables) and len(q.numerator.terms) + len(q.denominator.terms) > 2
 
 
 def _free_divisor(equations: list[Equation], known: Mapping[Attribute, Quotient]) -> list[Attribute]:

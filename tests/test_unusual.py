@@ -389,18 +389,19 @@ def test_both_inputs_of_a_bilinear_layer_are_free():
 class Shifted(nn.Module):
     """A temporal shift: an eighth of the channels comes from the next image, an eighth from the last one."""
 
-    def __init__(self, cut):
+    def __init__(self, cut, held=False):
         super().__init__()
         self.a, self.b, self.head, self.cut = nn.Conv2d(3, 32, 3), nn.Conv2d(32, 12, 3), nn.Linear(12, 4), [cut]
+        self.share, self.held = 8, held
 
     def forward(self, x):
         x = self.a(x)
-        return self.head(self.b(self.cut[0](x)).relu().mean((2, 3)))
+        return self.head(self.b(self.cut[0](x, self.share if self.held else 8)).relu().mean((2, 3)))
 
 
-def shift(x):
+def shift(x, share):
     nt, c, h, w = x.shape
-    x, fold = x.view(-1, 4, c, h, w), c // 8
+    x, fold = x.view(-1, 4, c, h, w), c // share
     out = torch.zeros_like(x)
     out[:, :-1, :fold] = x[:, 1:, :fold]
     out[:, 1:, fold : 2 * fold] = x[:, :-1, fold : 2 * fold]
@@ -408,16 +409,20 @@ def shift(x):
     return out.view(nt, c, h, w)
 
 
-def four_parts(x):
+def four_parts(x, share):
     c = x.shape[1]
-    a, b, d = x[:, : c // 8], x[:, c // 8 : c // 4], x[:, c // 4 : c - c // 4]
+    a, b, d = x[:, : c // share], x[:, c // share : c // 4], x[:, c // 4 : c - c // 4]
     return torch.cat([b.relu(), d, a, x[:, c - c // 4 :].sigmoid()], 1)
 
 
+@pytest.mark.parametrize("held", [False, True])
 @pytest.mark.parametrize("cut", [shift, four_parts])
-def test_parts_that_several_sizes_tell_of_keep_one_share(cut):
-    """Each equation relates three axes or more; together they say how all of them are related."""
-    space = traced(Shifted(cut), torch.randn(8, 3, 8, 8))
+def test_parts_that_several_sizes_tell_of_keep_one_share(cut, held):
+    """Each equation relates three axes or more; together they say how all of them are related.
+
+    So they do where a module holds the share, which stays what it is.
+    """
+    space = traced(Shifted(cut, held), torch.randn(8, 3, 8, 8))
     parts = [d for d in space.dimensions.values() if len(d.axes) > 2]
     assert len(parts) == 1 and parts[0].size == 4 and sum(a.size for a in parts[0].axes) == 32
     assert_exact(space)
