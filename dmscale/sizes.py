@@ -248,6 +248,9 @@ class SizedInt(int):
         self.escape("power")
         return pow(other, int(self), mod)
 
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
+        return _in_numpy(ufunc, method, inputs, kwargs)
+
 
 class SizedFloat(float):
     """A power of a size times a constant: 1 / sqrt(head_dim).  Copies and pickles as a plain float.
@@ -308,6 +311,9 @@ class SizedFloat(float):
     def __rsub__(self, other: Any) -> Any:
         return self._scaled(other - float(self), 1, None)
 
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
+        return _in_numpy(ufunc, method, inputs, kwargs)
+
 
 def _decide(symbol: str, left: Any, right: Any, outcome: Any = None) -> Any:
     """`outcome`, of the question `left symbol right`."""
@@ -325,6 +331,20 @@ def square_root(x: Any) -> float:
 
 
 _sqrt = math.sqrt
+
+
+def _in_numpy(ufunc: Any, method: str, inputs: tuple, kwargs: dict[str, Any]) -> Any:
+    """What a function of numpy gives, of a size a power of it; any other fixes the sizes that it is given."""
+    name, plain = ufunc.__name__, method == "__call__" and not kwargs
+    if plain and name == "sqrt":
+        return square_root(inputs[0])
+    if plain and name in ("power", "float_power") and type(inputs[1]) is float:
+        return inputs[0] ** inputs[1]
+    for x in inputs:
+        if isinstance(x, (SizedInt, SizedFloat)):
+            x.escape(f"{name}()")
+    numbers = [int(x) if isinstance(x, SizedInt) else float(x) if isinstance(x, SizedFloat) else x for x in inputs]
+    return getattr(ufunc, method)(*numbers, **kwargs)
 
 
 def expression_of(value: int) -> Expression:

@@ -3,6 +3,7 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -159,6 +160,7 @@ SCALES = {
     "a root of a root, twice": lambda a, q, k: torch.div(q, math.sqrt(math.sqrt(a.size))) @ (k / a.size**0.25),
     "one number, and its negative": lambda a, q, k: (lambda t: (q * t) @ k - (q * -t) @ k)(a.size**-0.5),
     "one number, twice": lambda a, q, k: (lambda t: (q / t) @ k.mul(1 / t))(math.sqrt(a.size) ** 0.5),
+    "by numpy": lambda a, q, k: (q / np.power(a.size, 0.25)) @ k * (1 / np.sqrt(np.sqrt(q.shape[-1]))),
     "beside a constant": lambda a, q, k: 0.5 * (q * 2.0) @ k / math.sqrt(a.size) * 1.0,
 }
 
@@ -173,6 +175,8 @@ def test_head_sizes_are_free_under_a_scale_written_by_hand(name):
 
 ELSEWHERE = {
     "added": lambda a, q, k: (lambda t: q @ k / t + k.norm() * (t + 1))(math.sqrt(a.size)),
+    "in other arithmetic of numpy": lambda a, q, k: q @ k / np.log2(a.size),
+    "added to a number of numpy": lambda a, q, k: q @ k / float(np.int64(2) + a.size),
     "filled in": lambda a, q, k: (lambda t: (q @ k / t).masked_fill(q @ k > 0, t))(math.sqrt(a.size)),
     "a scalar of a sum": lambda a, q, k: (lambda t: torch.add(q @ k / t, k.mean(), alpha=t))(math.sqrt(a.size)),
 }
