@@ -119,7 +119,8 @@ def _common(model: nn.Module) -> set[str]:
     """The first place of every module without weights that stands in several."""
     places = walk(model, again=True)
     times = Counter([id(module) for _, module in places])
-    return {path for path, m in once(places) if times[id(m)] > 1 and not any(True for _ in (*m.parameters(), *m.buffers()))}
+    several = [(path, module) for path, module in once(places) if times[id(module)] > 1]
+    return {path for path, module in several if not [*module.parameters(), *module.buffers()]}
 
 
 def _parent(path: str) -> str:

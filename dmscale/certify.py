@@ -89,7 +89,8 @@ def _certify_those(space: SearchSpace, model: nn.Module, inputs: Any, chosen: Ca
         if by_rounding > 1e-4:
             return by_rounding
         turns = space.turns
-        likely = sorted(names, key=lambda n: (n not in turns, space.dimensions[n].kind != "depth"))  # together: fewer trials
+        # what is likely to fail stands together, which takes fewer trials
+        likely = sorted(names, key=lambda n: (n not in turns, space.dimensions[n].kind != "depth"))
         bad = at_fault(lambda some: _trial(space, model, inputs, some), likely)
         if not bad:
             name, others, failure = _at_fault_together(space, model, inputs, names)
@@ -99,10 +100,13 @@ def _certify_those(space: SearchSpace, model: nn.Module, inputs: Any, chosen: Ca
                 turn = turns.get(name)
                 if turn is not None and turn.minimum is not None:
                     space.hold(name, turn)
-                elif turn is not None:
-                    space.take_out([name], f"its forward decides by it ({reason} at {turn.at} of {space.dimensions[name].size})")
                 else:
-                    space.take_out([name], f"failed its trial: {reason}")
+                    at = (
+                        f" at {turn.at} of {space.dimensions[name].size}, where its forward decides otherwise"
+                        if turn
+                        else ""
+                    )
+                    space.take_out([name], f"failed its trial{at}: {reason}")
         names = chosen()
     return 0.0
 
