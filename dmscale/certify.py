@@ -266,7 +266,8 @@ def _halved(space: SearchSpace, names: Sequence[str]) -> Structure:
 
     Widths of one size get different ones: what keeps them equal, if they must be, would not show else; nor would it where one
     element is left, which is broadcast, so more stay if more than two are there.  Where the forward decides by a size, one at
-    which it decides otherwise.  Of experts the first one goes, so that none stays in its place.
+    which it decides otherwise.  Of blocks and experts the first goes and the last stays: what others keep for it by its number
+    would be missed.
     """
     rng, turns = random.Random(0), space.turns
     sizes: dict[str, float] = {}
@@ -281,8 +282,8 @@ def _halved(space: SearchSpace, names: Sequence[str]) -> Structure:
             alike[d.size] += 1
         sizes[n] = turns[n].at if n in turns else max(d.lowest, half)
     scores = {m: [rng.random() for _ in range(t)] for n in names for m, t in space._members(space.dimensions[n])}
-    for m in space.experts.keys() & scores.keys():
-        scores[m][0] = -1
+    for m in space.parts.keys() & scores.keys():
+        scores[m][0], scores[m][-1] = -1.0, 1.0
     return space.structure(sizes, scores)
 
 

@@ -1412,3 +1412,37 @@ def test_results_that_are_put_into_other_tensors_are_followed():
     assert sorted(space.dimensions) == ["first", "middle"], space.frozen
     assert_exact(space)
     searched(space, "60% params")
+
+
+# -- numbers of blocks that others go by ------------------------------------------------------------------------------
+
+
+class TakesItsOwn(nn.Module):
+    """A block that takes by its number what the network has made for it: its keys and values of a prefix."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.layer_idx, self.inner = number, nn.Linear(16, 16)
+
+    def forward(self, x, prefixes):
+        return x + self.inner(x) * prefixes[self.layer_idx]
+
+
+class Prefixed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(5, 16), nn.Linear(16, 3)
+        self.prefixes = nn.Parameter(torch.randn(3, 1))
+        self.blocks = nn.ModuleList([TakesItsOwn(i) for i in range(3)])
+
+    def forward(self, x):
+        x = self.first(x)
+        for block in self.blocks:
+            x = block(x, self.prefixes)
+        return self.last(x)
+
+
+def test_blocks_that_take_by_their_number_what_stays_when_they_go_are_no_depth():
+    space = traced(Prefixed(), torch.randn(2, 5))
+    assert "trial" in space.frozen["blocks depth"] and len(space.dimensions) == 1
+    assert_exact(space)
