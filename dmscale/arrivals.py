@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from . import axes, direct, recurrent
 from .axes import Dim
-from .calls import GIVEN_SCALE, SCALINGS, FunctionCall, counted_as, is_counted
+from .calls import GIVEN_SCALE, SCALINGS, FunctionCall, counted_as, is_counted, transform
 from .carried import CARRIERS, Carried
 from .numbering import Said, freeze_numbers
 from .sizes import Expression, Extent, Operation, SizedFloat, SizedInt, square_root
@@ -41,6 +41,8 @@ class Arrivals(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if transform() is not None:
+            return _hidden(self.tracer, func, args, kwargs)
         route = _route(func)
         how = route.how
         if how == "call":
@@ -95,6 +97,8 @@ class Arrivals(TorchFunctionMode):
 
     def _call(self, func: Any, route: _Route, args: Any, kwargs: Any) -> Any:
         tracer, handler = self.tracer, route.handler
+        if transform() is not None:
+            return _hidden(tracer, func, args, kwargs)
         if route.plan is not None:
             out = direct.result(tracer, func, route.plan, args, kwargs)
             if out is not None:  # its arguments were tensors and plain numbers, but for those of the handler
@@ -132,6 +136,17 @@ class Arrivals(TorchFunctionMode):
             tracer.making_sized = False
         handler(tracer, out, *args, **kwargs)
         return out
+
+
+def _hidden(tracer: Tracer, func: Any, args: Any, kwargs: Any) -> Any:
+    """A call inside a transform, whose tensors have dimensions that only the operators below show: its sizes stay."""
+    route = _route(func)
+    if route.how == "call" and route.counts and (counted := counted_as(route.name, args)) is not None:
+        tracer.counting.count(counted)
+    sized = _sized(args, kwargs)
+    if sized:
+        _fix(tracer, sized)
+    return func(*args, **kwargs)
 
 
 _Handler = Callable[..., None]

@@ -196,6 +196,15 @@ def unseen() -> contextlib.AbstractContextManager[None]:
     return torch._C.DisableTorchFunction() if _OPEN else contextlib.nullcontext()  # type: ignore[return-value]
 
 
+transform = torch._C._functorch.peek_interpreter_stack
+"""The innermost transform of `torch.func` that is at work (`vmap`, `grad`), if any."""
+
+
+def is_transformed() -> bool:
+    """Whether a compiler or a transform of `torch.func` is at work: neither takes functions of autograd as gates have them."""
+    return torch.compiler.is_compiling() or transform() is not None
+
+
 def counting() -> bool:
     """Whether a gated forward that is running counts the calls of the moment."""
     return bool(_OPEN)

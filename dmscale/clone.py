@@ -51,7 +51,7 @@ def clone(
     functions: list[tuple[dict[Any, Any], Any]] = []
     try:
         twin = _copy(
-            model, memo, same if replace is same else _detached, _NOT_RUN if to_run else frozenset(), functions
+            model, memo, same if replace is same else own_copy, _NOT_RUN if to_run else frozenset(), functions
         )
         for state, key in functions:
             state[key] = _rebound(state[key], memo)
@@ -61,10 +61,6 @@ def clone(
             f"{type(model).__name__} cannot be deep-copied ({type(error).__name__}: {error}). dmscale works on a copy of "
             "the module tree; move what cannot be copied (locks, open files, generators) out of the module."
         ) from error
-
-
-def _detached(t: Tensor) -> Tensor:
-    return t.detach().clone()
 
 
 def _copy(
@@ -106,13 +102,11 @@ def _copy(
                 n: None if m is None else _copy(m, memo, replace, shared, functions) for n, m in value.items()
             }
         elif key in ("_parameters", "_buffers"):
-            state[key] = {n: None if t is None else memo[id(t)] for n, t in value.items()}
+            state[key] = {n: None if t is None else _twin(t, memo, replace) for n, t in value.items()}
         elif isinstance(value, nn.Module):
             state[key] = _copy(value, memo, replace, shared, functions)
         elif isinstance(value, Tensor):
-            if id(value) not in memo:
-                memo[id(value)] = replace(value)
-            state[key] = memo[id(value)]
+            state[key] = _twin(value, memo, replace)
         elif key in CACHES:
             state[key] = kind()
         elif key != "_compiled_call_impl":
@@ -133,6 +127,13 @@ def _copy(
         if hasattr(module, name):
             setattr(twin, name, copy.deepcopy(getattr(module, name), memo))
     return twin
+
+
+def _twin(t: Tensor, memo: dict[int, Any], replace: Callable[[Tensor], Tensor]) -> Tensor:
+    """What stands for `t` in the copy; `replace` makes it where `t` is no parameter or buffer of the model."""
+    if id(t) not in memo:
+        memo[id(t)] = replace(t)
+    return memo[id(t)]
 
 
 def _rebound(function: types.FunctionType, memo: dict[int, Any]) -> types.FunctionType:

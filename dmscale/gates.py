@@ -520,7 +520,7 @@ class MaskedWeight(nn.Module):
             places.append(None)
             factors.append(self.masks.share(self.scale, 0.5))
             ones.append(self.masks.is_whole(self.scale))
-        compiling = torch.compiler.is_compiling()  # which fuses the products
+        compiling = calls.is_transformed()  # which fuses the products
         with contextlib.nullcontext() if compiling else calls.unseen():
             # a vector's products cost less than a function of Python
             if compiling or (weight.dim() < 2 and weight.dtype not in calls.PRECISE):
@@ -635,7 +635,7 @@ class MaskedInput:
 
     def apply(self, x: Tensor) -> Tensor:
         mask, at = self.masks(self.site.dim), self.site.position
-        if torch.compiler.is_compiling():
+        if calls.is_transformed():
             return x * along(mask, x, at)
         with calls.unseen():
             return Product.apply(x, [at], [self.masks.is_whole(self.site.dim)], mask)
@@ -655,7 +655,7 @@ class KeptCount:
         site, mask, count = self.site, self.masks(self.site.dim), self.masks.count(self.site.dim)
         at, groups, shape = site.position % x.dim(), axes.size(site.group), x.shape
         # the gates of blocks keep their inputs once every block is in or out
-        kept = site.input_kept and groups == 1 and not torch.compiler.is_compiling() and bool(self.masks.decided)
+        kept = site.input_kept and groups == 1 and not calls.is_transformed() and bool(self.masks.decided)
         if groups > 1:
             x, at = x.reshape(*shape[:at], groups, mask.numel(), *shape[at + 1 :]), at + 1
         with calls.unseen():
@@ -726,7 +726,7 @@ class BlockGate:
         x = running.tensors_in((args, kwargs))[0]
         gate = self.masks.depths[self.stack][self.index]
         # a compiled model would be compiled anew at every change of what is decided, and fuses the lerp anyway
-        is_in = None if torch.compiler.is_compiling() else self.masks.is_in(self.stack, self.index)
+        is_in = None if calls.is_transformed() else self.masks.is_in(self.stack, self.index)
         if self.skipped:
             return replace_first(out, lambda y: _apart(y, self.modified))  # as `SkippableForward` made it
         if is_in is None:
@@ -748,7 +748,7 @@ class SkippableForward(running.StandIn):
         self.gate = gate
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_compiling():
+        if not calls.is_transformed():
             self.gate.skipped = self.gate.can_skip() and _is_constant((*args, *kwargs.values()))
         if self.gate.skipped:
             x = running.tensors_in((args, kwargs))[0]

@@ -78,7 +78,7 @@ class Masks(nn.Module):
     def forward(self, dim: Dim) -> Tensor:
         """The mask of `dim`, (size(dim),)."""
         own = self._of(dim)
-        if torch.compiler.is_compiling() or not own:
+        if calls.is_transformed() or not own:
             return axes.kept(dim, own)
         first, mask = next(iter(own.items()))
         if first.size == axes.size(dim):
@@ -108,7 +108,7 @@ class Masks(nn.Module):
     def count(self, dim: Dim) -> int | None:
         """How many ones the mask of `dim` holds, where it is known to be zeros and ones."""
         # a compiled model would be compiled anew at every change of what is known, and fuses the products anyway
-        if torch.compiler.is_compiling() or not self._are_hard(self._of(dim)):
+        if calls.is_transformed() or not self._are_hard(self._of(dim)):
             return None
         return int(axes.measure(dim, self._hard))  # type: ignore[call-overload]
 
@@ -116,7 +116,7 @@ class Masks(nn.Module):
         return all(a in self._hard and self._told_at[a] == mask._version for a, mask in own.items())
 
     def _of(self, dim: Dim) -> dict[Axis, Tensor]:
-        if torch.compiler.is_compiling():
+        if calls.is_transformed():
             return {a: self.widths[a] for a in axes.atoms(dim) if a in self.widths}
         if dim not in self._found:
             self._found[dim] = {a: self.widths[a] for a in axes.atoms(dim) if a in self.widths}

@@ -65,7 +65,7 @@ class SparingForward(running.StandIn):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The output of the module."""
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or _taken():
+        if calls.is_transformed() or not torch.is_grad_enabled() or _taken():
             return self.inner(*args, **kwargs)
         scopes = _SCOPES.open
         if scopes:

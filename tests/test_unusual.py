@@ -1446,3 +1446,58 @@ def test_blocks_that_take_by_their_number_what_stays_when_they_go_are_no_depth()
     space = traced(Prefixed(), torch.randn(2, 5))
     assert "trial" in space.frozen["blocks depth"] and len(space.dimensions) == 1
     assert_exact(space)
+
+
+# -- transforms of torch.func -----------------------------------------------------------------------------------------
+
+
+class Ensemble(nn.Module):
+    """Three networks in stacked weights, run by `vmap` as the tutorial of PyTorch does: on a network that is not registered."""
+
+    def __init__(self):
+        super().__init__()
+        members = [nn.Sequential(nn.Linear(5, 16), nn.ReLU(), nn.Linear(16, 4)) for _ in range(3)]
+        weights, _ = torch.func.stack_module_state(members)
+        self.names, self.weights = list(weights), nn.ParameterList(weights.values())
+        self.__dict__["base"] = members[0].to("meta")
+
+    def forward(self, x):
+        weights = dict(zip(self.names, self.weights))
+        return torch.vmap(lambda w: torch.func.functional_call(self.base, w, (x,)))(weights).mean(0)
+
+
+class ByRow(nn.Module):
+    """A network for each row of a set, and calls that are counted on both sides of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.last = nn.Sequential(nn.Linear(5, 16), nn.ReLU(), nn.Linear(16, 12)), nn.Linear(12, 3)
+
+    def forward(self, x):
+        x = x.unflatten(0, (2, -1))
+        inner = torch.vmap(lambda row: self.net(row.softmax(-1)))(x)
+        return self.last(inner.softmax(-1))
+
+
+class Force(nn.Module):
+    """The gradient of an energy by its input."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(5, 16), nn.Linear(16, 1)
+
+    def forward(self, x):
+        return torch.func.grad(lambda x: self.last(torch.tanh(self.first(x))).sum())(x)
+
+
+@pytest.mark.parametrize(("net", "sizes", "macs"), [
+    (Ensemble, [3, 16], 3 * 4 * (5 * 16 + 16 * 4)),
+    (ByRow, [12, 16], 4 * (5 * 16 + 16 * 12 + 12 * 3)),
+    (Force, [16], 4 * (2 * 5 * 16 + 2 * 16)),
+])  # fmt: skip
+def test_what_a_transform_hides_is_counted_and_free(net, sizes, macs):
+    space = traced(net(), torch.randn(4, 5))
+    assert sorted(d.size for d in space.dimensions.values()) == sizes, space.frozen
+    assert space.cost().macs == macs
+    assert_exact(space)
+    searched(space, "70% params")
