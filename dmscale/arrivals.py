@@ -127,7 +127,7 @@ class Arrivals(TorchFunctionMode):
             if sized and counted_as(name, args) not in SCALINGS:
                 _fix(tracer, sized)
             return out
-        makes = handler in (_created, _unpacked, _noise)
+        makes = handler in (_created, _eye, _unpacked, _noise)
         makes = makes or (handler is _numbered and _counts_to(tracer, args, kwargs))
         tracer.making_sized = makes or (handler is _padded and bool(_sized(args, kwargs)))
         try:
@@ -567,6 +567,17 @@ def _created(tracer: Tracer, out: Tensor, *args: Any, **kwargs: Any) -> None:
         _equate_all(tracer, sizes, tracer.dims(out))
     else:
         tracer.freeze_dims(tracer.dims(out), "a constant")
+
+
+@_on("eye")
+def _eye(tracer: Tracer, out: Tensor, n: int, m: int | None = None, **kwargs: Any) -> None:
+    """Rows and columns are one axis: of an identity, those that stay are one again."""
+    rows, columns = tracer.dims(out)
+    if m is None or int(m) == int(n):
+        axes.unify(rows, columns)
+    else:
+        tracer.freeze_dims([rows, columns], "a constant")
+    _equate_all(tracer, [n, n if m is None else m], [rows, columns])
 
 
 def _is_number(a: Any) -> bool:

@@ -571,8 +571,16 @@ class Tracer(TorchDispatchMode):
                         out[i] = dim
                     elif out[i] is not dim:
                         axes.unify(out[i], dim)
+                        if self._meet_again(tensors):  # w + w.T: the axis is neither that of the rows nor of the columns alone
+                            out[i] = (*dim,)
                 i += 1
         return tuple(out)
+
+    def _meet_again(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether two tensors were made of one parameter, and of no activation."""
+        values = [self.value(t) for t in tensors]
+        named = [name for v in values for name in v.params]
+        return len(set(named)) < len(named) and not any([v.data for v in values])
 
     def count_macs(self, dims: Sequence[Dim]) -> None:
         """Note a contraction of that many MACs."""

@@ -1501,3 +1501,59 @@ def test_what_a_transform_hides_is_counted_and_free(net, sizes, macs):
     assert space.cost().macs == macs
     assert_exact(space)
     searched(space, "70% params")
+
+
+# -- squares of one axis ----------------------------------------------------------------------------------------------
+
+
+class LowRank(nn.Module):
+    """A weight with something of low rank on it, which is run on an identity to see it, and the norms of its rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.base, self.down, self.up = nn.Linear(12, 16), nn.Linear(12, 4, bias=False), nn.Linear(4, 16, bias=False)
+        self.magnitude = nn.Parameter(torch.rand(16) + 0.5)
+
+    def forward(self, x):
+        added = self.up(self.down(torch.eye(self.down.weight.shape[1]))).T
+        norm = torch.linalg.norm(self.base.weight + added, dim=1)
+        return (self.base(x) + self.up(self.down(x))) * (self.magnitude / norm)
+
+
+class Reflected(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.width, self.u = 12, nn.Parameter(torch.randn(12))
+
+    def forward(self, x):
+        return x @ (torch.eye(self.width) - 0.2 * torch.outer(self.u, self.u))
+
+
+class Symmetric(nn.Module):
+    def forward(self, weight):
+        return weight.triu() + weight.triu(1).T + weight.tril(-1) * 0.5
+
+
+class Triangular(nn.Module):
+    """Where a triangle beside the diagonal is cut out, numbers of rows and columns matter."""
+
+    def forward(self, weight):
+        return weight.tril(1)
+
+
+def layer_of(parametrization):
+    layer = nn.Linear(12, 12)
+    nn.utils.parametrize.register_parametrization(layer, "weight", parametrization)
+    return layer
+
+
+@pytest.mark.parametrize(("layer", "sizes"), [
+    (LowRank, [4, 12, 16]), (Reflected, [12]), (lambda: layer_of(Symmetric()), [12]), (lambda: layer_of(Triangular()), []),
+])  # fmt: skip
+def test_rows_and_columns_of_a_square_are_one_axis(layer, sizes):
+    last = 16 if layer is LowRank else 12
+    space = traced(nn.Sequential(nn.Linear(5, 12), layer(), nn.ReLU(), nn.Linear(last, 3)), torch.randn(2, 5))
+    assert sorted(d.size for d in space.dimensions.values()) == sizes, space.frozen
+    assert_exact(space)
+    if sizes:
+        searched(space, "70% params")

@@ -29,9 +29,17 @@ def unchanged(trace: Tracer, out: Tensor, x: Tensor, *args: Any, **kwargs: Any) 
 
 
 @rule(aten.tril, aten.triu)
-def triangle(trace: Tracer, out: Tensor, x: Tensor, *args: Any) -> Sequence[Dim]:
-    """What is kept of an element depends on its row and column number: both are fixed."""
-    trace.freeze_dims(trace.dims(x)[-2:], "a triangle is cut out")
+def triangle(trace: Tracer, out: Tensor, x: Tensor, offset: int = 0) -> Sequence[Dim]:
+    """What is kept of an element depends on its row and column number: both are fixed.
+
+    But for a triangle with or without the diagonal of a square: of rows and columns that are one axis, what stays is one again.
+    """
+    rows, columns = trace.dims(x)[-2:]
+    beside = offset if trace._operator == "triu" else -offset
+    if beside in (0, 1) and axes.size(rows) == axes.size(columns):
+        axes.unify(rows, columns)
+    else:
+        trace.freeze_dims([rows, columns], "a triangle is cut out")
     return trace.dims(x)
 
 
