@@ -127,7 +127,7 @@ class Arrivals(TorchFunctionMode):
             if sized and counted_as(name, args) not in SCALINGS:
                 _fix(tracer, sized)
             return out
-        makes = handler in (_created, _eye, _unpacked, _noise)
+        makes = handler in (_created, _eye, _unpacked, _noise, _sparse_product)
         makes = makes or (handler is _numbered and _counts_to(tracer, args, kwargs))
         tracer.making_sized = makes or (handler is _padded and bool(_sized(args, kwargs)))
         try:
@@ -467,6 +467,11 @@ def _tensor_split(
 @_on("feature_dropout", "feature_dropout_", "feature_alpha_dropout", "feature_alpha_dropout_")
 def _noise(tracer: Tracer, out: Tensor, x: Tensor, *args: Any) -> None:
     """A factor for each channel, made inside of sizes that no Python code passes, has the axes of what it is multiplied with."""
+
+
+@_on("_sparse_mm")
+def _sparse_product(tracer: Tracer, out: Tensor, a: Tensor, b: Tensor) -> None:
+    """A product is added to zeros, which PyTorch makes for it: their axes are those of the product."""
 
 
 @_on("hsplit", "vsplit", "dsplit")

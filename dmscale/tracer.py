@@ -792,7 +792,7 @@ class Tracer(TorchDispatchMode):
         if isinstance(tree, Tensor):
             if tree.is_meta:
                 return tree
-            twin = torch.empty_strided(tree.shape, tree.stride(), dtype=tree.dtype, device="meta")
+            twin = torch.empty_strided(tree.shape, _strides(tree), dtype=tree.dtype, device="meta")
             setattr(twin, _NAME, self.value(tree))
             real[id(twin)] = tree
             return twin
@@ -825,14 +825,17 @@ class Tracer(TorchDispatchMode):
             if v.product is not None:
                 multiplied = True
         self._contracting = self._shifting = False
-        if kind.fills:
-            self.writes(*[kwargs.get(name) for name in kind.fills])
+        filled = [kwargs[name] for name in kind.fills if kwargs.get(name) is not None]
+        if filled:
+            self.writes(*filled)
             kwargs = {k: v for k, v in kwargs.items() if k not in kind.fills}
         elif kind.mutable:
             self.writes(tensors[0])
         if self._said:
             self._said.clear()
         found = self._apply_rule(func, kind, args, kwargs, tensors, out, outs)
+        if filled:
+            self._fill(filled, found)
         contracting = self._contracting
         if kind.by_values:
             before = {a for v in values for dim in v.dims for a in axes.atoms(dim)}
@@ -962,6 +965,18 @@ class Tracer(TorchDispatchMode):
         finally:
             for t, value in own:
                 self._store(t, value)
+    def _fill(self, tensors: Sequence[Tensor], found: Sequence[Sequence[Dim]]) -> None:
+        """The results were put into `tensors`, whose axes are those of the results."""
+        for t, dims in zip(tensors, found):
+            own = self.dims(t)
+            if [axes.size(d) for d in own] != [axes.size(d) for d in dims]:
+                continue  # it was made longer
+            try:
+                for a, b in zip(own, dims):
+                    axes.unify(a, b)
+            except Conflict as error:
+                self.freeze_dims([*own, *dims], f"conflict ({error})")
+
 
     def _no_rule(self, tensors: list[Tensor]) -> None:
         self.record.unknown.setdefault(self._operator, {})[self.path] = None
@@ -973,13 +988,13 @@ class Tracer(TorchDispatchMode):
 def operands_of(tracer: Tracer, tree: Any) -> Any:
     """`tree`, the arguments of a call, with every tensor replaced by an `Operand`."""
     if isinstance(tree, Tensor):
-        return Operand(tracer.dims(tree), tree.dtype, tree.stride())
+        return Operand(tracer.dims(tree), tree.dtype, _strides(tree))
     if isinstance(tree, (tuple, list)):
         out: list[Any] = []
         for x in tree:
             kind = type(x)
             if kind is Tensor or kind is torch.nn.Parameter:
-                x = Operand(tracer.dims(x), x.dtype, x.stride())
+                x = Operand(tracer.dims(x), x.dtype, _strides(x))
             elif kind not in _PLAIN and not (kind is list and x and type(x[0]) is type(x[-1]) is int):
                 x = operands_of(tracer, x)
             out.append(x)
@@ -987,6 +1002,14 @@ def operands_of(tracer: Tracer, tree: Any) -> Any:
     if isinstance(tree, dict):
         return {k: operands_of(tracer, x) for k, x in tree.items()}
     return int(tree) if isinstance(tree, SizedInt) else tree
+
+
+def _strides(t: Tensor) -> tuple[int, ...]:
+    """Those of `t`; of one in a compressed sparse layout, which has none, those that its dense form has."""
+    try:
+        return t.stride()
+    except RuntimeError:
+        return torch.empty(t.shape, device="meta").stride()
 
 
 def _repetitions(func: Any, x: Tensor, out: Tensor, dims: Sequence[Dim]) -> tuple[Dim, ...]:

@@ -101,6 +101,7 @@ def by_hand():
         (aten.constant_pad_nd.default, volume, [0, 0, 2, 1]), (aten.constant_pad_nd.default, volume, [-2, -1], 0.0),
         (aten.unfold.default, volume, -1, 3, 2), (aten.unfold.default, volume, 1, 3, 2),
         # contractions
+        (aten._sparse_addmm.default, torch.zeros(3, 4), torch.randn(3, 6), torch.randn(6, 4)),
         *((aten.linear.default, torch.randn(*rows, 6), torch.randn(4, 6), b)
           for rows in [(3,), (2, 3), (2, 5, 3)] for b in (None, torch.randn(4))),
         (aten.matmul.default, volume, torch.randn(8, 5)), (aten.matmul.default, torch.randn(2, 3, 6, 8), torch.randn(8, 5)),

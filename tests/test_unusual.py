@@ -1557,3 +1557,52 @@ def test_rows_and_columns_of_a_square_are_one_axis(layer, sizes):
     assert_exact(space)
     if sizes:
         searched(space, "70% params")
+
+
+# -- sparse tensors, and results that are written where `out=` says ---------------------------------------------------
+
+
+class Spread(nn.Module):
+    """Features of nodes, summed over their neighbours twice, in the layout that `to` gives the adjacency."""
+
+    def __init__(self, to, product):
+        super().__init__()
+        self.first, self.last, self.to, self.product = nn.Linear(5, 16), nn.Linear(16, 3), to, product
+
+    def forward(self, x, adjacency):
+        adjacency = getattr(adjacency, self.to)()
+        return self.last(self.product(adjacency, torch.relu(self.product(adjacency, self.first(x)))))
+
+
+@pytest.mark.parametrize("to", ["to_sparse", "to_sparse_csr"])
+@pytest.mark.parametrize("product", [torch.sparse.mm, torch.spmm, torch.matmul])
+def test_a_width_goes_through_products_with_sparse_matrices(to, product):
+    space = traced(Spread(to, product), torch.randn(7, 5), torch.eye(7) + torch.eye(7).roll(1, 0))
+    assert [d.size for d in space.dimensions.values()] == [16], space.frozen
+    assert space.cost().macs == 7 * (5 * 16 + 2 * 7 * 16 + 16 * 3)
+    assert_exact(space)
+    searched(space, "70% params")
+
+
+class Filled(nn.Module):
+    """Rows of groups counted up into a part of a tensor, and a product written where it is to be."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(5, 16), nn.Linear(16, 3)
+
+    def forward(self, x, group):
+        starts = group.new_zeros(5)
+        torch.cumsum(torch.zeros_like(starts[1:]).scatter_add_(0, group, torch.ones_like(group)), 0, out=starts[1:])
+        y = self.last(torch.relu(self.first(x)))
+        with torch.no_grad():
+            weights = torch.empty(len(x), len(x))
+            torch.mm(x, x.T, out=weights)
+        return weights @ y / (1 + starts[group, None])
+
+
+def test_results_may_be_written_where_out_says():
+    space = traced(Filled(), torch.randn(6, 5), torch.tensor([0, 0, 1, 2, 2, 3]))
+    assert [d.size for d in space.dimensions.values()] == [16], space.frozen
+    assert_exact(space)
+    searched(space, "70% params")

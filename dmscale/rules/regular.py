@@ -22,6 +22,7 @@ equation(aten.dot, "k, k -> ")
 equation(aten.vdot, "k, k -> ")
 equation(aten.bmm, "b n k, b k m -> b n m")
 equation(aten.addmm, "n k, k m -> n m", bias=True)
+equation(aten._sparse_addmm, "n k, k m -> n m", bias=True)
 equation(aten.addmv, "n k, k -> n", bias=True)
 equation(aten.baddbmm, "b n k, b k m -> b n m", bias=True)
 
