@@ -12,12 +12,31 @@ from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .axes import Axis
+from . import axes
+from .axes import Axis, Dim
 from .polynomial import Inexact, Quotient
-from .sizes import Decision, Solution, Unknown, evaluate, in_units
+from .sizes import Attribute, Decision, Equation, Extent, Solution, Unknown, attributes_of, evaluate, in_units
 
 if TYPE_CHECKING:
     from .dimensions import Dimension
+
+
+def followed(decisions: Iterable[Decision], equations: Iterable[Equation]) -> list[Equation]:
+    """The attributes that say nothing but what one axis is compared with, and are as long: they follow it.
+
+    As in `if x.shape[-1] < self.channels: x = pad(x)`, which would pad a narrower one up to the old width.
+    """
+    said = {a for equation in equations for a in attributes_of(equation.expression)}
+    compared: dict[Attribute, list[Dim]] = {}
+    for decision in decisions:
+        for one, other in ((decision.left, decision.right), (decision.right, decision.left)):
+            if isinstance(other, Attribute) and other not in said:
+                compared.setdefault(other, []).append(one.dim if isinstance(one, Extent) else ())
+    return [
+        Equation(a, dims[0], "a comparison")
+        for a, dims in compared.items()
+        if a.value == axes.size(dims[0]) and axes.is_free(dims[0]) and all(axes.same(dims[0], dim) for dim in dims)
+    ]
 
 
 @dataclass(frozen=True)

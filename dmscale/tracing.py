@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from . import attachment, axes, calls, direct, experts, routing, running
+from . import attachment, axes, calls, decisions, direct, experts, routing, running
 from .arrivals import Arrivals, transparent_functional
 from .axes import Axis, Dim
 from .carried import constructors
@@ -267,6 +267,7 @@ def _read(
             for dim in slots[name]:
                 axes.freeze(dim, "the forward never reads it")
     trace.experts = experts.find(twin, tracer.record)
+    tracer.record.equations += decisions.followed(tracer.record.decisions, tracer.record.equations)
     atoms = trace.atoms
     trace.indexing = {a for dims in slots.values() for dim in dims for a in atoms[dim]}
     # of a table of positions, the rows beyond the example's length are in no result

@@ -1606,3 +1606,25 @@ def test_results_may_be_written_where_out_says():
     assert [d.size for d in space.dimensions.values()] == [16], space.frozen
     assert_exact(space)
     searched(space, "70% params")
+
+
+class PadsUp(nn.Module):
+    """Features that are padded with zeros up to a width that nothing else is made of."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.width, self.inner = width, nn.Linear(16, 16)
+
+    def forward(self, x):
+        if x.shape[-1] < self.width:
+            x = torch.cat([x, x.new_zeros(*x.shape[:-1], self.width - x.shape[-1])], -1)
+        return x + self.inner(x)
+
+
+def test_a_number_that_is_only_compared_with_a_width_follows_it():
+    space = traced(nn.Sequential(nn.Linear(5, 16), PadsUp(16), nn.Linear(16, 3)), torch.randn(2, 5))
+    assert [d.size for d in space.dimensions.values() if d.kind == "width"] == [16], space.frozen
+    assert_exact(space)
+    assert space.export(space.uniform(0.5))[1].width == 8
+    # one of another size, a bound, is left as it is
+    assert traced(nn.Sequential(nn.Linear(5, 16), PadsUp(8), nn.Linear(16, 3)), torch.randn(2, 5)).dimensions
