@@ -194,13 +194,8 @@ def _scaled(tracer: Tracer, factor: SizedFloat, sign: int) -> bool:
     if dim is None or not axes.is_free(dim):
         return False
     tracer.record.scales.append(Scale(tracer.op, tracer.path, dim, sign * factor.power))
-    _release(tracer, factor)
+    tracer.release(factor.fixed)
     return True
-
-
-def _release(tracer: Tracer, factor: SizedFloat) -> None:
-    """Take back that the size in `factor` is fixed: a gate follows it."""
-    tracer.record.equations[:] = [e for e in tracer.record.equations if e is not factor.fixed]
 
 
 def _measured(tracer: Tracer, expression: Expression) -> Dim | None:
@@ -329,7 +324,7 @@ def _is_usual(tracer: Tracer, scale: SizedFloat, query: Tensor) -> bool:
         known.append(expression.dim)
     if scale.power != -0.5 or not any(axes.same(dim, other) for other in known):
         return False
-    _release(tracer, scale)
+    tracer.release(scale.fixed)
     return True
 
 

@@ -92,6 +92,7 @@ class _Listener:
     escaped: Callable[[SizedInt, str], Equation] | None = None
     taken: Callable[[Attribute, int], None] | None = None
     decided: Callable[[Decision], None] | None = None
+    released: Callable[[Equation], None] | None = None
 
 
 _listener = _Listener()
@@ -101,14 +102,16 @@ _listener = _Listener()
 def listening(
     equal: Callable[[SizedInt, SizedInt], None], escaped: Callable[[SizedInt, str], Equation],
     taken: Callable[[Attribute, int], None] | None = None, decided: Callable[[Decision], None] | None = None,
+    released: Callable[[Equation], None] | None = None,
 ) -> Iterator[None]:  # fmt: skip
     """Report comparisons and escapes of `SizedInt`s, and entries taken from `Listed`, while the context lasts."""
-    before = _listener.equal, _listener.escaped, _listener.taken, _listener.decided
-    _listener.equal, _listener.escaped, _listener.taken, _listener.decided = equal, escaped, taken, decided
+    before = dict(vars(_listener))
+    vars(_listener).update(equal=equal, escaped=escaped, taken=taken, decided=decided, released=released)
     try:
         yield
     finally:
-        _listener.equal, _listener.escaped, _listener.taken, _listener.decided = before
+        vars(_listener).clear()
+        vars(_listener).update(before)
 
 
 class Listed(list):
@@ -256,7 +259,8 @@ class SizedFloat(float):
     """A power of a size times a constant: 1 / sqrt(head_dim).  Copies and pickles as a plain float.
 
     No trace sees all that is done with a plain number, so the size is `fixed` by an equation.  An arrival takes it back
-    where the number is the factor of a tensor, for a gate says there what it becomes; any other use that is seen fixes anew.
+    where the number is the factor of a tensor, for a gate says there what it becomes; so does a comparison, which is tried
+    (`if elements * 2 / 1024**3 > 2: in parts`); any other use that is seen fixes anew.
     """
 
     size: SizedInt
@@ -299,6 +303,53 @@ class SizedFloat(float):
 
     def __neg__(self) -> Any:
         return self._scaled(-float(self), self.power, 1)
+
+    def __floordiv__(self, other: Any) -> Any:
+        return self._scaled(float(self) // other, 1, None)
+
+    def __mod__(self, other: Any) -> Any:
+        return self._scaled(float(self) % other, 1, None)
+
+    def _decides(self, symbol: str, other: Any, outcome: Any) -> Any:
+        """`outcome`, of the question `self symbol other`: for a share of the size, where between whole sizes the answer changes."""
+        share = float(self) / int(self.size)
+        plain = isinstance(other, (int, float)) and not isinstance(other, SizedFloat) and math.isfinite(other)
+        if self.power == 1 and share > 0 and plain:
+            if _listener.decided and _listener.released:
+                bound = math.ceil(other / share) if symbol == "<" else math.floor(other / share)
+                _listener.decided(Decision(symbol, self.size.expression, bound))
+                _listener.released(self.fixed)
+        else:
+            self.escape("comparison")
+        return outcome
+
+    def __lt__(self, other: Any) -> bool:
+        return self._decides("<", other, float.__lt__(self, other))
+
+    def __ge__(self, other: Any) -> bool:
+        return self._decides("<", other, float.__ge__(self, other))
+
+    def __le__(self, other: Any) -> bool:
+        return self._decides("<=", other, float.__le__(self, other))
+
+    def __gt__(self, other: Any) -> bool:
+        return self._decides("<=", other, float.__gt__(self, other))
+
+    def __int__(self) -> int:
+        self.escape("int()")
+        return int(float(self))
+
+    def __round__(self, digits: Any = None) -> Any:
+        self.escape("round()")
+        return round(float(self), digits)
+
+    def __floor__(self) -> int:
+        self.escape("floor()")
+        return math.floor(float(self))
+
+    def __ceil__(self) -> int:
+        self.escape("ceil()")
+        return math.ceil(float(self))
 
     def __add__(self, other: Any) -> Any:
         return self._scaled(float(self) + other, 1, None)

@@ -724,7 +724,7 @@ class Tracer(TorchDispatchMode):
     # -- running ------------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Tracer:
-        self._listening = listening(self._found_equal, self._escaped, self._taken, self._decided)
+        self._listening = listening(self._found_equal, self._escaped, self._taken, self._decided, self.release)
         self._listening.__enter__()
         return super().__enter__()
 
@@ -741,6 +741,10 @@ class Tracer(TorchDispatchMode):
         fixed = Equation(value.expression, _constant(int(value)), f"{self.path or 'the model'} ({how})")
         self.record.equations.append(fixed)
         return fixed
+
+    def release(self, fixed: Equation) -> None:
+        """Take back that the size of an equation is fixed: a gate follows it, or a trial shows what it decides."""
+        self.record.equations[:] = [e for e in self.record.equations if e is not fixed]
 
     def _decided(self, decision: Decision) -> None:
         self.record.decisions[decision] = None

@@ -1628,3 +1628,43 @@ def test_a_number_that_is_only_compared_with_a_width_follows_it():
     assert space.export(space.uniform(0.5))[1].width == 8
     # one of another size, a bound, is left as it is
     assert traced(nn.Sequential(nn.Linear(5, 16), PadsUp(8), nn.Linear(16, 3)), torch.randn(2, 5)).dimensions
+
+
+class InParts(nn.Module):
+    """A layer that takes its input in parts where that is large, as the networks of videos do, and may use how large it is."""
+
+    def __init__(self, bound, uses=False):
+        super().__init__()
+        self.inner, self.bound, self.uses = nn.Linear(16, 12), bound, uses
+
+    def forward(self, x):
+        memory = x.shape[0] * x.shape[1] * 2 / 2**4
+        if memory > self.bound:
+            return torch.cat([self.inner(part) for part in x.split(1)])
+        return self.inner(x) * (math.ceil(memory) if self.uses else 1)
+
+
+@pytest.mark.parametrize(("bound", "uses", "sizes"), [(100, False, [12, 16]), (1.5, False, [12, 16]), (100, True, [12])])
+def test_a_share_of_a_size_that_is_compared_with_a_bound_is_free_unless_it_is_used(bound, uses, sizes):
+    space = traced(nn.Sequential(nn.Linear(5, 16), InParts(bound, uses), nn.Linear(12, 3)), torch.randn(2, 5))
+    assert sorted(d.size for d in space.dimensions.values()) == sizes, space.frozen
+    assert_exact(space)
+
+
+class FoldsTime(nn.Module):
+    """Parts of channels become steps of time, of which the first are left out: the cut is inside such a part."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv1d(3, 24, 1), nn.Conv1d(12, 2, 1)
+
+    def forward(self, x):
+        x = self.first(x).unflatten(1, (-1, 2)).permute(0, 1, 3, 2).flatten(2)
+        return self.last(x[:, :, 1:])
+
+
+def test_what_cannot_be_cut_is_fixed_alone():
+    space = traced(FoldsTime(), torch.randn(2, 3, 5))
+    assert [d.size for d in space.dimensions.values()] == [12], space.frozen
+    assert_exact(space)
+    searched(space, "70% params")
