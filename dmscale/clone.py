@@ -17,6 +17,7 @@ from .errors import TraceError
 from .kernels import blank
 from .known import CACHES
 from .running import tensors_in
+from .sizes import with_entries
 from .tree import walk
 
 
@@ -109,6 +110,8 @@ def _copy(
             state[key] = _twin(value, memo, replace)
         elif key in CACHES:
             state[key] = kind()
+        elif isinstance(value, dict) and getattr(value, "__dict__", None) is value:  # a plain deep copy has no attributes
+            state[key] = memo[id(value)] = with_entries(value, {k: copy.deepcopy(v, memo) for k, v in value.items()})
         elif key != "_compiled_call_impl":
             held = [
                 vars(v) for v in (value, *(value.values() if isinstance(value, dict) else ())) if hasattr(v, "__dict__")

@@ -12,7 +12,7 @@ A literal is an expression too: `view(b, n, 8, 64)` says that the last axis is 6
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -136,8 +136,27 @@ def listed(values: list, attribute: Attribute) -> Listed:
 
 
 def with_entries(holder: Any, entries: Mapping[str, Any]) -> Any:
-    """A copy of a dict or a named tuple with other values under some of its names."""
-    return {**holder, **entries} if isinstance(holder, dict) else holder._replace(**entries)
+    """A copy of a dict or a named tuple with other values under some of its names, and under the attributes that it has of these."""
+    if not isinstance(holder, dict):
+        return holder._replace(**entries)
+    if type(holder) is dict:
+        return {**holder, **entries}
+    cls: Any = type(holder)
+    own, attributes = cls.__new__(cls), getattr(holder, "__dict__", {})  # its own methods may refuse to set anything
+    put: Any = OrderedDict.__setitem__ if isinstance(own, OrderedDict) else dict.__setitem__
+    for name, value in {**holder, **entries}.items():
+        put(own, name, value)
+    if attributes is holder:
+        own.__dict__ = own
+    elif attributes:
+        own.__dict__.update({**attributes, **{name: value for name, value in entries.items() if name in attributes}})
+    return own
+
+
+def is_dict_of_settings(value: Any) -> bool:
+    """Whether `value` is a dict of a class of its own that holds numbers by name: a config that may be read as an object too."""
+    own = isinstance(value, dict) and type(value).__module__ not in ("builtins", "collections")
+    return own and any(type(k) is str and type(v) is int for k, v in value.items())
 
 
 def is_copy_of_items(held: Mapping[str, Any], key: str) -> bool:

@@ -28,7 +28,7 @@ from .errors import TraceError
 from .known import described, is_by_product, is_result, quiet
 from .modes import BothModes
 from .plainly import plainly
-from .sizes import Attribute, Extent, SizedInt, is_copy_of_items, listed, with_entries
+from .sizes import Attribute, Extent, SizedInt, is_copy_of_items, is_dict_of_settings, listed, with_entries
 from .tracer import Call, Contraction, Normalisation, Record, Tracer, is_watched
 from .tree import once, walk
 
@@ -444,6 +444,9 @@ def _tag_sizes(modules: list[tuple[str, nn.Module]], slots: Mapping[str, tuple[D
             kind = type(value)
             if kind in _NO_SIZES:
                 continue
+            if is_dict_of_settings(value):
+                held[key] = with_entries(value, _tagged_entries(value, path, key))
+                continue
             if key[:1] == "_" and (kind is not int or cls.__module__.startswith("torch.")):
                 if kind is tuple:
                     private.append(key)
@@ -498,16 +501,25 @@ def _tagged_settings(settings: Any, path: str, key: str) -> Any:
     cls: Any = type(settings)
     mine = cls.__new__(cls)
     mine.__dict__.update(settings.__dict__)
-    for name, value in settings.__dict__.items():
+    mine.__dict__.update(_tagged_entries(settings.__dict__, path, key))
+    return mine
+
+
+def _tagged_entries(settings: Mapping[Any, Any], path: str, key: str) -> dict[str, Any]:
+    """The numbers and lists of settings, each of which remembers which one it is."""
+    tagged: dict[str, Any] = {}
+    for name, value in settings.items():
+        if type(name) is not str:
+            continue
         if type(value) is int and value > 1:
-            mine.__dict__[name] = SizedInt(value, Attribute(path, (key, name), value))
+            tagged[name] = SizedInt(value, Attribute(path, (key, name), value))
         elif type(value) is list and value and all(isinstance(v, (str, bool, int)) for v in value):
             entries = [
                 SizedInt(v, Attribute(path, (key, name, i), v)) if type(v) is int and v > 1 else v
                 for i, v in enumerate(value)
             ]
-            mine.__dict__[name] = listed(entries, Attribute(path, (key, name)))
-    return mine
+            tagged[name] = listed(entries, Attribute(path, (key, name)))
+    return tagged
 
 
 def _positions(args: tuple, kwargs: dict) -> dict[int, int | str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import math
 import types
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -1667,4 +1668,48 @@ def test_what_cannot_be_cut_is_fixed_alone():
     space = traced(FoldsTime(), torch.randn(2, 3, 5))
     assert [d.size for d in space.dimensions.values()] == [12], space.frozen
     assert_exact(space)
+    searched(space, "70% params")
+
+
+class Frozen(OrderedDict):
+    """Settings that are read as attributes or as entries, and of which none can be set: those of diffusers."""
+
+    def __init__(self, **values):
+        super().__init__(**values)
+        self.__dict__.update(values)
+
+    def __setattr__(self, name, value):
+        raise TypeError("frozen")
+
+
+class Easy(dict):
+    """Settings whose attributes are their entries."""
+
+    def __init__(self, **values):
+        super().__init__(**values)
+        self.__dict__ = self
+
+
+class Sized(nn.Module):
+    def __init__(self, settings):
+        super().__init__()
+        self._settings = settings
+        self.first, self.last = nn.Linear(5, 24), nn.Linear(24, 3)
+
+    def forward(self, x):
+        y = self.first(x).view(len(x), self._settings.heads, self._settings["size"])
+        z = x.new_zeros(len(x), self._settings.heads, self._settings["size"]) + y
+        return self.last(z.reshape(len(x), -1))
+
+
+@pytest.mark.parametrize("kind", [Frozen, Easy])
+def test_sizes_may_be_in_a_dict_of_a_class_of_its_own(kind):
+    settings = kind(heads=4, size=6, bounds=[1, 2], name="a")
+    space = traced(Sized(settings), torch.randn(2, 5))
+    assert sorted(d.size for d in space.dimensions.values()) == [4, 6], space.frozen
+    assert_exact(space)
+    small = space.export(space.uniform(0.5))
+    assert (small._settings.heads, small._settings["heads"], small._settings["size"]) == (2, 2, 3)
+    assert type(small._settings) is kind and list(small._settings) == list(settings)
+    assert (settings.heads, settings["size"]) == (4, 6) and type(settings["size"]) is int
     searched(space, "70% params")
