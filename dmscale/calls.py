@@ -43,9 +43,10 @@ NAMES = {
     "mean": "mean", "var": "var", "std": "std", "var_mean": "var_mean", "std_mean": "std_mean", "softmax": "softmax",
     "log_softmax": "log_softmax", "amax": "amax", "amin": "amin", "scaled_dot_product_attention": "attention",
     "sum": "sum", "nansum": "sum", "norm": "norm", "linalg_vector_norm": "norm", "vector_norm": "norm",
-    "batch_norm": "batch_norm", "max": "max", "min": "min", "topk": "topk",
+    "batch_norm": "batch_norm", "layer_norm": "layer_norm", "rms_norm": "rms_norm",
+    "group_norm": "group_norm", "max": "max", "min": "min", "topk": "topk",
     "mse_loss": "loss", "l1_loss": "loss", "smooth_l1_loss": "loss", "huber_loss": "loss", "logsumexp": "logsumexp",
-    "cdist": "distance", "dist": "distance",
+    "cdist": "distance", "dist": "distance", "all": "all", "any": "any", "prod": "prod", "count_nonzero": "count_nonzero",
     "argmax": "argmax", "argmin": "argmin", "matmul": "matmul", "__matmul__": "matmul", "bmm": "bmm", "einsum": "einsum",
 }  # fmt: skip
 """Name of a torch function or method -> what its calls are counted as."""
@@ -390,6 +391,51 @@ def _extreme(func: Any, args: Any, kwargs: Any, found: CallSite, masks: Any) -> 
     return out
 
 
+def _normalised(func: Any, args: Any, kwargs: Any, found: CallSite, masks: Any) -> Tensor:
+    """A layer or root mean square normalisation, over what is kept."""
+    x, weight = args[0] if args else kwargs["input"], _argument(args, kwargs, 2, "weight")
+    centred = found.name == "layer_norm"
+    bias = _argument(args, kwargs, 3, "bias") if centred else None
+    eps = _argument(args, kwargs, 4 if centred else 3, "eps")
+    if eps is None:
+        eps = 1e-5 if centred else torch.finfo(x.dtype).eps
+    over = list(range(x.dim() - len(_argument(args, kwargs, 1, "normalized_shape")), x.dim()))
+    y, m = x.to(PRECISE.get(x.dtype, x.dtype)), _along(x, found, masks)
+    count = _count(y, m, over)
+    if centred:
+        y = y - (y * m).sum(over, keepdim=True) / count
+    y = y * m
+    y = y * torch.rsqrt(y.square().sum(over, keepdim=True) / count + eps)
+    y = y if weight is None else y * weight
+    return (y if bias is None else y + bias).to(x.dtype)
+
+
+def _normalised_in_groups(func: Any, args: Any, kwargs: Any, found: CallSite, masks: Any) -> Tensor:
+    """A normalisation of each group of channels, over those that are kept; every group keeps as many, or is gone."""
+    x, groups = args[0] if args else kwargs["input"], int(_argument(args, kwargs, 1, "num_groups"))
+    weight, bias, eps = (_argument(args, kwargs, i, name) for i, name in ((2, "weight"), (3, "bias"), (4, "eps")))
+    grouped, beside = (groups, x.shape[1] // groups), [1] * (x.dim() - 2)
+    y = x.to(PRECISE.get(x.dtype, x.dtype)).unflatten(1, grouped)
+    m = _along(x, found, masks).view(1, *grouped, *beside)
+    over = list(range(2, y.dim()))
+    count = m.sum(2, keepdim=True).clamp(min=1) * x.shape[2:].numel()
+    y = (y - (y * m).sum(over, keepdim=True) / count) * m
+    y = y * torch.rsqrt(y.square().sum(over, keepdim=True) / count + (1e-5 if eps is None else eps))
+    y = y.flatten(1, 2)
+    y = y if weight is None else y * weight.view(-1, *beside)
+    return (y if bias is None else y + bias.view(-1, *beside)).to(x.dtype)
+
+
+_NEUTRAL = {"all": 1, "any": 0, "prod": 1, "count_nonzero": 0}
+"""Name of a reduction -> an element that has no say in it."""
+
+
+def _without(func: Any, args: Any, kwargs: Any, found: CallSite, masks: Any) -> Any:
+    x = args[0] if args else kwargs["input"]
+    x = torch.where(_along(x, found, masks) > 0, x, torch.full((), _NEUTRAL[found.name], dtype=x.dtype, device=x.device))
+    return func(x, *args[1:], **{k: v for k, v in kwargs.items() if k != "input"})
+
+
 def _worst(dtype: torch.dtype, largest: bool) -> float:
     """What is chosen last of all elements."""
     if dtype.is_floating_point:
@@ -497,7 +543,8 @@ def _with_masked(node: Any, found: CallSite, masks: Any, before: list[int]) -> A
 _FORMS: dict[str, Callable[..., Any]] = {
     "mean": _mean, "var": _variance, "std": _deviation, "var_mean": _moments, "std_mean": _deviation_and_mean,
     "softmax": _softmax, "log_softmax": _log_softmax, "amax": _extreme, "amin": _extreme, "max": _extreme, "min": _extreme,
-    "topk": _extreme, "argmax": _extreme, "argmin": _extreme, "batch_norm": _standardised,
+    **dict.fromkeys(_NEUTRAL, _without), "topk": _extreme, "argmax": _extreme, "argmin": _extreme, "batch_norm": _standardised,
+    "layer_norm": _normalised, "rms_norm": _normalised, "group_norm": _normalised_in_groups,
     "loss": _loss, "logsumexp": _logsumexp, "distance": _distance,
     "sum": _masked, "norm": _masked, "attention": _attention, **dict.fromkeys(_PRODUCTS, _masked),
     "mul": _rescaled, "div": _rescaled, "mul_": _rescaled_in_place, "div_": _rescaled_in_place,

@@ -142,7 +142,8 @@ def plan(trace: Trace, blocks: Sequence[Blocks]) -> Sites:
         # a normalisation written out is masked where it takes its statistics, if these calls can be found again
         by_parts = isinstance(site, str) or bool(_other_parts(trace, norm))
         power = -0.5 if norm.kind == calls.GIVEN_SCALE else 0
-        if by_parts and functions.add(norm.op, free, norm.source, power=power):
+        where = [norm.group + dim for dim in free]  # in groups, channels are one dimension
+        if by_parts and functions.add(norm.op, where, norm.source, power=power):
             continue
         if isinstance(site, str):
             for dim in norm.dims:

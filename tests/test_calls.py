@@ -336,3 +336,71 @@ def test_blocks_that_are_called_from_the_last_to_the_first_are_a_stack():
             return self.last(x)
 
     assert "blocks depth" in kept_word(Reversed(None), torch.randn(2, 5, 3)).dimensions
+
+
+class NormsItself(nn.Module):
+    """Two layers and a normalisation between them, all in one forward."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norm, self.groups, self.width = norm, 4, 16
+        self.first, self.last = nn.Linear(5, 16), nn.Linear(16, 3)
+        self.weight, self.bias = nn.Parameter(torch.ones(16)), nn.Parameter(torch.zeros(16))
+
+    def forward(self, x):
+        return self.last(torch.relu(self.norm(self, self.first(x).transpose(1, 2)).transpose(1, 2)))
+
+
+def over_last(function):
+    return lambda net, x: function(net, x.transpose(1, 2)).transpose(1, 2)
+
+
+@pytest.mark.parametrize(("norm", "sizes"), [
+    (over_last(lambda net, x: F.layer_norm(x, x.shape[-1:])), [16]),
+    (over_last(lambda net, x: F.layer_norm(x, (net.width,), 1 + net.weight, bias=net.bias, eps=1e-3)), [16]),
+    (over_last(lambda net, x: F.rms_norm(x, (x.size(-1),))), [16]),
+    (over_last(lambda net, x: F.rms_norm(x, (x.size(-1),), net.weight, eps=1e-3)), [16]),
+    (over_last(lambda net, x: torch.rms_norm(x, (x.size(-1),), net.weight)), [16]),
+    (lambda net, x: F.group_norm(x, net.groups), [4, 4]),
+    (lambda net, x: F.group_norm(x, net.groups, 1 + net.weight, net.bias, eps=1e-3), [4, 4]),
+    (lambda net, x: F.group_norm(x, 4, net.weight), [4]),
+    (lambda net, x: F.group_norm(x, 1, None, net.bias), [16]),
+])  # fmt: skip
+def test_a_normalisation_in_a_forward_that_does_more_keeps_count(norm, sizes):
+    space = kept_word(NormsItself(norm), torch.randn(2, 7, 5))
+    assert sorted(d.size for d in space.dimensions.values()) == sizes, space.frozen
+
+
+class Attends(nn.Module):
+    """Queries and keys of unit mean square, as in the speed runs of small GPTs."""
+
+    def __init__(self):
+        super().__init__()
+        self.heads = 4
+        self.q, self.k, self.v, self.out = (nn.Linear(32, 32, bias=False) for _ in range(4))
+
+    def forward(self, x):
+        x = F.rms_norm(x, (x.size(-1),))
+        q, k, v = (t(x).unflatten(-1, (self.heads, -1)) for t in (self.q, self.k, self.v))
+        q, k, v = (t.transpose(1, 2) for t in (F.rms_norm(q, (q.size(-1),)), F.rms_norm(k, (k.size(-1),)), v))
+        return x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+
+
+def test_each_of_several_normalisations_keeps_count():
+    space = kept_word(nn.Sequential(nn.Linear(5, 32), Attends(), nn.Linear(32, 3)), torch.randn(2, 7, 5))
+    assert sorted(d.size for d in space.dimensions.values() if d.kind != "depth") == [4, 8, 8, 32], space.frozen
+
+
+@pytest.mark.parametrize("reduction", [
+    lambda x: x * (x > -9).all(-1, keepdim=True),
+    lambda x: x * torch.any(x > 1, dim=-1, keepdim=True),
+    lambda x: x + torch.sigmoid(x).prod(-1, keepdim=True),
+    lambda x: x * torch.count_nonzero(x > 0, dim=-1)[..., None],
+    lambda x: x + bool(torch.isnan(x).any()),
+    lambda x: x if torch.isfinite(x).all() else -x,
+    lambda x: x * x.new_ones(()).softmax(-1),  # of one number
+    lambda x: x + x[..., 16::2].sum(),  # of none
+])  # fmt: skip
+def test_what_is_gone_has_no_say_in_a_reduction(reduction):
+    space = kept_word(nn.Sequential(nn.Linear(5, 16), Does(reduction), nn.Linear(16, 3)), torch.randn(2, 7, 5))
+    assert [d.size for d in space.dimensions.values()] == [16], space.frozen

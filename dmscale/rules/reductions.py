@@ -107,8 +107,8 @@ def group_norm(
 
 @rule(aten._softmax, aten._safe_softmax, aten._log_softmax, aten.softmax, aten.log_softmax)
 def softmax(trace: Tracer, out: Tensor, x: Tensor, dim: int, *args: Any) -> Sequence[Dim]:
-    """A masked element would still take its share."""
-    trace.normalised("softmax", [trace.dims(x)[dim]], x)
+    """A masked element would still take its share; a number alone has no dimension."""
+    trace.normalised("softmax", [trace.dims(x)[dim]] if x.dim() else [], x)
     return trace.dims(x)
 
 

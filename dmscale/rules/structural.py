@@ -242,6 +242,8 @@ def slice_(
         trace.one_by_one(dims[dim], [start], "")
         trace.normalised("selected by index", [dims[dim]], x)
         return _replaced(dims, dim, ())
+    if not wanted:  # says nothing of where it begins
+        return _replaced(dims, dim, axes.axis(0, "empty"))
     if step == 1:
         sizes = [start, wanted, total - start - wanted]
         return _replaced(dims, dim, _cut(trace, dims[dim], sizes)[1])
