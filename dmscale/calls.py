@@ -432,7 +432,9 @@ _NEUTRAL = {"all": 1, "any": 0, "prod": 1, "count_nonzero": 0}
 
 def _without(func: Any, args: Any, kwargs: Any, found: CallSite, masks: Any) -> Any:
     x = args[0] if args else kwargs["input"]
-    x = torch.where(_along(x, found, masks) > 0, x, torch.full((), _NEUTRAL[found.name], dtype=x.dtype, device=x.device))
+    x = torch.where(
+        _along(x, found, masks) > 0, x, torch.full((), _NEUTRAL[found.name], dtype=x.dtype, device=x.device)
+    )
     return func(x, *args[1:], **{k: v for k, v in kwargs.items() if k != "input"})
 
 

@@ -51,9 +51,7 @@ def clone(
                 memo[id(t)] = replace(t)
     functions: list[tuple[dict[Any, Any], Any]] = []
     try:
-        twin = _copy(
-            model, memo, same if replace is same else own_copy, _NOT_RUN if to_run else frozenset(), functions
-        )
+        twin = _copy(model, memo, same if replace is same else own_copy, _NOT_RUN if to_run else frozenset(), functions)
         for state, key in functions:
             state[key] = _rebound(state[key], memo)
         return twin
@@ -110,8 +108,8 @@ def _copy(
             state[key] = _twin(value, memo, replace)
         elif key in CACHES:
             state[key] = kind()
-        elif isinstance(value, dict) and getattr(value, "__dict__", None) is value:  # a plain deep copy has no attributes
-            state[key] = memo[id(value)] = with_entries(value, {k: copy.deepcopy(v, memo) for k, v in value.items()})
+        elif _is_its_own_attributes(value):
+            state[key] = memo[id(value)] = with_entries(value, copy.deepcopy(dict(value), memo))  # type: ignore[arg-type]
         elif key != "_compiled_call_impl":
             held = [
                 vars(v) for v in (value, *(value.values() if isinstance(value, dict) else ())) if hasattr(v, "__dict__")
@@ -130,6 +128,11 @@ def _copy(
         if hasattr(module, name):
             setattr(twin, name, copy.deepcopy(getattr(module, name), memo))
     return twin
+
+
+def _is_its_own_attributes(value: Any) -> bool:
+    """Whether `value` is a dict of which each entry is an attribute: a plain deep copy would have none."""
+    return isinstance(value, dict) and getattr(value, "__dict__", None) is value
 
 
 def _twin(t: Tensor, memo: dict[int, Any], replace: Callable[[Tensor], Tensor]) -> Tensor:

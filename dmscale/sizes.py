@@ -136,7 +136,7 @@ def listed(values: list, attribute: Attribute) -> Listed:
 
 
 def with_entries(holder: Any, entries: Mapping[str, Any]) -> Any:
-    """A copy of a dict or a named tuple with other values under some of its names, and under the attributes that it has of these."""
+    """A copy of a dict or a named tuple with other values under some names, and in the attributes that it has of these names."""
     if not isinstance(holder, dict):
         return holder._replace(**entries)
     if type(holder) is dict:
@@ -330,7 +330,7 @@ class SizedFloat(float):
         return self._scaled(float(self) % other, 1, None)
 
     def _decides(self, symbol: str, other: Any, outcome: Any) -> Any:
-        """`outcome`, of the question `self symbol other`: for a share of the size, where between whole sizes the answer changes."""
+        """`outcome`, of the question `self symbol other`; of a share of a size, the size where the answer changes is noted."""
         share = float(self) / int(self.size)
         plain = isinstance(other, (int, float)) and not isinstance(other, SizedFloat) and math.isfinite(other)
         if self.power == 1 and share > 0 and plain:

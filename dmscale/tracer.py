@@ -571,7 +571,7 @@ class Tracer(TorchDispatchMode):
                         out[i] = dim
                     elif out[i] is not dim:
                         axes.unify(out[i], dim)
-                        if self._meet_again(tensors):  # w + w.T: the axis is neither that of the rows nor of the columns alone
+                        if self._meet_again(tensors):  # w + w.T: along neither its rows nor its columns alone
                             out[i] = (*dim,)
                 i += 1
         return tuple(out)
@@ -969,6 +969,7 @@ class Tracer(TorchDispatchMode):
         finally:
             for t, value in own:
                 self._store(t, value)
+
     def _fill(self, tensors: Sequence[Tensor], found: Sequence[Sequence[Dim]]) -> None:
         """The results were put into `tensors`, whose axes are those of the results."""
         for t, dims in zip(tensors, found):
@@ -980,7 +981,6 @@ class Tracer(TorchDispatchMode):
                     axes.unify(a, b)
             except Conflict as error:
                 self.freeze_dims([*own, *dims], f"conflict ({error})")
-
 
     def _no_rule(self, tensors: list[Tensor]) -> None:
         self.record.unknown.setdefault(self._operator, {})[self.path] = None

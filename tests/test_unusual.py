@@ -1645,7 +1645,9 @@ class InParts(nn.Module):
         return self.inner(x) * (math.ceil(memory) if self.uses else 1)
 
 
-@pytest.mark.parametrize(("bound", "uses", "sizes"), [(100, False, [12, 16]), (1.5, False, [12, 16]), (100, True, [12])])
+@pytest.mark.parametrize(
+    ("bound", "uses", "sizes"), [(100, False, [12, 16]), (1.5, False, [12, 16]), (100, True, [12])]
+)
 def test_a_share_of_a_size_that_is_compared_with_a_bound_is_free_unless_it_is_used(bound, uses, sizes):
     space = traced(nn.Sequential(nn.Linear(5, 16), InParts(bound, uses), nn.Linear(12, 3)), torch.randn(2, 5))
     assert sorted(d.size for d in space.dimensions.values()) == sizes, space.frozen
