@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from . import axes, direct, recurrent
 from .axes import Dim
-from .calls import GIVEN_SCALE, SCALINGS, FunctionCall, counted_as, is_counted, transform
+from .calls import GIVEN_SCALE, SCALINGS, FunctionCall, counted_as, is_counted, scaling, transform
 from .carried import CARRIERS, Carried
 from .numbering import Said, freeze_numbers
 from .sizes import Expression, Extent, Operation, SizedFloat, SizedInt, square_root
@@ -89,10 +89,11 @@ class Arrivals(TorchFunctionMode):
             result = None if first is None else tracer.value(first)
             call = FunctionCall(tracer.path, counted, number, start, tracer.op, operands, result)
             tracer.record.functions.append(call)
-        if counted in SCALINGS and isinstance(args[1], SizedFloat):
-            known = number is not None and not kwargs and _scaled(tracer, args[1], SCALINGS[counted])
-            if not known:
-                args[1].escape(counted)
+        factor = scaling(counted, args) if counted in SCALINGS else None
+        if isinstance(factor, SizedFloat):
+            plain = not kwargs or counted == "tensor"  # which says of what kind and where
+            if not (number is not None and plain and _scaled(tracer, factor, SCALINGS[counted])):
+                factor.escape(counted)
         return out
 
     def _call(self, func: Any, route: _Route, args: Any, kwargs: Any) -> Any:

@@ -51,10 +51,11 @@ NAMES = {
 }  # fmt: skip
 """Name of a torch function or method -> what its calls are counted as."""
 
-SCALINGS = {"mul": 1, "div": -1, "mul_": 1, "div_": -1}
-"""What is counted where the second factor is a plain number -> the sign of its power."""
+SCALINGS = {"mul": 1, "div": -1, "mul_": 1, "div_": -1, "tensor": 1}
+"""What is counted where the second factor is a plain number, or a tensor is made of one -> the sign of its power."""
 _SCALED = {
     "mul": "mul", "div": "div", "true_divide": "div", "mul_": "mul_", "div_": "div_", "__imul__": "mul_", "__itruediv__": "div_",
+    "tensor": "tensor",
 }  # fmt: skip
 
 GIVEN_SCALE = "attention scale, given"
@@ -67,8 +68,13 @@ _COMPOSITE = ("torch.functional", "torch.nn.functional", f"{__package__}.plainly
 def counted_as(name: str, args: Sequence[Any]) -> str | None:
     """What a call of the function `name` is counted as; None if it is not."""
     if name in _SCALED:
-        return _SCALED[name] if len(args) == 2 and isinstance(args[1], float) else None
+        return _SCALED[name] if isinstance(scaling(name, args), float) else None
     return NAMES.get(name)
+
+
+def scaling(name: str, args: Sequence[Any]) -> Any:
+    """The plain number that a call of one of `SCALINGS` multiplies with, or makes a tensor of."""
+    return args[name != "tensor"] if len(args) == 1 + (name != "tensor") else None
 
 
 def is_counted(name: str) -> bool:
@@ -549,5 +555,5 @@ _FORMS: dict[str, Callable[..., Any]] = {
     "layer_norm": _normalised, "rms_norm": _normalised, "group_norm": _normalised_in_groups,
     "loss": _loss, "logsumexp": _logsumexp, "distance": _distance,
     "sum": _masked, "norm": _masked, "attention": _attention, **dict.fromkeys(_PRODUCTS, _masked),
-    "mul": _rescaled, "div": _rescaled, "mul_": _rescaled_in_place, "div_": _rescaled_in_place,
+    "mul": _rescaled, "div": _rescaled, "tensor": _rescaled, "mul_": _rescaled_in_place, "div_": _rescaled_in_place,
 }  # fmt: skip

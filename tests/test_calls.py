@@ -161,6 +161,7 @@ SCALES = {
     "one number, and its negative": lambda a, q, k: (lambda t: (q * t) @ k - (q * -t) @ k)(a.size**-0.5),
     "one number, twice": lambda a, q, k: (lambda t: (q / t) @ k.mul(1 / t))(math.sqrt(a.size) ** 0.5),
     "by numpy": lambda a, q, k: (q / np.power(a.size, 0.25)) @ k * (1 / np.sqrt(np.sqrt(q.shape[-1]))),
+    "a tensor of a number": lambda a, q, k: q * torch.tensor(a.size**-0.5, dtype=q.dtype) @ k + torch.tensor(0.5),
     "beside a constant": lambda a, q, k: 0.5 * (q * 2.0) @ k / math.sqrt(a.size) * 1.0,
 }
 
