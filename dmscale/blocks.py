@@ -16,13 +16,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from . import axes
+from . import axes, running
 from .sizes import Attribute, attributes_of
 from .syntax import syntax
 from .tracer import Call, Record, Value
 from .tree import once, walk
+
+Streams = tuple[tuple[int, int | str], ...]
+"""Of what a block renews: the place in its output, and the position or name of the argument that it was."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +35,7 @@ class Blocks:
     forms: for branches, the argument and the form of the output of each (see `branches.zero`); empty for whole blocks.
     outputs: for whole blocks, the form of the output of each; None where it has none of these.
     modified: of each whole block, whether the forward writes to its output.
+    streams: of each whole block that renews several tensors, the place of each in its output and the argument that it was.
     follow: lists with an entry for each child of the container, which the forward takes by its position, and how many there are.
     """
 
@@ -44,6 +48,7 @@ class Blocks:
     follow: tuple[Attribute, ...] = ()
     outputs: tuple[Any, ...] = ()
     modified: tuple[bool, ...] = ()
+    streams: tuple[Streams, ...] = ()
 
 
 def find(model: nn.Module, record: Record) -> list[Blocks]:
@@ -53,14 +58,15 @@ def find(model: nn.Module, record: Record) -> list[Blocks]:
     sums = [addition.op for addition in record.additions]
     adding = [c for c in called.values() if bisect.bisect_right(sums, c.start) < bisect.bisect_right(sums, c.end)]
     adding = [c for c in adding if not _writes_to_its_input(c, record)]
-    removable = {call.path: call for call in adding if _is_residual(call, record)}
+    several = {call.path: streams for call in adding if call.parts and (streams := _streams(call, record))}
+    removable = {call.path: call for call in adding if call.path in several or _is_residual(call, record)}
     runs: list[tuple[str, list[Call]]] = []
     reached = _reached_into(model, record, removable)
     for path in dict.fromkeys([_parent(path) for path in removable]):
         module = model.get_submodule(path)
         if isinstance(module, (nn.ModuleList, nn.Sequential)):
             counts = isinstance(module, nn.ModuleList) and _counts_its_blocks(path, module, called, removable, record)
-            if path not in reached and not counts:
+            if path not in reached and not counts and not _crossed(path, module, called, several):
                 runs += [(path, run) for run in _runs(path, module, removable)]
     runs.sort(key=lambda r: (len(r[1]) < 2, r[0].count(".")))  # real stacks first, then outermost
     taken: list[str] = []
@@ -79,9 +85,10 @@ def find(model: nn.Module, record: Record) -> list[Blocks]:
             Blocks(
                 f"{container}{span} depth".strip(), container, tuple(paths),
                 tuple((call.start, call.end) for call in run), int(len(run) == len(children)),
-                outputs=tuple(call.form for call in run),
+                outputs=tuple(_handing_on(call.form, several.get(call.path, ())) for call in run),
                 follow=(*_lists(container, children, record), *follow),
-                modified=tuple(call.result is not None and call.result.origin in record.modified for call in run),
+                modified=tuple(any(v.origin in record.modified for v in results(call)) for call in run),
+                streams=tuple(several.get(call.path, ()) for call in run) if several.keys() & {*paths} else (),
             )
         )  # fmt: skip
     return sorted(found, key=lambda b: b.ranges[0])
@@ -89,8 +96,9 @@ def find(model: nn.Module, record: Record) -> list[Blocks]:
 
 def _writes_to_its_input(call: Call, record: Record) -> bool:
     """Whether a block adds in place, `x += f(x)`: there is nothing left then to hand on without it."""
-    written = record.modified.get(call.source.origin, ()) if call.source is not None else ()
-    return any(call.start < op <= call.end for op in written)
+    taken = [v.origin for _, v in call.given] if call.parts else []
+    taken += [call.source.origin] if call.source is not None else []
+    return any(call.start < op <= call.end for origin in taken for op in record.modified.get(origin, ()))
 
 
 def _reached_into(model: nn.Module, record: Record, removable: dict[str, Call]) -> set[str]:
@@ -257,13 +265,68 @@ def _is_residual(call: Call, record: Record) -> bool:
 def branches(call: Call, record: Record) -> list[Value]:
     """What a block adds to its input on the way to its output: the last value of each residual branch, in order."""
     assert call.source is not None
-    carried, found = {call.source.origin}, []
+    return _added(call, call.source, record)[0]
+
+
+def _added(call: Call, source: Value, record: Record) -> tuple[list[Value], set[int]]:
+    """What is added to `source` while `call` runs, in order, and the origins of all the sums."""
+    carried: set[int] = {source.origin}
+    found: list[Value] = []
     for addition in record.within(record.additions, call.start, call.end):
         added = [v for v in addition.operands if v.origin not in carried]
         if len(added) < 2:
             found += added
             carried.add(addition.result.origin)
-    return found
+    return found, carried
+
+
+def results(call: Call) -> list[Value]:
+    """The tensors that a block renews, as they leave it."""
+    return [v for _, v in call.parts] or ([] if call.result is None else [call.result])
+
+
+def _streams(call: Call, record: Record) -> Streams:
+    """Of a block that adds to several tensors, text and image say, what it renews; none if it gives anything else."""
+    found: list[tuple[int, int | str]] = []
+    for place, out in call.parts:
+        alike = [(key, v) for key, v in call.given if v.dtype == out.dtype and len(v.dims) == len(out.dims)]
+        alike = [(key, v) for key, v in alike if all(map(axes.same, v.dims, out.dims))]
+        sources = [key for key, v in alike if out.origin in _added(call, v, record)[1] - {v.origin}]
+        if len(sources) != 1:
+            return ()
+        found.append((place, sources[0]))
+    different = len({key for _, key in found}) == len(found)
+    return tuple(found) if different and record.within(record.terms, call.start, call.end) else ()
+
+
+def _crossed(path: str, module: nn.Module, called: dict[str, Call], several: Mapping[str, Streams]) -> bool:
+    """Whether a loop gives a block as one tensor what the block before has renewed as another one: without it, it would not."""
+    paths = [f"{path}.{name}" if path else name for name, _ in module.named_children()]
+    children = [called[p] for p in paths if p in several]
+    for before, after in zip(children, children[1:]):
+        made, given = dict(before.parts), dict(after.given)
+        for place, key in several[before.path]:
+            others = {v.origin for i, v in made.items() if i != place}
+            if key in given and given[key].origin in others:
+                return True
+    return False
+
+
+def _handing_on(form: Any, streams: Streams) -> Any:
+    """The form of the output of a block that is left out, of which `streams` are handed on."""
+    if not streams:
+        return form
+    ((kind, parts),) = form.items()
+    known = {place: {"argument": key} for place, key in streams}
+    return {kind: [known.get(i, part) for i, part in enumerate(parts)]}
+
+
+def ends(stack: Blocks, block: int, args: tuple, kwargs: dict[str, Any], out: Any) -> tuple[Tensor, Tensor]:
+    """The first tensor that a block renews, and what it becomes, in a call of it."""
+    if stack.streams and stack.streams[block]:
+        place, key = stack.streams[block][0]
+        return args[key] if isinstance(key, int) else kwargs[key], out[place]
+    return running.tensors_in((args, kwargs))[0], running.tensors_in(out)[0]
 
 
 def _nested(p: str, q: str) -> bool:

@@ -193,18 +193,21 @@ def _outputs(model: nn.Module, inputs: Any) -> list[Tensor] | None:
         raise failed_forward(model, failure) from failure
 
 
-def at_fault(trial: Callable[[Sequence[str]], str | None], names: Sequence[str]) -> dict[str, str]:
+def at_fault(
+    trial: Callable[[Sequence[str]], str | None], names: Sequence[str], failure: str | None = None
+) -> dict[str, str]:
     """Dimension -> what happened, for those of `names` that fail a trial on their own; found by bisection.
 
-    `trial` takes some names, which fail together, and returns what happened, or None.
+    `trial` takes some names, which fail together, and returns what happened, or None; `failure` is that of `names`, if known.
     """
     if len(names) == 1:
-        failure = trial(names)
+        failure = failure or trial(names)
         return {names[0]: failure} if failure else {}
     found: dict[str, str] = {}
     for half in (names[: len(names) // 2], names[len(names) // 2 :]):
-        if trial(half) is not None:
-            found |= at_fault(trial, half)
+        failure = trial(half)
+        if failure is not None:
+            found |= at_fault(trial, half, failure)
     return found
 
 

@@ -48,6 +48,8 @@ def sources(space: SearchSpace, model: nn.Module, stack: Blocks) -> dict[str, tu
     Raises:
         NoIdentity: there is no such block.
     """
+    if any(stack.streams):
+        raise NoIdentity("its blocks renew several tensors, of which no zeros are looked for")
     found: dict[str, tuple[str, ...]] = {}
     runner = quiet(clone(model))
 

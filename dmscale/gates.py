@@ -29,7 +29,7 @@ from torch.nn.utils import parametrize
 
 from . import attachment, axes, calls, remaking, running
 from .axes import Axis, Dim
-from .blocks import Blocks
+from .blocks import Blocks, Streams
 from .branches import formed
 from .calls import CallSite, FunctionCall, GatedForward
 from .clone import clone
@@ -159,10 +159,12 @@ def plan(trace: Trace, blocks: Sequence[Blocks]) -> Sites:
     }
     removable = {path for stack in blocks for path in stack.paths}
     _note_kept_inputs(trace, norms, {path for stack in blocks if not stack.forms for path in stack.paths})
+    streams = {path: s for stack in blocks for path, s in zip(stack.paths, stack.streams)}
     for call in sorted((c for c in trace.record.calls if c.path in removable), key=lambda c: c.start):
         # a block that is gone hands on its input, which must be zero there too
-        if call.result is not None and call.source is not None and call.source.origin not in masked:
-            masked.pop(call.result.origin, None)
+        for source, result in _renewed(call, streams.get(call.path, ())):
+            if source.origin not in masked:
+                masked.pop(result.origin, None)
     for contraction in trace.record.contractions:
         if axes.is_free(contraction.dim) and not _is_masked(contraction, masked):
             _plan_contraction(trace, contraction, weights, inputs, functions)
@@ -196,6 +198,14 @@ def _expert_sites(trace: Trace, sites: Sites) -> Iterator[ExpertSite]:
                 last = max((c for p in paths for c in trace.record.of("calls", p)), key=lambda c: c.end, default=None)
                 if last is not None:
                     yield ExpertSite(last.path, a, i)
+
+
+def _renewed(call: Call, streams: Streams) -> list[tuple[Value, Value]]:
+    """What a block renews: as it took it, and as it leaves it."""
+    if streams:
+        given, parts = dict(call.given), dict(call.parts)
+        return [(given[key], parts[place]) for place, key in streams]
+    return [(call.source, call.result)] if call.source is not None and call.result is not None else []
 
 
 def _note_kept_inputs(trace: Trace, norms: dict[str, NormSite], paths: set[str]) -> None:
@@ -571,7 +581,8 @@ def attach(
         for i, path in enumerate(stack.paths):
             form = stack.forms[i][1] if stack.forms else stack.outputs[i]
             modified = bool(stack.modified) and stack.modified[i]
-            gate = BlockGate(masks, stack.name, i, bool(stack.forms), form if trainable else None, modified)
+            streams = stack.streams[i] if stack.streams else ()
+            gate = BlockGate(masks, stack.name, i, bool(stack.forms), form if trainable else None, modified, streams)
             gated.get_submodule(path).register_forward_hook(gate, with_kwargs=True)
             block_gates[path] = gate
     in_module: dict[str, list[CallSite]] = {}
@@ -703,6 +714,7 @@ class BlockGate:
 
     form: of the output, as in `branches.zero`; None where the block must be run.
     modified: whether the forward writes to the output.
+    streams: where the block renews several tensors, the place of each in the output and the argument that it was.
     """
 
     masks: Masks
@@ -711,6 +723,7 @@ class BlockGate:
     branch: bool = False
     form: Any = None
     modified: bool = False
+    streams: Streams = ()
     skipped: bool = False  # in the call of the moment
 
     def can_skip(self) -> bool:
@@ -724,7 +737,15 @@ class BlockGate:
         return not (calls.counting() or attachment.several_processes())
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, out: Any) -> Any:
-        x = running.tensors_in((args, kwargs))[0]
+        if self.streams:
+            parts = list(out)
+            for place, key in self.streams:
+                parts[place] = self._apply(args[key] if isinstance(key, int) else kwargs[key], parts[place])
+            return type(out)(parts)
+        return self._apply(running.tensors_in((args, kwargs))[0], out)
+
+    def _apply(self, x: Tensor, out: Any) -> Any:
+        """`out` with its first tensor gated, which was `x` before the block."""
         gate = self.masks.depths[self.stack][self.index]
         # a compiled model would be compiled anew at every change of what is decided, and fuses the lerp anyway
         is_in = None if calls.is_transformed() else self.masks.is_in(self.stack, self.index)

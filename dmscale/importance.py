@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import attachment, axes, running
+from . import attachment, axes, blocks, running
 from .errors import SearchError
 from .layout import Layout
 from .space import SearchSpace
@@ -158,17 +158,16 @@ def _watch_blocks(space: SearchSpace, model: nn.Module, kind: str) -> dict[str, 
     watches: dict[str, list[_Watch]] = {}
     for name, stack in space.stacks.items():
         watches[name] = [_Watch() for _ in stack.paths]
-        for path, watch in zip(stack.paths, watches[name]):
-            _on_block(model.get_submodule(path), kind, watch)
+        for i, watch in enumerate(watches[name]):
+            _on_block(model.get_submodule(stack.paths[i]), kind, watch, stack, i)
     return watches
 
 
-def _on_block(module: nn.Module, kind: str, watch: _Watch) -> None:
+def _on_block(module: nn.Module, kind: str, watch: _Watch, stack: blocks.Blocks, block: int) -> None:
     def hook(module: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
         if not torch.is_grad_enabled():
             return
-        x = running.tensors_in((args, kwargs))[0].detach().float().flatten(1)
-        y = running.tensors_in(out)[0].detach().float().flatten(1)
+        x, y = (t.detach().float().flatten(1) for t in blocks.ends(stack, block, args, kwargs, out))
         if kind == "residual":
             value = ((y - x).square().sum(1) / x.square().sum(1).clamp(min=1e-12)).mean()
         else:

@@ -222,6 +222,8 @@ class Call:
     argument: position or name of the argument that is the first tensor.
     form: of the output, as in `branches.zero`; None where it holds what has no such form.
     others: origins of its other outputs.
+    given: where it took more than a tensor, (position or name, value) of each argument that is one.
+    parts: where it gave several tensors that it had not been given, (place, value) of each in its tuple or list.
     """
 
     path: str
@@ -233,6 +235,8 @@ class Call:
     argument: int | str | None = None
     form: Any = None
     others: tuple[int, ...] = ()
+    given: tuple[tuple[int | str, Value], ...] = ()
+    parts: tuple[tuple[int, Value], ...] = ()
 
 
 @dataclass

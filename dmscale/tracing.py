@@ -560,7 +560,11 @@ def _following_calls(
             first = next(iter(running.tensors_in((args, kwargs))), None)
             argument = _positions(args, kwargs).get(id(first))
         source = None if first is None else tracer.value(first)
-        open_calls.append(Call(path, tracer.op, source, argument=argument))
+        call = Call(path, tracer.op, source, argument=argument)
+        if len(args) + len(kwargs) > 1:
+            named = {**dict(enumerate(args)), **kwargs}.items()
+            call.given = tuple([(k, tracer.value(v)) for k, v in named if isinstance(v, Tensor)])
+        open_calls.append(call)
         tracer.path = path
         tracer.counting.enter()
 
@@ -578,6 +582,9 @@ def _following_calls(
             call.others = tuple(tracer.value(t).origin for t in tensors[1:] if id(t) not in taken)
             given = {id(t) for t in running.tensors_in((args, kwargs))}
             call.passes_the_rest = all(id(t) in given for t in tensors[1:])
+            if not call.passes_the_rest and call.form is not None:
+                new = [(i, t) for i, t in enumerate(out) if t is not None and id(t) not in taken]
+                call.parts = tuple([(i, tracer.value(t)) for i, t in new])
         tracer.record.calls.append(call)
         if examples is not None:
             examples.note(call.path, args, kwargs, out)

@@ -1715,3 +1715,80 @@ def test_sizes_may_be_in_a_dict_of_a_class_of_its_own(kind):
     assert type(small._settings) is kind and list(small._settings) == list(settings)
     assert (settings.heads, settings["size"]) == (4, 6) and type(settings["size"]) is int
     searched(space, "70% params")
+
+
+# -- blocks that renew several tensors --------------------------------------------------------------------------------
+
+
+class TwoStreams(nn.Module):
+    """Text and image attend to both and are renewed together; the order of the outputs is another one (Flux, SD3)."""
+
+    def __init__(self, as_list: bool = False):
+        super().__init__()
+        self.as_list = as_list
+        self.mix = nn.ModuleDict({n: nn.Linear(12, 12) for n in ("image", "text")})
+        self.up = nn.ModuleDict({n: nn.Linear(12, 20) for n in ("image", "text")})
+        self.down = nn.ModuleDict({n: nn.Linear(20, 12) for n in ("image", "text")})
+
+    def forward(self, image, text, time):
+        both = torch.cat([self.mix["text"](text), self.mix["image"](image)], 1)
+        scores = (both @ both.transpose(1, 2)).softmax(-1) @ both
+        text = text + scores[:, : text.shape[1]] * time
+        image = image + scores[:, text.shape[1] :]
+        text = text + self.down["text"](self.up["text"](text).relu())
+        image = image + self.down["image"](self.up["image"](image).relu())
+        return [text, image] if self.as_list else (text, image)
+
+
+class Diffusion(nn.Module):
+    def __init__(self, as_list: bool = False):
+        super().__init__()
+        self.image, self.text, self.time = nn.Linear(4, 12), nn.Linear(3, 12), nn.Linear(2, 12)
+        self.blocks = nn.ModuleList(TwoStreams(as_list) for _ in range(4))
+        self.last = nn.Linear(12, 4)
+
+    def forward(self, image, text, time):
+        image, text, time = self.image(image), self.text(text), self.time(time).unsqueeze(1)
+        for block in self.blocks:
+            text, image = block(image, text, time=time)
+        return self.last(image) + text.mean(1, keepdim=True)[..., :1]
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+def test_blocks_that_renew_several_tensors_have_a_depth(as_list):
+    space = traced(Diffusion(as_list), torch.randn(2, 6, 4), torch.randn(2, 5, 3), torch.randn(2, 2))
+    assert space.dimensions["blocks depth"].size == 4
+    assert space.stacks["blocks depth"].streams == (((0, 1), (1, 0)),) * 4
+    assert_exact(space)
+    small = searched(space, "30% macs", 8)
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in space.model.parameters())
+    only = dmscale.trace(space.model, space.example_inputs, only="blocks depth")
+    for importance in ("residual", "similarity"):
+        search = dmscale.Search(only, "55% macs", 6, depth_importance=importance)
+        optimizer = torch.optim.SGD(only.model.parameters(), 0.01)
+        search.attach(optimizer)
+        while not search.done:
+            run(search.model, only.example_inputs).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert len(search.export().blocks) == 2
+
+
+class Swapping(TwoStreams):
+    """The outputs change places: without a block they would not."""
+
+    def forward(self, image, text, time):
+        new_text, new_image = super().forward(image, text, time)
+        return new_image, new_text
+
+
+class Crossed(Diffusion):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Swapping() for _ in range(4))
+
+
+def test_blocks_whose_outputs_change_places_have_none():
+    space = traced(Crossed(), torch.randn(2, 6, 4), torch.randn(2, 6, 3), torch.randn(2, 2))
+    assert "blocks depth" not in space.dimensions
+    assert_exact(space)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import running
+from .. import blocks, running
 from ..errors import DmscaleError
 from ..evaluate import call
 from .base import Found, Task, strategy
@@ -96,7 +96,7 @@ def _watched(task: Task, note: Callable[[str, int, Tensor, Tensor], None]) -> It
         for i, path in enumerate(stack.paths):
 
             def hook(module: nn.Module, args: Any, kwargs: Any, out: Any, name: str = name, i: int = i) -> None:
-                note(name, i, running.tensors_in((args, kwargs))[0], running.tensors_in(out)[0])
+                note(name, i, *blocks.ends(task.space.stacks[name], i, args, kwargs, out))
 
             handles.append(task.space.model.get_submodule(path).register_forward_hook(hook, with_kwargs=True))
     try:
