@@ -440,7 +440,7 @@ class _Problem:
         """
         if self.fits(most):
             return most.copy()
-        ends = [a[a <= k] for a, k in zip(self.allowed, most)]
+        ends = [a[(a > 0) & (a <= k)] for a, k in zip(self.allowed, most)]  # of some stacks every block may go
         lengths = np.concatenate([np.diff(e, prepend=0) for e in ends])
         owner = np.repeat(np.arange(len(ends)), [len(e) for e in ends])
         gain = np.concatenate([_in_steps(k, e) for k, e in zip(self.kept, ends)])

@@ -480,3 +480,28 @@ def test_baselines_are_on_the_same_budget(net):
 def test_the_whole_budget_is_the_full_model():
     over = space("unet")
     assert over.fit(over.sample(seed=0), "100% macs") == over.full()
+
+
+class Residual(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.up, self.down = nn.Conv2d(width, 2 * width, 1), nn.Conv2d(2 * width, width, 3, padding=1)
+
+    def forward(self, x):
+        return x + self.down(self.up(x).relu())
+
+
+def test_blocks_that_matter_stay_also_where_all_of_a_stack_may_go():
+    """As in a stage of a ResNet, whose first block makes it narrower and stays in any case."""
+    stages = [nn.Sequential(nn.Conv2d(a, b, 3, 2, 1), Residual(b), Residual(b)) for a, b in ((3, 6), (6, 10))]
+    model = nn.Sequential(*stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(10, 4))
+    over = dmscale.trace(non_trivial(model), torch.randn(2, 3, 16, 16))
+    assert [(d.size, d.lowest) for d in over.dimensions.values() if d.kind == "depth"] == [(2, 0), (2, 0)]
+    for target in ("50% macs", "75% params"):
+        wanted = budgets.parse(target, over)
+        scores = over.magnitudes() | {n: np.full(len(s.paths), 1e9) for n, s in over.stacks.items()}
+        found = budgets.allocate(over, wanted, scores)
+        assert all(found.sizes[n] == len(s.paths) for n, s in over.stacks.items())
+        none = {n: np.zeros(len(s.paths)) for n, s in over.stacks.items()}
+        found = budgets.allocate(over, wanted, scores | none)
+        assert any(found.sizes[n] < len(s.paths) for n, s in over.stacks.items())
