@@ -28,8 +28,8 @@ class Layout:
     element_size: (E,) number of elements of each element's segment.
     sharpness: (E,) lambda of the soft masks: N for widths, 4 N for heads and depth, of which there are few.
     in_depth: (E,) whether the element is a block.
-    with_modules: (B + X,) the places of all blocks and experts.
-    inside: (B, S) for each block, in the order of its elements, the segments that it alone holds: its hidden widths, its heads.
+    with_modules: (M,) the places of all blocks, then of all experts.
+    inside: (M, S) for each of these the segments that it alone holds: its hidden widths, its heads.
     ceiling: (D,) largest share that may be pruned.
     """
 
@@ -79,11 +79,11 @@ class Layout:
         for name, dims in self.space.trace.slots.items():
             for a in {a for dim in dims for a in axes.atoms(dim)} & held.keys():
                 held[a].append(name)
-        blocks = [path for s in self.space.stacks.values() for path in s.paths]
-        inside = torch.zeros(len(blocks), len(self.sizes), dtype=torch.bool)
-        for i, path in enumerate(blocks):
+        modules = [tuple(f"{path}." for path in paths) for parts in self.space.parts.values() for paths in parts]
+        inside = torch.zeros(len(modules), len(self.sizes), dtype=torch.bool)
+        for i, prefixes in enumerate(modules):
             for j, a in enumerate(self.axes):
-                inside[i, j] = bool(held[a]) and all(name.startswith(path + ".") for name in held[a])
+                inside[i, j] = bool(held[a]) and all(name.startswith(prefixes) for name in held[a])
         return inside
 
     def to(self, device: torch.device) -> None:

@@ -2,8 +2,8 @@
 
 An element's importance, E[(m dL/dm)^2], is an estimate of the loss that its removal costs: half the curvature along its own
 mask, which is one, with the empirical Fisher information for the curvature (OBD, LeCun et al., 1990; Theis et al., 2018).
-Such estimates add up, and a block's is in the same unit as a channel's.  A block goes with all that is inside it, so it is
-worth no less than any width that it alone holds: in its one gradient the contributions of these parts cancel.  What is kept is
+Such estimates add up, and a block's is in the same unit as a channel's.  A block or an expert goes with all that is inside it,
+so it is worth no less than any width that it alone holds: in its one gradient these parts cancel.  What is kept is
 what has most importance for its exact marginal cost, under one threshold for the whole network, chosen so that the cost
 follows the schedule.
 
@@ -52,11 +52,12 @@ class Knapsack(Method):
         self.recent.lerp_(self.search.measured, self.pace)
 
     def scores(self) -> Tensor:
-        """What has gone has no importance left; a block has at least that of each width inside it."""
+        """What has gone has no importance left; a block or an expert has at least that of each width inside it."""
         scores, layout = self._importance() * self.kept, self.layout
         if len(layout.inside):
             widths = torch.where(layout.inside, layout.sum_by_segment(scores), 0.0).amax(1)
-            scores[layout.in_depth] = torch.maximum(scores[layout.in_depth], widths * self.kept[layout.in_depth])
+            at = layout.with_modules
+            scores[at] = torch.maximum(scores[at], widths * self.kept[at])
         return scores
 
     def advance(self) -> None:
