@@ -117,3 +117,76 @@ class RecurrentNet(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """(B, T) of int64 -> (B, classes)."""
         return self.head(self.rnn(self.embed(ids))[0][:, -1])
+
+
+class Mixture(nn.Module):
+    """A feed-forward layer of experts in a list that is looped over, two for each token, chosen by a router."""
+
+    def __init__(self, width: int, hidden: int, experts: int = 6, chosen: int = 2):
+        super().__init__()
+        self.chosen, self.norm, self.router = chosen, nn.RMSNorm(width), nn.Linear(width, experts, bias=False)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, width)) for _ in range(experts)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, width)."""
+        y = self.norm(x).flatten(0, 1)
+        weight, number = self.router(y).softmax(-1).topk(self.chosen, -1)
+        out = torch.zeros_like(y)
+        for i, expert in enumerate(self.experts):
+            row, place = torch.where(number == i)
+            out[row] += weight[row, place, None] * expert(y[row])
+        return x + out.view(x.shape)
+
+
+class MixtureNet(nn.Module):
+    """Token ids -> embedding -> layers of experts -> logits."""
+
+    def __init__(self, vocabulary: int = 100, width: int = 32, layers: int = 3):
+        super().__init__()
+        self.embed = nn.Embedding(vocabulary, width)
+        self.layers = nn.ModuleList(Mixture(width, 48) for _ in range(layers))
+        self.head = nn.Linear(width, vocabulary)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(B, T) of int64 -> (B, T, vocabulary)."""
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+class MixedOperation(nn.Module):
+    """Alternative operations, of which architecture parameters say how much each counts (DARTS)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        kernels = (1, 3, 5)
+        self.operations = nn.ModuleList(
+            [
+                nn.Sequential(nn.ReLU(), nn.Conv2d(width, width, k, padding=k // 2), nn.BatchNorm2d(width))
+                for k in kernels
+            ]
+        )
+        self.operations.extend([nn.MaxPool2d(3, 1, 1), nn.Identity()])
+        self.alpha = nn.Parameter(torch.randn(len(self.operations)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W)."""
+        parts = [a * operation(x) for a, operation in zip(self.alpha.softmax(0), self.operations)]
+        return torch.stack(parts).sum(0)
+
+
+class Supernet(nn.Module):
+    """A stem, mixed operations, classes."""
+
+    def __init__(self, width: int = 16, classes: int = 10):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, width, 3, 2, 1), nn.BatchNorm2d(width))
+        self.cells = nn.Sequential(*(MixedOperation(width) for _ in range(3)))
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, classes)."""
+        return self.head(self.cells(self.stem(x)).mean((-2, -1)))

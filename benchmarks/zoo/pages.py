@@ -20,7 +20,7 @@ exported. *Exact* means that each exported model equals the gated one to a relat
 that PyTorch counts, to the last one. Modules that get as many rows as values say (experts of a mixture that is looped over,
 `space.routed`) are left out of that comparison on both sides. Times are of the wall: compare them within a row.
 
-- **W / H / D**: dimensions offered, by kind: widths, heads, depths.
+- **W / H / D / C**: dimensions offered, by kind: widths, heads, depths, choices (which experts or alternatives stay).
 - **free**: the share of parameters and of MACs that goes when every width and the heads are at their minimum, with all blocks
   kept. What stays is what no width can reach: the first convolution's colours, the classes, one channel of each layer.
 - **half**: MACs at half of every width and of the heads, as a share of the full model's.
@@ -95,15 +95,15 @@ def _cause_lines(rows: Sequence[Row], most: int = 15) -> list[str]:
 def table(rows: Sequence[Row]) -> str:
     """A line a model."""
     lines = [
-        "| model | params | MACs | W / H / D | free params | free MACs | half | error | MACs = | read | x meta | trace | export "
-        "| frozen |",
+        "| model | params | MACs | W / H / D / C | free params | free MACs | half | error | MACs = | read | x meta | trace "
+        "| export | frozen |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | :-: | ---: | ---: | ---: | ---: | --- |",
     ]
     for r in rows:
         if r["status"] not in ("exact", "inexact"):
             lines.append(f"| {r['name']} | | | | | | | | **{r['status']}** | | | | | {_cell(r['problem'])} |")
             continue
-        kinds = " / ".join(str(r["dimensions"].get(k, 0)) for k in ("width", "heads", "depth"))
+        kinds = " / ".join(str(r["dimensions"].get(k, 0)) for k in ("width", "heads", "depth", "choice"))
         lines.append(
             f"| {r['name']} | {short(r['params'])} | {short(r['macs'])} | {kinds} | {r['free_params']:.1%} | "
             f"{r['free_macs']:.1%} | {r['half_macs']:.1%} | {_error(r['error'])} | {'yes' if r['macs_equal'] else '**no**'} | "

@@ -291,6 +291,14 @@ def _sound() -> Built:
     return handwritten.TemporalNet(), torch.randn(2, 1, 400)
 
 
+def _mixture() -> Built:
+    return handwritten.MixtureNet(), torch.randint(0, 100, (2, 20))
+
+
+def _supernet() -> Built:
+    return handwritten.Supernet(), torch.randn(2, 3, 16, 16)
+
+
 def _recurrent(cell: type[nn.RNNBase], bidirectional: bool = False) -> Built:
     return handwritten.RecurrentNet(cell, bidirectional), torch.randint(0, 100, (2, 7))
 
@@ -318,6 +326,8 @@ def _entries() -> list[Entry]:
         entry("own:LSTM classifier", "written by hand", _recurrent, nn.LSTM),
         entry("own:LSTM classifier, bidirectional", "written by hand", _recurrent, nn.LSTM, True),
         entry("own:GRU classifier", "written by hand", _recurrent, nn.GRU),
+        entry("own:mixture of experts in a list", "written by hand", _mixture),
+        entry("own:DARTS supernet", "written by hand", _supernet),
     ]  # fmt: skip
 
 
