@@ -405,7 +405,7 @@ def test_pages_show_every_row():
     page = pages.zoo_page(rows, 3)
     assert "**2 of 4 models exact (50.0%).**" in page
     line = next(x for x in page.splitlines() if x.startswith("| m1 "))
-    assert "| 25.6M |" in line and "| 3 / 2 / 0 |" in line and "softmax over it: 60.0%" in line
+    assert "| 25.6M |" in line and "| 3 / 2 / 0 / 0 |" in line and "softmax over it: 60.0%" in line
     assert "**timeout**" in page and "exported and gated differ" in page
     assert (
         len({x.count("|") for x in page.splitlines() if x[:3] in ("| m", "| -") and "--: |" not in x[:40]} - {3}) == 1
