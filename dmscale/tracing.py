@@ -91,28 +91,50 @@ def read(model: nn.Module, example_inputs: Any, cached: bool = False) -> Trace:
     args, kwargs = running.arguments(example_inputs)
     _check_inputs(modules, args, kwargs)
     failure: Exception | None = None
-    for kind in ("meta", "values"):
-        try:
-            with uncollected(), _without_onednn(), plainly([module for _, module in modules]):
-                return _read(model, modules, args, kwargs, kind, cached)
-        except TraceError:
-            raise
-        except Exception as error:
-            failure = error
-        if kind == "meta":
-            traceback.clear_frames(failure.__traceback__)  # which hold all that has run
-            empty_caches()
+    with _heap_aside() as aside:
+        for kind in ("meta", "values"):
+            try:
+                with uncollected(), _without_onednn(), plainly([module for _, module in modules]):
+                    return _read(model, modules, args, kwargs, kind, cached)
+            except TraceError:
+                raise
+            except Exception as error:
+                failure = error
+            if kind == "meta":
+                traceback.clear_frames(failure.__traceback__)  # which hold all that has run
+                empty_caches(aside)
     assert failure is not None
     raise failed_forward(model, failure) from failure
 
 
-def empty_caches() -> bool:
+@contextlib.contextmanager
+def _heap_aside() -> Iterator[bool]:
+    """Inside, a garbage collection looks at what is made there alone, and takes no time; gives whether it is so.
+
+    Not where the user has set objects aside, for processes to share: these must stay so.
+    """
+    aside = not gc.get_freeze_count()
+    if aside:
+        gc.freeze()
+    try:
+        yield aside
+    finally:
+        if aside:
+            gc.unfreeze()
+
+
+def empty_caches(aside: bool = False) -> bool:
     """Take the tensors that a meta run has left in caches out of these again; whether there were any.
 
     A forward may keep tables in a dict of its file, by their length: the next one would find a table without elements.
+
+    Args:
+        aside: whether all but what that run has made is set aside.
     """
     gc.collect()
     left: list[Any] = [t for t in gc.get_objects() if type(t) is Tensor and is_watched(t) and t.is_meta]
+    if left and aside:
+        gc.unfreeze()  # a cache may be older
     found = False
     for _ in range(2):  # several tables may be together under one key
         if not left:
