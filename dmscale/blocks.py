@@ -359,16 +359,28 @@ def insert(model: nn.Module, path: str, copies: Mapping[str, Sequence[nn.Module]
 
 def _arrange(container: nn.Module, order: Sequence[tuple[str, nn.Module]]) -> None:
     """Let `container` hold these modules, each with the name of the child that it is or is a copy of."""
-    before = dict(container.named_children())
     places = [(module, key) for key in position_keys(container) for module in [m for _, m in order]]
-    numbered = all(name.isdigit() for name in before)
+    prefix = numbered_as(container)
     container._modules.clear()
     for i, (name, child) in enumerate(order):
         free = name if name not in container._modules else f"{name}_{i}"
-        container._modules[str(i) if numbered else free] = child
+        container._modules[free if prefix is None else f"{prefix}{i}"] = child
     position = {id(child): i for i, (_, child) in enumerate(order)}
     for module, (path, key) in places:
         module.get_submodule(path).__dict__[key] = position[id(module)]
+
+
+def numbered_as(container: nn.Module) -> str | None:
+    """What stands before the numbers that the children of a container are named by; None where they have other names.
+
+    Nothing in a list.  A forward calls the children of a dict by name: `self.experts[f"expert_{i}"]`.
+    """
+    names = list(container._modules)
+    if all(name.isdigit() for name in names):
+        return ""
+    prefix = names[0].rstrip("0123456789")
+    counted = names == [f"{prefix}{i}" for i in range(len(names))]
+    return prefix if counted and isinstance(container, nn.ModuleDict) else None
 
 
 def position_keys(container: nn.Module) -> list[tuple[str, str]]:

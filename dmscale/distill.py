@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import axes, running
+from . import axes, blocks, running
 from .clone import clone, own_copy
 from .errors import DmscaleError
 from .space import SearchSpace
@@ -200,11 +200,13 @@ def student_path(space: SearchSpace, structure: Structure, path: str) -> str | N
     for part in path.split(".") if path else []:
         container, renamed = ".".join(old), part
         if gone.get(container):
-            names = [n for n, _ in space.model.get_submodule(container).named_children()]
+            holder = space.model.get_submodule(container)
             if part in gone[container]:
                 return None
-            if all(n.isdigit() for n in names):
-                renamed = str([n for n in names if n not in gone[container]].index(part))
+            prefix = blocks.numbered_as(holder)
+            if prefix is not None:
+                stay = [n for n, _ in holder.named_children() if n not in gone[container]]
+                renamed = f"{prefix}{stay.index(part)}"
         old.append(part)
         new.append(renamed)
     return ".".join(new)

@@ -18,7 +18,7 @@ from torch import nn
 
 from . import axes, routing
 from .axes import Axis, Dim
-from .blocks import counted
+from .blocks import counted, numbered_as
 from .sizes import Attribute
 from .tracer import READ, Call, Position, Record
 
@@ -45,9 +45,9 @@ def lists(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, set[int]]:
     """Path of a module -> how many modules are in each of the lists that it is or holds, of those that hold any."""
     found: dict[str, set[int]] = {}
     for path, module in modules:
-        if isinstance(module, nn.ModuleList) and len(module) > 1:
+        if _is_numbered(module) and len(module._modules) > 1:
             for owner in (path, path.rpartition(".")[0]):
-                found.setdefault(owner, set()).add(len(module))
+                found.setdefault(owner, set()).add(len(module._modules))
     return found
 
 
@@ -104,7 +104,9 @@ def _experts(
     containers = tuple(_lists(model, owner, size, record))
     if not containers:
         return None
-    paths = tuple(tuple(f"{c}.{i}" if c else str(i) for c in containers) for i in range(size))
+    prefixes = [f"{c}." if c else "" for c in containers]
+    names = [list(model.get_submodule(c)._modules) for c in containers]
+    paths = tuple(tuple(p + n[i] for p, n in zip(prefixes, names)) for i in range(size))
     calls = [[c for p in several for c in record.of("calls", p)] for several in paths]
     alike = _all_alike([c[0] for c in calls if c])
     chosen = any(p in routed for several in paths for p in several) or (read and not alike)
@@ -128,6 +130,11 @@ def _lists(model: nn.Module, owner: str, size: int, record: Record) -> Iterator[
     ]
     for path, child in held:
         prefix = f"{path}." if path else ""
-        listed = isinstance(child, nn.ModuleList) and len(child) == size
-        if listed and any(record.of("calls", f"{prefix}{i}") for i in range(size)):
+        listed = _is_numbered(child) and len(child._modules) == size
+        if listed and any(record.of("calls", prefix + name) for name in child._modules):
             yield path
+
+
+def _is_numbered(module: nn.Module) -> bool:
+    """Whether it is a list of modules, or a dict of those whose names count them."""
+    return isinstance(module, nn.ModuleList) or (isinstance(module, nn.ModuleDict) and numbered_as(module) is not None)

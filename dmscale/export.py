@@ -75,9 +75,9 @@ def build(
             follow.setdefault(stack.container, set()).update(stack.follow)
     for name, found in experts.items():
         kept = depths.get(name, tuple(range(len(found.paths))))
-        lost = {str(i) for i in range(len(found.paths)) if i not in kept}
-        for container in found.containers if lost else ():
-            gone.setdefault(container, set()).update(lost)
+        for path in [p for i, paths in enumerate(found.paths) if i not in kept for p in paths]:
+            container, _, lost_name = path.rpartition(".")
+            gone.setdefault(container, set()).add(lost_name)
             follow.setdefault(container, set()).update(found.follow)
     branches.remove(modules, **plan["branches"])
     for container, lost in sorted(gone.items(), key=lambda c: -c[0].count(".")):  # inner first: outer ones renumber

@@ -133,7 +133,8 @@ def _compared(trace: Tracer, func: Any, args: Any, values: Sequence[Value]) -> S
     """
     numbers = [v.said.numbers for v in values]
     if all(n is None for n in numbers):
-        return NOTHING
+        positive = func in (aten.gt.Scalar, aten.ne.Scalar) and args[1] == 0
+        return Said(zero=values[0].said.zero) if positive else NOTHING
     if func is aten.eq.Scalar and numbers[0] is not None and args[1] in range(axes.size(numbers[0])):
         trace.one_by_one(numbers[0], [int(args[1])], "the numbers of its elements are computed with")
         return NOTHING

@@ -778,7 +778,11 @@ class Tracer(TorchDispatchMode):
         if not outs:
             takes = tuple(self.value(t).origin for t in tensors)
             self._operator = func._overloadpacket.__name__
-            freeze_numbers(self, [self.value(t) for t in tensors])
+            said = [self.value(t) for t in tensors]
+            if len(said) == 1 and said[0].said.numbers is not None and type(out) is int:
+                self.one_by_one(said[0].said.numbers, [out], READ)
+            else:
+                freeze_numbers(self, said)
             self.record.steps[self.op] = Step(func._overloadpacket.__name__, takes, (), True)  # Python reads the values
             return out
         self._infer(func, args, kwargs, tensors, out, outs)

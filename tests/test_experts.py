@@ -202,6 +202,27 @@ class Sorted(Mixture):
         return (back.view(*number.shape, -1) * best.unsqueeze(-1)).sum(1)
 
 
+class Named(nn.Module):
+    """Experts in a dict, of which those that some row chose are called by name (Switch Transformers)."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_experts = N
+        self.first, self.router, self.last = nn.Linear(5, WIDTH), nn.Linear(WIDTH, N), nn.Linear(WIDTH, 3)
+        self.experts = nn.ModuleDict({f"expert_{i}": nn.Linear(WIDTH, WIDTH) for i in range(N)})
+
+    def forward(self, x):
+        x = self.first(x)
+        scores = self.router(x).softmax(-1)
+        mask = F.one_hot(scores.argmax(-1), self.num_experts).unsqueeze(1).permute(2, 1, 0)
+        out = torch.zeros_like(x)
+        for number in torch.greater(mask.sum((-1, -2)), 0).nonzero():
+            _, row = torch.where(mask[number].squeeze(0))
+            expert = self.experts[f"expert_{number[0]}"]
+            out.index_add_(0, row, expert(x[row]) * scores[row].amax(-1, keepdim=True))
+        return self.last(x + out)
+
+
 class Tasks(nn.Module):
     """Several routers for the same experts, one for each task (MMoE)."""
 
@@ -231,7 +252,7 @@ DENSE = [
     Mean,
     Tasks,
 ]
-ROUTED = [Chosen, OneHot, Switch, Busy, Sorted]
+ROUTED = [Chosen, OneHot, Switch, Busy, Sorted, Named]
 
 
 def traced(cls: type[nn.Module]) -> tuple[nn.Module, torch.Tensor, dmscale.SearchSpace]:
@@ -261,8 +282,8 @@ def test_experts_go_with_their_elements(cls, tmp_path):
         assert cls in ROUTED or cost.macs == counted_macs(small, x)
         assert (cls in ROUTED) == bool(cost.uncounted)
         for container in experts.containers:
-            stays = small.get_submodule(container)
-            of = [model.get_submodule(container)[i] for i in structure.kept[name]]
+            stays, all_of_them = ([*m.get_submodule(container).children()] for m in (small, model))
+            of = [all_of_them[i] for i in structure.kept[name]]
             assert [type(m) for m in stays] == [type(m) for m in of]  # those that were kept, in their order
         dmscale.save(small, tmp_path / "small.safetensors")
         loaded = dmscale.load(tmp_path / "small.safetensors", cls).eval()
@@ -270,7 +291,7 @@ def test_experts_go_with_their_elements(cls, tmp_path):
     assert_same(before, fingerprint(model))
 
 
-@pytest.mark.parametrize("cls", [Switch, Busy, Sorted])
+@pytest.mark.parametrize("cls", [Switch, Busy, Sorted, Named])
 def test_an_example_need_not_reach_every_expert(cls):
     torch.manual_seed(0)
     model, few, many = non_trivial(cls()), torch.randn(2, 5), torch.randn(300, 5)

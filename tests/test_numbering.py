@@ -46,6 +46,7 @@ ALLOWED = {
     "stack": lambda i, n, s, w, r: aten.stack([i, i]),
     "picked by others": lambda i, n, s, w, r: aten.index(i, [torch.tensor([2, 0])]),
     "compared": lambda i, n, s, w, r: aten.lt(aten.slice(i, 1, 0, 1), aten.slice(i, 1, 1, 2)),
+    "found": lambda i, n, s, w, r: aten.nonzero(aten.gt(aten.bincount(i.flatten(), None, n), 0)),
     "bincount": lambda i, n, s, w, r: aten.bincount(i.flatten(), None, n),
     "weighted": lambda i, n, s, w, r: aten.bincount(i.flatten(), aten.gather(s, 1, i).flatten(), n),
     "histc": lambda i, n, s, w, r: aten.histc(aten._to_copy(i, dtype=torch.float32), n, 0, n - 1),

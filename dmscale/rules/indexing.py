@@ -12,7 +12,7 @@ import torch
 
 from .. import axes
 from ..axes import Conflict, Dim
-from ..numbering import Said, freeze_numbers, look_up
+from ..numbering import Said, freeze_numbers, is_zero, look_up
 from .registry import rule
 
 if TYPE_CHECKING:
@@ -91,6 +91,17 @@ def _picked(trace: Tracer, x: Tensor, indices: Sequence[Tensor | None], by_mask:
     rest = [d for i, d in enumerate(dims) if i not in used]
     at = used[0] if used == list(range(used[0], used[-1] + 1)) else 0
     return [*rest[:at], *picked, *rest[at:]]
+
+
+@rule(aten.nonzero)
+def nonzero(trace: Tracer, out: Tensor, x: Tensor) -> Sequence[Dim]:
+    """Where elements are not zero: numbers of an axis that is zero where it is gone; any others are fixed."""
+    dims = trace.dims(x)
+    if len(dims) == 1 and is_zero(trace.value(x), dims[0]):
+        trace.says(out, Said(dims[0]))
+    else:
+        trace.freeze_dims(dims, "looked through for what is not zero")
+    return [axes.axis(out.shape[0], "found by values"), axes.axis(out.shape[1], "numbers of dimensions")]
 
 
 @rule(aten.index_select)
