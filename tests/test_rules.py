@@ -194,8 +194,8 @@ def samples():
     return found
 
 
-BY_NUMBERS = {"histc", "bincount"}
-"""Their results have an axis only where numbers of one go in: `test_numbering` tries them."""
+BY_NUMBERS = {"histc", "bincount", "nonzero"}
+"""They leave an axis free only where numbers of one go in, or counts of these: `test_numbering` tries them."""
 
 OF_ALL = {"dist"}
 """Their result is one number of all elements, whose number matters: `test_unusual` tries them."""
