@@ -188,16 +188,50 @@ def plan(trace: Trace, blocks: Sequence[Blocks]) -> Sites:
 
 
 def _expert_sites(trace: Trace, sites: Sites) -> Iterator[ExpertSite]:
-    """Of experts whose scores are masked nowhere, not in a softmax and not where some are chosen, the outputs."""
+    """Outputs of experts: where no score is masked, in a softmax or where some are chosen, and those used without theirs."""
     along = [(*s.dims,) for s in sites.weights] + [s.dims for s in sites.calls]
     masked = [d for dims in along for _, d in dims] + [s.dim for s in sites.inputs] + [s.dim for s in sites.norms]
     covered = {a for dim in masked for a in axes.atoms(dim)}
-    for a, experts in trace.experts.items():
-        if not a.reasons and a not in covered:
-            for i, paths in enumerate(experts.paths):
-                last = max((c for p in paths for c in trace.record.of("calls", p)), key=lambda c: c.end, default=None)
-                if last is not None:
-                    yield ExpertSite(last.path, a, i)
+    found = {a: e for a, e in trace.experts.items() if not (a.reasons or (e.chosen and a in covered))}
+    uses = _Uses(trace) if found else None
+    for a, experts in found.items():
+        assert uses is not None
+        scores = {n.op for n in trace.record.normalisations if any(a in axes.atoms(d) for d in n.dims)}
+        for i, paths in enumerate(experts.paths):
+            calls = {path: trace.record.of("calls", path) for path in paths}
+            own = [(c.start, c.end) for several in calls.values() for c in several]
+            for path, several in calls.items():
+                behind = {op for c in several if c.result is not None for op in uses.of(c.result.origin)}
+                behind = {op for op in behind if not any(start < op <= end for start, end in own)}
+                if behind and not (a in covered and behind <= scores | uses.products):
+                    yield ExpertSite(path, a, i)
+
+
+class _Uses:
+    """What becomes of a tensor: the operators that take it, or what it is joined into.
+
+    products: the operators that multiply two tensors.
+    """
+
+    def __init__(self, trace: Trace):
+        self.record = trace.record
+        self.takers: dict[int, list[int]] = {}
+        for op, step in self.record.steps.items():
+            for origin in set(step.takes).difference(step.gives):  # a view is the tensor itself
+                self.takers.setdefault(origin, []).append(op)
+        self.products = {c.op for c in self.record.contractions}
+        self.products |= {op for op, s in self.record.steps.items() if s.operator == "mul" and len(set(s.takes)) == 2}
+
+    def of(self, origin: int) -> Iterator[int]:
+        """Numbers of operators; 0 for the model's caller."""
+        if origin in self.record.results:
+            yield 0
+        for op in self.takers.get(origin, ()):
+            step = self.record.steps[op]
+            if step.operator in ("cat", "stack"):
+                yield from self.of(step.gives[0])
+            else:
+                yield op
 
 
 def _renewed(call: Call, streams: Streams) -> list[tuple[Value, Value]]:

@@ -122,6 +122,22 @@ class Alternatives(Mixture):
         return sum(a * operation(x) for a, operation in zip(self.alpha.softmax(0), self.experts))
 
 
+class Selective(Mixture):
+    """The scores are made of the sum of what all give: selective kernels."""
+
+    def __init__(self):
+        super().__init__()
+        del self.router
+        self.squeeze = nn.Linear(WIDTH, 7)
+        self.scorers = nn.ModuleList(nn.Linear(7, WIDTH) for _ in range(N))
+
+    def mix(self, x):
+        every = [expert(x) for expert in self.experts]
+        short = 9 * self.squeeze(sum(every))
+        scores = torch.stack([scorer(short) for scorer in self.scorers], 1).softmax(1)
+        return (torch.stack(every, 1) * scores).sum(1)
+
+
 class Mean(Mixture):
     """As many as there are modules, and no scores: an ensemble."""
 
@@ -249,6 +265,7 @@ DENSE = [
     Sparse,
     InTwoLists,
     Alternatives,
+    Selective,
     Mean,
     Tasks,
 ]
