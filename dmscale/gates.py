@@ -600,7 +600,7 @@ def attach(
         owner = gated.get_submodule(module)
         if parametrize.is_parametrized(owner):
             _own_class(owner)
-        parametrize.register_parametrization(owner, name, mask, unsafe=True)
+        _parametrize(owner, name, mask)
     for consumer in sites.inputs:
         gated.get_submodule(consumer.module).register_forward_pre_hook(MaskedInput(masks, consumer), with_kwargs=True)
     for site in sites.norms:
@@ -637,6 +637,16 @@ def attach(
     if sites.by_products and not trainable:
         gated.register_forward_hook(KeptByProducts(masks, sites.by_products))
     return gated
+
+
+def _parametrize(module: nn.Module, name: str, mask: nn.Module) -> None:
+    """Let `mask` make the tensor `name` of a module."""
+    original = module._parameters.get(name, module._buffers.get(name))
+    try:
+        parametrize.register_parametrization(module, name, mask, unsafe=True)
+    except KeyError:  # `keys`, say, is a method of the ModuleDict that would take it: what is to be done before has been
+        made = parametrize.ParametrizationList([mask], original, unsafe=True)  # type: ignore[arg-type]
+        module.parametrizations._modules[name] = made  # type: ignore[union-attr]
 
 
 def _own_class(module: nn.Module) -> None:

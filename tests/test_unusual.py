@@ -13,7 +13,7 @@ from collections import OrderedDict
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import difference, non_trivial, outputs, run
+from nets import counted_macs, difference, non_trivial, outputs, run
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, weight_norm
 
@@ -1792,3 +1792,46 @@ def test_blocks_whose_outputs_change_places_have_none():
     space = traced(Crossed(), torch.randn(2, 6, 4), torch.randn(2, 6, 3), torch.randn(2, 2))
     assert "blocks depth" not in space.dimensions
     assert_exact(space)
+
+
+class KeysAndValues(nn.Module):
+    """Parameters with names that PyTorch's own containers have for something else."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(5, 12)
+        self.keys, self.values = nn.Parameter(torch.randn(12, 9)), nn.Parameter(torch.randn(9, 3))
+
+    def forward(self, x):
+        return (self.first(x) @ self.keys).relu() @ self.values
+
+
+def test_a_parameter_may_have_the_name_of_a_method_of_a_container():
+    space = traced(KeysAndValues(), torch.randn(4, 5))
+    assert sorted(d.size for d in space.dimensions.values()) == [9, 12], space.frozen
+    assert_exact(space)
+    searched(space, "60% params")
+
+
+class Elastic(nn.Module):
+    """As many rows of a weight as `whole` says, of a multiple of the width that arrives."""
+
+    def __init__(self, whole):
+        super().__init__()
+        self.first, self.wide, self.last = nn.Linear(5, 12), nn.Linear(12, 24), nn.Linear(24, 3)
+        self.whole = whole
+
+    def forward(self, x):
+        x = self.first(x)
+        y = F.linear(x, self.wide.weight[: self.whole(x.shape[1] * 2)], None)
+        return F.linear(y.relu(), self.last.weight[:, : y.shape[1]])
+
+
+@pytest.mark.parametrize("whole", [round, math.floor, math.ceil, math.trunc])
+def test_a_whole_number_made_whole_is_itself(whole):
+    space = traced(Elastic(whole), torch.randn(4, 5))
+    ((name, d),) = space.dimensions.items()
+    assert (name, d.size) == ("first", 12), space.frozen
+    assert_exact(space)
+    structure = space.uniform(0.5)
+    assert space.cost(structure).macs == counted_macs(space.export(structure), torch.randn(4, 5))
