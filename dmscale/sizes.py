@@ -229,6 +229,14 @@ class SizedInt(int):
     def __abs__(self) -> SizedInt:
         return self if int(self) >= 0 else -self
 
+    def __round__(self, digits: Any = None) -> Any:
+        return self if digits is None else int.__round__(self, digits)
+
+    def __floor__(self) -> SizedInt:
+        return self
+
+    __ceil__ = __trunc__ = __floor__
+
     def __rshift__(self, other: Any) -> Any:
         return self // (1 << other)
 

@@ -1,6 +1,7 @@
 """Python sizes: ints that remember their expressions, and the equations that these must satisfy."""
 
 import copy
+import math
 import operator
 import pickle
 
@@ -64,6 +65,7 @@ def test_a_sized_int_behaves_as_the_int_that_it_is(a, b):
     assert list(range(x)) == list(range(a)) and str(x) == str(a) and f"{x:d}" == str(a)
     assert float(x) == float(a) and x * 0.5 == a * 0.5 and x / 2 == a / 2 and x**2 == a**2 and 2.0 * x == 2.0 * a
     assert [0, 1, 2][SizedInt(1, C)] == 1 and [1] * SizedInt(3, C) == [1, 1, 1] and divmod(x, 7) == divmod(a, 7)
+    assert (round(x, -1), math.ceil(x)) == (round(a, -1), a) and all(f(x) is x for f in (round, math.floor, math.trunc))
     if a:
         assert 4 / x == 4 / a and x % 3 == a % 3
 
