@@ -42,6 +42,12 @@ class Contracted(Mixture):
         return torch.einsum("te,ted->td", self.router(x).softmax(-1), every)
 
 
+class Joined(Mixture):
+    def mix(self, x):
+        every = torch.cat([expert(x).unsqueeze(1) for expert in self.experts], 1)
+        return (every * self.router(x).softmax(-1).unsqueeze(-1)).sum(1)
+
+
 class Sliced(Mixture):
     def mix(self, x):
         scores, out = self.router(x).softmax(-1), torch.zeros_like(x)
@@ -257,6 +263,7 @@ class Tasks(nn.Module):
 DENSE = [
     Stacked,
     Contracted,
+    Joined,
     Sliced,
     Counted,
     Unbound,

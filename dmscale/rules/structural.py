@@ -174,7 +174,10 @@ def repeat(trace: Tracer, out: Tensor, x: Tensor, counts: Sequence[int]) -> Sequ
 
 @rule(aten.cat)
 def cat(trace: Tracer, out: Tensor, tensors: Sequence[Tensor], dim: int = 0) -> Sequence[Dim]:
-    """A sum along one dimension, unified along the others; empty one-dimensional tensors are skipped as in PyTorch."""
+    """A sum along one dimension, unified along the others; empty one-dimensional tensors are skipped as in PyTorch.
+
+    Of pieces of one element, as many as there are modules, one may go with each, as in a stack.
+    """
     parts = [trace.dims(t) for t in tensors if t.dim() > 1 or t.numel() > 0]
     if not parts:
         return trace.fresh(out, "empty")
@@ -184,17 +187,25 @@ def cat(trace: Tracer, out: Tensor, tensors: Sequence[Tensor], dim: int = 0) -> 
             if i != dim:
                 axes.unify(p, q)
     dims = list(parts[0])
-    dims[dim] = axes.concat([part[dim] for part in parts])
+    if len(parts) == out.shape[dim] and trace.has_list_of(len(parts)):
+        dims[dim] = _one_of_each(trace, len(parts))
+    else:
+        dims[dim] = axes.concat([part[dim] for part in parts])
     return dims
+
+
+def _one_of_each(trace: Tracer, count: int) -> Dim:
+    """A new dimension, fixed unless a module goes with each element."""
+    index = axes.axis(count)
+    trace.one_by_one(index, range(count), "index of a stack")
+    return index
 
 
 @rule(aten.stack)
 def stack(trace: Tracer, out: Tensor, tensors: Sequence[Tensor], dim: int = 0) -> Sequence[Dim]:
     """A new dimension, fixed unless a module goes with each element; the others unified."""
     dims = list(trace.broadcast(tensors, tensors[0].shape))
-    index = axes.axis(len(tensors))
-    trace.one_by_one(index, range(len(tensors)), "index of a stack")
-    dims.insert(dim % out.dim(), index)
+    dims.insert(dim % out.dim(), _one_of_each(trace, len(tensors)))
     return dims
 
 
