@@ -65,24 +65,33 @@ def find(model: nn.Module, record: Record) -> dict[Axis, Experts]:
             _fix(position.dim, [position])
         elif not last.reasons:
             taken.setdefault(last, []).append(position)
-    found: dict[tuple[str, ...], tuple[Axis, Experts]] = {}  # by the lists
+    found: dict[str, tuple[Axis, Experts]] = {}  # by the list
     routed = set(routing.routed(record, model)) if taken else set()
     for axis, positions in taken.items():
-        owners = {p.path for p in positions}
-        experts = None
-        if len(owners) == 1:
-            read = any(p.reason.startswith(READ) for p in positions)
-            experts = _experts(model, owners.pop(), axis.size, record, routed, read)
-        missing = set(range(axis.size)).difference([p.number for p in positions])
-        if experts is not None and missing and not _unreached(experts, missing, record):
-            experts = None
-        if experts is None:
+        several = [
+            _experts(model, owner, axis.size, record, routed, [p for p in positions if p.path == owner])
+            for owner in dict.fromkeys([p.path for p in positions])
+        ]
+        if not all(several):
             _fix((axis,), positions)
-        elif experts.containers in found:  # stacked once more, in training mode say
-            axes.unify((axis,), (found[experts.containers][0],))
-        else:
-            found[experts.containers] = axis, experts
+            continue
+        experts = _together([e for e in several if e is not None])
+        for other, before in [found[c] for c in experts.containers if c in found]:
+            axes.unify((axis,), (other,))  # stacked once more, in training mode say
+            experts = _together([before, experts])
+        found.update(dict.fromkeys(experts.containers, (axis, experts)))
     return {axes.factors((axis,))[0]: experts for axis, experts in found.values()}
+
+
+def _together(several: Sequence[Experts]) -> Experts:
+    """Lists of which each holds a module for the same elements: operations that share what says how much each counts."""
+    return Experts(
+        tuple(dict.fromkeys(c for e in several for c in e.containers)),
+        tuple(tuple(dict.fromkeys(p for paths in each for p in paths)) for each in zip(*[e.paths for e in several])),
+        tuple(tuple(dict.fromkeys(r for ranges in each for r in ranges)) for each in zip(*[e.ranges for e in several])),
+        any(e.chosen for e in several),
+        tuple(dict.fromkeys(a for e in several for a in e.follow)),
+    )
 
 
 def _fix(dim: Dim, positions: Sequence[Position]) -> None:
@@ -98,9 +107,12 @@ def _unreached(experts: Experts, numbers: Iterable[int], record: Record) -> bool
 
 
 def _experts(
-    model: nn.Module, owner: str, size: int, record: Record, routed: set[str], read: bool
+    model: nn.Module, owner: str, size: int, record: Record, routed: set[str], positions: Sequence[Position]
 ) -> Experts | None:  # fmt: skip
-    """The lists of `size` modules at `owner`, if all are given the same, or what values say: `read` if Python has read them."""
+    """The lists of `size` modules at `owner`, if all are given the same, or what values say.
+
+    None too where an element is not among the `positions` that were taken there.
+    """
     containers = tuple(_lists(model, owner, size, record))
     if not containers:
         return None
@@ -109,11 +121,14 @@ def _experts(
     paths = tuple(tuple(p + n[i] for p, n in zip(prefixes, names)) for i in range(size))
     calls = [[c for p in several for c in record.of("calls", p)] for several in paths]
     alike = _all_alike([c[0] for c in calls if c])
+    read = any(p.reason.startswith(READ) for p in positions)
     chosen = any(p in routed for several in paths for p in several) or (read and not alike)
     if not (alike or chosen):
         return None  # each has a part of its own, and would be given that of another one
     ranges = tuple(tuple((c.start, c.end) for c in of_one if not chosen) for of_one in calls)
-    return Experts(containers, paths, ranges, chosen, counted(model, owner, containers, record))
+    experts = Experts(containers, paths, ranges, chosen, counted(model, owner, containers, record))
+    missing = set(range(size)).difference([p.number for p in positions])
+    return None if missing and not _unreached(experts, missing, record) else experts
 
 
 def _all_alike(calls: Sequence[Call]) -> bool:

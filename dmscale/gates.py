@@ -644,7 +644,9 @@ def _parametrize(module: nn.Module, name: str, mask: nn.Module) -> None:
     original = module._parameters.get(name, module._buffers.get(name))
     try:
         parametrize.register_parametrization(module, name, mask, unsafe=True)
-    except KeyError:  # `keys`, say, is a method of the ModuleDict that would take it: what is to be done before has been
+    except (
+        KeyError
+    ):  # `keys`, say, is a method of the ModuleDict that would take it: what is to be done before has been
         made = parametrize.ParametrizationList([mask], original, unsafe=True)  # type: ignore[arg-type]
         module.parametrizations._modules[name] = made  # type: ignore[union-attr]
 

@@ -144,6 +144,34 @@ class Selective(Mixture):
         return (torch.stack(every, 1) * scores).sum(1)
 
 
+class Edges(nn.Module):
+    """Operations at several places, which share the parameters that tell how much each counts (the supernet of DARTS)."""
+
+    def __init__(self):
+        super().__init__()
+        self.alpha = nn.Parameter(torch.randn(N))
+        self.first, self.last = nn.Linear(5, WIDTH), nn.Linear(WIDTH, 3)
+        self.edges = nn.ModuleList(Edge() for _ in range(3))
+
+    def forward(self, x):
+        x = self.first(x)
+        weights = self.alpha.softmax(0)
+        left, right, both = self.edges
+        y = left(x, weights) + right(x, weights)
+        return self.last(both(y.relu(), weights))
+
+
+class Edge(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.operations = nn.ModuleList(
+            nn.Sequential(nn.Linear(WIDTH, 8 + i), nn.GELU(), nn.Linear(8 + i, WIDTH)) for i in range(N)
+        )
+
+    def forward(self, x, weights):
+        return sum(w * operation(x) for w, operation in zip(weights, self.operations))
+
+
 class Mean(Mixture):
     """As many as there are modules, and no scores: an ensemble."""
 
@@ -273,6 +301,7 @@ DENSE = [
     InTwoLists,
     Alternatives,
     Selective,
+    Edges,
     Mean,
     Tasks,
 ]
