@@ -1835,3 +1835,25 @@ def test_a_whole_number_made_whole_is_itself(whole):
     assert_exact(space)
     structure = space.uniform(0.5)
     assert space.cost(structure).macs == counted_macs(space.export(structure), torch.randn(4, 5))
+
+
+class OfChannels(nn.Module):
+    """Moments over all elements of a channel, whose number is a quotient."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 12, 1), nn.Conv2d(12, 4, 1)
+
+    def forward(self, x):
+        x = self.first(x)
+        elements = x.numel() / x.size(1)
+        mean = x.sum((0, 2, 3), keepdim=True) / elements
+        variance = 1.0 / elements * (x - mean).square().sum((0, 2, 3), keepdim=True) * elements / (elements - 1)
+        return self.last((x - mean) / (variance + 1e-5).sqrt())
+
+
+def test_sizes_that_cancel_are_not_fixed_by_their_quotient():
+    space = traced(OfChannels(), torch.randn(4, 3, 5, 5))
+    assert [d.size for d in space.dimensions.values()] == [12], space.frozen
+    assert_exact(space)
+    searched(space, "60% params")
