@@ -642,6 +642,9 @@ def attach(
 def _parametrize(module: nn.Module, name: str, mask: nn.Module) -> None:
     """Let `mask` make the tensor `name` of a module."""
     original = module._parameters.get(name, module._buffers.get(name))
+    cls: Any = type(module)
+    if any("__init_subclass__" in vars(c) for c in cls.__mro__ if c.__module__ not in ("builtins", "typing")):
+        module.__class__ = type(cls.__name__, (_Unannounced, cls), {})
     try:
         parametrize.register_parametrization(module, name, mask, unsafe=True)
     except (
@@ -649,6 +652,13 @@ def _parametrize(module: nn.Module, name: str, mask: nn.Module) -> None:
     ):  # `keys`, say, is a method of the ModuleDict that would take it: what is to be done before has been
         made = parametrize.ParametrizationList([mask], original, unsafe=True)  # type: ignore[arg-type]
         module.parametrizations._modules[name] = made  # type: ignore[union-attr]
+
+
+class _Unannounced:
+    """Before a class: it is not told of those that PyTorch derives from it, which it may want to be told more of."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        pass
 
 
 def _own_class(module: nn.Module) -> None:

@@ -1857,3 +1857,31 @@ def test_sizes_that_cancel_are_not_fixed_by_their_quotient():
     assert [d.size for d in space.dimensions.values()] == [12], space.frozen
     assert_exact(space)
     searched(space, "60% params")
+
+
+class Announced(nn.Module):
+    """A class that wants to be told the name of every class that is derived from it."""
+
+    known: dict = {}
+
+    def __init_subclass__(cls, name, **kwargs):
+        super().__init_subclass__(**kwargs)
+        Announced.known[name] = cls
+
+
+class Tall(Announced, name="tall"):
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(3, 12)), nn.Parameter(torch.randn(3))
+
+    def forward(self, x):
+        return F.linear(x, self.weight, self.bias)
+
+
+def test_a_class_that_is_told_of_its_subclasses_is_told_of_none():
+    model = nn.Sequential(nn.Linear(5, 12), Tall())
+    space = traced(model, torch.randn(4, 5))
+    assert [d.size for d in space.dimensions.values()] == [12], space.frozen
+    assert_exact(space)
+    searched(space, "60% params")
+    assert Announced.known == {"tall": Tall} and isinstance(space.gate(space.uniform(0.5))[1], Tall)
