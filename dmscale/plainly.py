@@ -2,7 +2,8 @@
 
 A function that remembers its results (`functools.lru_cache`) takes a size for any int of its value: it would hand out what it
 made of another size that happens to be equal, or of plain numbers if the model ran before its trace (einops does so).  In a
-function that was compiled by `torch.jit.script` no size is seen at all.
+function that was compiled by `torch.jit.script` no size is seen at all.  And `from math import sqrt` is out of reach for what
+stands for `math.sqrt` during a trace.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -17,11 +19,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .sizes import SizedFloat, SizedInt
+from .sizes import SizedFloat, SizedInt, square_root
 
 _REMEMBERS, _SCRIPTED = functools._lru_cache_wrapper, torch.jit.ScriptFunction
 _FOREIGN = sys.stdlib_module_names | {"torch", "numpy", "scipy", "sympy", __package__}
 """Packages that no size reaches, or that take it for a plain number."""
+_ROOT = math.sqrt
 _ANY_ARGUMENTS = inspect.CO_VARARGS | inspect.CO_VARKEYWORDS
 
 
@@ -74,7 +77,8 @@ def _places(holder: Any) -> list[_Place]:
         static = isinstance(value, staticmethod)
         function = value.__func__ if isinstance(value, staticmethod) else value
         if _is_other(function):
-            plain = _plain(function)
+            plain = square_root if function is _ROOT else _plain(function)
+            static = static or (function is _ROOT and isinstance(holder, type))
             found.append(_Place(holder, name, value, staticmethod(plain) if static else plain))
     return found
 
@@ -88,7 +92,7 @@ def _is_other(value: Any) -> bool:
     if kind is _REMEMBERS:
         code = getattr(value.__wrapped__, "__code__", None)
         return code is None or bool(code.co_argcount or code.co_kwonlyargcount or code.co_flags & _ANY_ARGUMENTS)
-    return kind is _SCRIPTED and hasattr(value, "_torchdynamo_inline")
+    return value is _ROOT or (kind is _SCRIPTED and hasattr(value, "_torchdynamo_inline"))
 
 
 @functools.cache  # held in several files, it is one in all of them

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from math import sqrt
 
 import numpy as np
 import pytest
@@ -157,6 +158,7 @@ SCALES = {
     "a power": lambda a, q, k: (q * a.size**-0.5) @ k,
     "twice the size": lambda a, q, k: q @ k / math.sqrt(2 * q.shape[-1]),
     "all of it": lambda a, q, k: 3 * (q @ k / a.size**0.5 / math.sqrt(a.heads * a.size)),
+    "a root by its own name": lambda a, q, k: q @ k / sqrt(a.size),
     "a root of a root, twice": lambda a, q, k: torch.div(q, math.sqrt(math.sqrt(a.size))) @ (k / a.size**0.25),
     "one number, and its negative": lambda a, q, k: (lambda t: (q * t) @ k - (q * -t) @ k)(a.size**-0.5),
     "one number, twice": lambda a, q, k: (lambda t: (q / t) @ k.mul(1 / t))(math.sqrt(a.size) ** 0.5),
