@@ -130,7 +130,7 @@ class Arrivals(TorchFunctionMode):
             return out
         makes = handler in (_created, _eye, _unpacked, _noise, _sparse_product)
         makes = makes or (handler is _numbered and _counts_to(tracer, args, kwargs))
-        tracer.making_sized = makes or (handler is _padded and bool(_sized(args, kwargs)))
+        tracer.making_sized = makes or (handler is _padded and (_is_round(*args, **kwargs) or bool(_sized(args, kwargs))))
         try:
             out = func(*args, **kwargs)
         finally:
@@ -591,11 +591,20 @@ def _unpacked(tracer: Tracer, out: Sequence[Tensor], data: Tensor, *args: Any, *
     tracer.freeze_dims(tracer.dims(out[0])[:2], "the length of sequences")
 
 
+def _is_round(input: Tensor, pad: Sequence[int], mode: str = "constant", value: Any = None) -> bool:
+    """Whether what is padded is copied, in pieces, into a tensor that PyTorch makes for it inside."""
+    return mode == "circular"
+
+
 @_on("pad")
 def _padded(
     tracer: Tracer, out: Tensor, input: Tensor, pad: Sequence[int], mode: str = "constant", value: Any = None
 ) -> None:  # fmt: skip
     """The numbers of elements that lengthen an axis at its ends; they follow where it is free, as the channels of a shortcut."""
+    if _is_round(input, pad, mode):
+        lengthened = [-1 - j for j, ends in enumerate(zip(pad[::2], pad[1::2])) if any(ends)]
+        tracer.freeze_dims([tracer.dims(t)[i] for t in (input, out) for i in lengthened], "padded with its own elements")
+        return
     for j, ends in enumerate(zip(pad[::2], pad[1::2])):
         dim = tracer.dims(out)[-1 - j]
         parts = (

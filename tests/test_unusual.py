@@ -1885,3 +1885,12 @@ def test_a_class_that_is_told_of_its_subclasses_is_told_of_none():
     assert_exact(space)
     searched(space, "60% params")
     assert Announced.known == {"tall": Tall} and isinstance(space.gate(space.uniform(0.5))[1], Tall)
+
+
+def test_channels_are_free_where_a_convolution_is_padded_with_the_other_end():
+    round_ = functools.partial(nn.Conv2d, kernel_size=3, padding=(1, 0), padding_mode="circular")
+    model = nn.Sequential(round_(3, 8), nn.BatchNorm2d(8), round_(8, 10), nn.ReLU(), nn.Conv2d(10, 4, 1))
+    space = traced(model, torch.randn(2, 3, 9, 9))
+    assert sorted(d.size for d in space.dimensions.values()) == [8, 10], space.frozen
+    assert_exact(space)
+    searched(space, "60% params")
