@@ -130,7 +130,9 @@ class Arrivals(TorchFunctionMode):
             return out
         makes = handler in (_created, _eye, _unpacked, _noise, _sparse_product)
         makes = makes or (handler is _numbered and _counts_to(tracer, args, kwargs))
-        tracer.making_sized = makes or (handler is _padded and (_is_round(*args, **kwargs) or bool(_sized(args, kwargs))))
+        tracer.making_sized = makes or (
+            handler is _padded and (_is_round(*args, **kwargs) or bool(_sized(args, kwargs)))
+        )
         try:
             out = func(*args, **kwargs)
         finally:
@@ -603,7 +605,9 @@ def _padded(
     """The numbers of elements that lengthen an axis at its ends; they follow where it is free, as the channels of a shortcut."""
     if _is_round(input, pad, mode):
         lengthened = [-1 - j for j, ends in enumerate(zip(pad[::2], pad[1::2])) if any(ends)]
-        tracer.freeze_dims([tracer.dims(t)[i] for t in (input, out) for i in lengthened], "padded with its own elements")
+        tracer.freeze_dims(
+            [tracer.dims(t)[i] for t in (input, out) for i in lengthened], "padded with its own elements"
+        )
         return
     for j, ends in enumerate(zip(pad[::2], pad[1::2])):
         dim = tracer.dims(out)[-1 - j]

@@ -295,6 +295,8 @@ def compare(gated: nn.Module, small: nn.Module, example_inputs: Any) -> float:
     error, drawn = _compare(gated, small, example_inputs, contextlib.nullcontext())
     if drawn and not error <= tolerance(gated):  # noise is made in the order of memory, which a mask may change
         error, _ = _compare(gated, small, example_inputs, _InOrder())
+    if drawn and not error <= tolerance(gated):  # of fewer elements each one gets another number
+        error, _ = _compare(gated, small, example_inputs, _Even())
     return error
 
 
@@ -320,6 +322,20 @@ class _InOrder(TorchDispatchMode):
         out = func(*given[0], **given[1])
         if func._schema.is_mutable and isinstance(args[0], Tensor):
             return args[0].copy_(out)
+        return out
+
+
+class _Even(TorchDispatchMode):
+    """The same number in place of random ones, for every element."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            for t in running.tensors_in(out):
+                if t.is_floating_point() or t.is_complex():
+                    t.copy_(args[0] * 0.4) if "dropout" in func.__name__ else t.fill_(
+                        0.4
+                    )  # it gives a share of what it takes
         return out
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, weight_norm
 
 import dmscale
-from dmscale import ExportError, arrivals
+from dmscale import ExportError, arrivals, certify
 
 
 def traced(model: nn.Module, *inputs: Tensor) -> dmscale.SearchSpace:
@@ -1893,4 +1893,42 @@ def test_channels_are_free_where_a_convolution_is_padded_with_the_other_end():
     space = traced(model, torch.randn(2, 3, 9, 9))
     assert sorted(d.size for d in space.dimensions.values()) == [8, 10], space.frozen
     assert_exact(space)
+    searched(space, "60% params")
+
+
+class Latent(nn.Module):
+    """Noise for every latent, in evaluation too, and dropout that is never turned off."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.mean, self.spread = nn.Linear(5, 12), nn.Linear(12, 8), nn.Linear(12, 8)
+        self.last = nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = F.dropout(self.first(x).relu(), 0.3, training=True)
+        return self.last(self.mean(x) + torch.randn_like(self.mean(x)) * self.spread(x).exp())
+
+
+class Bayesian(nn.Module):
+    """Weights that are drawn."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(5, 12), nn.Linear(12, 3)
+        self.spread = nn.Parameter(torch.rand(12, 5))
+
+    def forward(self, x):
+        return self.last(F.linear(x, self.first.weight + self.spread * torch.randn(self.spread.shape)).relu())
+
+
+@pytest.mark.parametrize(("cls", "sizes"), [(Latent, [8, 12]), (Bayesian, [12])])
+def test_a_width_may_have_noise_of_its_own(cls, sizes):
+    """No two structures draw the same numbers for it: what is compared is what they do with the same number for all."""
+    space = traced(cls(), torch.randn(4, 5))
+    assert sorted(d.size for d in space.dimensions.values()) == sizes, space.frozen
+    for seed in range(4):
+        structure = space.sample(seed)
+        small = space.export(structure)
+        with certify._Even():
+            assert difference(outputs(small, torch.ones(4, 5)), outputs(space.gate(structure), torch.ones(4, 5))) < 1e-5
     searched(space, "60% params")
