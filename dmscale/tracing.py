@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 from . import attachment, axes, calls, decisions, direct, experts, routing, running
 from .arrivals import Arrivals, transparent_functional
@@ -367,9 +368,20 @@ def _following(
     arrivals = Arrivals(tracer)
     with (
         torch.random.fork_rng(generators), torch.no_grad(), _following_calls(tracer, modules, arrivals, examples),
-        transparent_functional(), constructors(), running.uncompiled(), tracer, arrivals,
+        transparent_functional(), constructors(), running.uncompiled(), _unvalidated(), tracer, arrivals,
     ):  # fmt: skip
         yield
+
+
+@contextlib.contextmanager
+def _unvalidated() -> Iterator[None]:
+    """Distributions take their arguments as they are: whether each is in its domain is a question to values, of no effect."""
+    before = Distribution._validate_args
+    Distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        Distribution.set_default_validate_args(before)
 
 
 def _run(

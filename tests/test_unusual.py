@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from nets import counted_macs, difference, non_trivial, outputs, run
 from torch import Tensor, nn
+from torch.distributions import Normal, kl_divergence
 from torch.nn.utils import parametrizations, weight_norm
 
 import dmscale
@@ -1932,3 +1933,26 @@ def test_a_width_may_have_noise_of_its_own(cls, sizes):
         with certify._Even():
             assert difference(outputs(small, torch.ones(4, 5)), outputs(space.gate(structure), torch.ones(4, 5))) < 1e-5
     searched(space, "60% params")
+
+
+class Distributed(nn.Module):
+    """A latent as a distribution of torch, which asks of its arguments whether each one is in its domain."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.mean, self.spread = nn.Linear(5, 12), nn.Linear(12, 8), nn.Linear(12, 8)
+        self.last = nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.first(x).relu()
+        latent = Normal(self.mean(x), F.softplus(self.spread(x)) + 1e-3)
+        return self.last(latent.rsample()) + kl_divergence(latent, Normal(0.0, 1.0)).sum(-1, keepdim=True)
+
+
+def test_what_distributions_ask_of_values_fixes_no_size():
+    space = traced(Distributed(), torch.randn(4, 5))
+    assert sorted(d.size for d in space.dimensions.values()) == [8, 12], space.frozen
+    for seed in range(4):
+        space.export(space.sample(seed))
+    searched(space, "60% params")
+    assert Normal._validate_args
