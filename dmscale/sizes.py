@@ -260,9 +260,8 @@ class SizedInt(int):
         if type(other) in (int, float):
             return self._to_the(1, int(self) / other, "division")
         if isinstance(other, SizedInt) and other and int(self) % int(other) == 0:
-            return (self // other)._to_the(
-                1, int(self) / int(other), "division"
-            )  # elements / channels: channels cancel
+            quotient: Any = self // other  # elements / channels: channels cancel
+            return quotient._to_the(1, int(self) / int(other), "division")
         self.escape("division")
         return int(self) / other
 
