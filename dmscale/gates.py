@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import _unsafe_preserve_version_counter
 from torch.nn.utils import parametrize
 
 from . import attachment, axes, calls, remaking, running
@@ -645,12 +646,15 @@ def _parametrize(module: nn.Module, name: str, mask: nn.Module) -> None:
     cls: Any = type(module)
     if any("__init_subclass__" in vars(c) for c in cls.__mro__ if c.__module__ not in ("builtins", "typing")):
         module.__class__ = type(cls.__name__, (_Unannounced, cls), {})
+    assert original is not None
+    counted = contextlib.nullcontext() if original.is_inference() else _unsafe_preserve_version_counter(original)
     try:
-        parametrize.register_parametrization(module, name, mask, unsafe=True)
+        with counted:  # PyTorch writes the tensor to itself, which a backward that waits for it would mind
+            parametrize.register_parametrization(module, name, mask, unsafe=True)
     except (
         KeyError
     ):  # `keys`, say, is a method of the ModuleDict that would take it: what is to be done before has been
-        made = parametrize.ParametrizationList([mask], original, unsafe=True)  # type: ignore[arg-type]
+        made = parametrize.ParametrizationList([mask], original, unsafe=True)
         module.parametrizations._modules[name] = made  # type: ignore[union-attr]
 
 

@@ -313,3 +313,18 @@ def test_a_mask_of_complex_weights_gets_the_real_part_of_its_gradient():
         torch.nn.functional.linear(model[0](x) * mask, model[1].weight, model[1].bias).abs().square().sum(), mask
     )
     torch.testing.assert_close(search.masks[0].grad, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_waits_for_its_backward_does_not_mind_a_gated_model():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(5, 12), nn.ReLU(), nn.Linear(12, 3)), torch.randn(4, 5)
+    with torch.no_grad():
+        model.first_rows = model[2].weight[
+            :2
+        ]  # a view, which PyTorch copies while nothing has been written to its base
+    loss = model(x).square().sum()
+    space = dmscale.trace(model, x)
+    space.gate(space.uniform(0.5))
+    space.export(space.uniform(0.5))
+    loss.backward()
+    assert copy.deepcopy(model).first_rows.shape == (2, 12)
