@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from nets import counted_macs, difference, non_trivial, outputs, run
 from torch import Tensor, nn
-from torch.distributions import Normal, kl_divergence
+from torch.distributions import Distribution, Normal, kl_divergence
 from torch.nn.utils import parametrizations, weight_norm
 
 import dmscale
@@ -1949,7 +1949,8 @@ class Distributed(nn.Module):
         return self.last(latent.rsample()) + kl_divergence(latent, Normal(0.0, 1.0)).sum(-1, keepdim=True)
 
 
-def test_what_distributions_ask_of_values_fixes_no_size():
+def test_what_distributions_ask_of_values_fixes_no_size(monkeypatch):
+    monkeypatch.setattr(Distribution, "_validate_args", True)  # torch.compile turns it off for good
     space = traced(Distributed(), torch.randn(4, 5))
     assert sorted(d.size for d in space.dimensions.values()) == [8, 12], space.frozen
     for seed in range(4):
