@@ -332,10 +332,10 @@ class _Even(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if torch.Tag.nondeterministic_seeded in func.tags:
             for t in running.tensors_in(out):
-                if t.is_floating_point() or t.is_complex():
-                    t.copy_(args[0] * 0.4) if "dropout" in func.__name__ else t.fill_(
-                        0.4
-                    )  # it gives a share of what it takes
+                if "dropout" in func.__name__:  # which gives a share of what it takes
+                    t.copy_(args[0] * 0.4)
+                elif t.is_floating_point() or t.is_complex():
+                    t.fill_(0.4)
         return out
 
 

@@ -651,9 +651,7 @@ def _parametrize(module: nn.Module, name: str, mask: nn.Module) -> None:
     try:
         with counted:  # PyTorch writes the tensor to itself, which a backward that waits for it would mind
             parametrize.register_parametrization(module, name, mask, unsafe=True)
-    except (
-        KeyError
-    ):  # `keys`, say, is a method of the ModuleDict that would take it: what is to be done before has been
+    except KeyError:  # `keys` is a method of the ModuleDict that would take it; all that comes before is done
         made = parametrize.ParametrizationList([mask], original, unsafe=True)
         module.parametrizations._modules[name] = made  # type: ignore[union-attr]
 

@@ -850,9 +850,7 @@ class Tracer(TorchDispatchMode):
             self._fill(filled, found)
         contracting = self._contracting
         if kind.by_values:
-            known = [
-                dim for v in values for dim in (*v.dims, v.said.numbers or ())
-            ]  # counts are of the elements counted
+            known = [dim for v in values for dim in (*v.dims, v.said.numbers or ())]  # counts are of what is counted
             before = {a for dim in known for a in axes.atoms(dim)}
             new = {a for dims in found for dim in dims for a in axes.atoms(dim)} - before
             record.by_values.update(dict.fromkeys(new, self.path))
