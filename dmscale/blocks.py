@@ -66,7 +66,7 @@ def find(model: nn.Module, record: Record) -> list[Blocks]:
         module = model.get_submodule(path)
         if isinstance(module, (nn.ModuleList, nn.Sequential)):
             counts = isinstance(module, nn.ModuleList) and _counts_its_blocks(path, module, called, removable, record)
-            if path not in reached and not counts and not _crossed(path, module, called, several):
+            if path not in reached and not counts and not _changed_between(path, module, called, several):
                 runs += [(path, run) for run in _runs(path, module, removable)]
     runs.sort(key=lambda r: (len(r[1]) < 2, r[0].count(".")))  # real stacks first, then outermost
     taken: list[str] = []
@@ -299,16 +299,14 @@ def _streams(call: Call, record: Record) -> Streams:
     return tuple(found) if different and record.within(record.terms, call.start, call.end) else ()
 
 
-def _crossed(path: str, module: nn.Module, called: dict[str, Call], several: Mapping[str, Streams]) -> bool:
-    """Whether a loop gives a block as one tensor what the block before has renewed as another one: without it, it would not."""
+def _changed_between(path: str, module: nn.Module, called: dict[str, Call], several: Mapping[str, Streams]) -> bool:
+    """Whether a loop does not hand on what a block renews as it is, but as another tensor, or with work of its own."""
     paths = [f"{path}.{name}" if path else name for name, _ in module.named_children()]
     children = [called[p] for p in paths if p in several]
     for before, after in zip(children, children[1:]):
         made, given = dict(before.parts), dict(after.given)
-        for place, key in several[before.path]:
-            others = {v.origin for i, v in made.items() if i != place}
-            if key in given and given[key].origin in others:
-                return True
+        if any(key in given and given[key].origin != made[place].origin for place, key in several[before.path]):
+            return True
     return False
 
 
