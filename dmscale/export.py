@@ -60,7 +60,10 @@ def build(
         "branches": {"gone": [], "groups": []},
     }
     modules = dict(small.named_modules())  # under the names of the full model
-    resized = {id(_holder(small, name)[name.rpartition(".")[2]]) for name, _ in plan["constants"]}
+    held = [_holder(small, name)[name.rpartition(".")[2]] for name, _ in plan["constants"]]
+    resized = {
+        id(t): t for t in held
+    }  # which live on where their block goes, so that nothing else gets an id of theirs
     follow: dict[str, set[Attribute]] = {}
     gone: dict[str, set[str]] = {}  # a container may hold several stacks: take all their blocks out at once
     for name, stack in stacks.items():
@@ -86,8 +89,8 @@ def build(
         plan["blocks"].append([container, sorted(lost)])
         stay = [i for i, name in enumerate(children) if name not in lost]
         for attribute in sorted(follow[container], key=str):
-            held = get_attribute(small, attribute)
-            value = len(stay) if isinstance(held, int) else [held[i] for i in stay]
+            before = get_attribute(small, attribute)
+            value = len(stay) if isinstance(before, int) else [before[i] for i in stay]
             set_attribute(small, attribute, value)
             plan["attributes"].append([attribute.module, list(attribute.key), value])
     plan["resized"] = [
