@@ -101,11 +101,9 @@ def _certify_those(space: SearchSpace, model: nn.Module, inputs: Any, chosen: Ca
                 if turn is not None and turn.minimum is not None:
                     space.hold(name, turn)
                 else:
-                    at = (
-                        f" at {turn.at} of {space.dimensions[name].size}, where its forward decides otherwise"
-                        if turn
-                        else ""
-                    )
+                    size, at = space.dimensions[name].size, ""
+                    if turn is not None:
+                        at = f" at {turn.at} of {size}, where its forward decides otherwise"
                     space.take_out([name], f"failed its trial{at}: {reason}")
         names = chosen()
     return 0.0

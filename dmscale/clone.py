@@ -90,10 +90,10 @@ def _copy(
                 functions.append((state, key))
             continue
         if kind in _EMPTY and not value:
-            if key not in shared:
-                state[key] = (
-                    kind() if key in _OF_ANY_MODULE else memo.setdefault(id(value), kind())
-                )  # a hook may fill it
+            if key in _OF_ANY_MODULE and key not in shared:
+                state[key] = kind()
+            elif key not in _OF_ANY_MODULE:  # a hook may fill it, which is given the copy then
+                state[key] = memo.setdefault(id(value), kind())
         elif kind is tuple and _ATOMIC.issuperset(map(type, value)):
             continue
         elif key == "_modules":

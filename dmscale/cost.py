@@ -284,7 +284,7 @@ def product(polynomials: Sequence[Any]) -> Poly:
 
 
 def cost_model(space: SearchSpace) -> CostModel:
-    """The costs of a space over its variables: the free axes, then a gate for each removable block."""
+    """The costs of a space over its variables: the free axes, then a gate for each removable block and each expert."""
     record = space.trace.record
     inside, free = block_finder(space), space.free_axes
     blocks = [

@@ -9,7 +9,7 @@ linear or convolution that sums over it (`W * m`, O(weights)) equals masking its
   GroupNorm and every RMSNorm, whatever class implements it;
 - a mean, variance or maximum anywhere in a forward: the same over what is kept (`calls.py`);
 - a block: lerp(input, block(input), gate); a branch of a block: lerp(0, branch(input), gate);
-- what an expert of a list gives, where its score is neither chosen nor under a softmax (`experts.py`).
+- what an expert of a list gives, where its score is neither chosen nor under a softmax, or not its factor (`experts.py`).
 
 All of it lives on a clone of the module tree that shares the user's parameters.
 """

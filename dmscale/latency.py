@@ -512,8 +512,8 @@ class _Group:
         self.ms = torch.tensor(np.stack([t.ms.reshape(-1) for t in tables]))  # (I, G ** K)
         gates = [inside(t.instance.end) for t in tables]
         most = max(map(len, gates), default=0)
-        rows_ = [[*(variables[g] for g in of_one), *[one] * (most - len(of_one))] for of_one in gates]
-        self.gates = torch.tensor(rows_, dtype=torch.long).reshape(len(tables), most)
+        filled = [[*(variables[g] for g in of_one), *[one] * (most - len(of_one))] for of_one in gates]
+        self.gates = torch.tensor(filled, dtype=torch.long).reshape(len(tables), most)
         polys = [extent_in((a,), free) for t in tables for a in t.factors]
         width = max((len(m) for p in polys for m in p.terms), default=0)
         rows = [
