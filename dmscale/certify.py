@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import running
 from .clone import clone, own_copy
+from .errors import TraceError
 from .known import keeps_cache, quiet
 from .tracing import empty_caches, failed_forward
 
@@ -30,11 +31,25 @@ if TYPE_CHECKING:
 
 
 def certify(space: SearchSpace) -> None:
-    """Freeze, with the reason, every dimension of `space` whose export fails or differs from its gated model."""
-    _certify(space)
-    if space.dimensions and keeps_cache(space.model) and not _runs_with_cache(space):
-        space.trace_with_cache()
+    """Freeze, with the reason, every dimension of `space` whose export fails or differs from its gated model.
+
+    Raises:
+        TraceError: the model does not run, or memory is short.
+    """
+    try:
         _certify(space)
+        if space.dimensions and keeps_cache(space.model) and not _runs_with_cache(space):
+            space.trace_with_cache()
+            _certify(space)
+    except Exception as error:
+        if not running.is_out_of_memory(error):
+            raise
+        needed = 4e-9 * sum(p.numel() for p in space.model.parameters())
+        raise TraceError(
+            f"no memory for the trial of {type(space.model).__name__}, which runs it in float32 ({needed:.1f} GB of weights) "
+            "beside a network of half its widths. Trace with verify=False: an export is verified all the same, in the model's "
+            "own precision"
+        ) from error
 
 
 def _certify(space: SearchSpace, above_zero: bool = False) -> None:
@@ -140,7 +155,8 @@ def _trains(model: nn.Module, inputs: Any) -> bool:
             ]
             if outputs:
                 torch.stack([t.sum().double() for t in outputs]).sum().backward()
-        except RuntimeError:
+        except RuntimeError as error:
+            running.raise_if_short(error)
             return False
     return True
 
@@ -151,7 +167,8 @@ def _runs_with_cache(space: SearchSpace) -> bool:
     try:
         with running.uncompiled(), running.evaluating(small), repeatable(small):
             running.outputs(small, space.example_inputs)
-    except Exception:
+    except Exception as error:
+        running.raise_if_short(error)
         return False
     return True
 
@@ -186,6 +203,7 @@ def _outputs(model: nn.Module, inputs: Any) -> list[Tensor] | None:
     try:
         return running.outputs(model, inputs)
     except Exception as failure:
+        running.raise_if_short(failure)
         if empty_caches():
             return None
         raise failed_forward(model, failure) from failure
@@ -227,6 +245,7 @@ def _trial(space: SearchSpace, model: nn.Module, inputs: Any, names: Sequence[st
         small = space.build(structure, model)
         error = compare(space._gate(model, structure), small, inputs)
     except Exception as failure:
+        running.raise_if_short(failure)
         return f"{type(failure).__name__}: {str(failure).splitlines()[0][:200] if str(failure) else ''}"
     return None if error <= 1e-4 else f"exported and gated model differ by {error:.1e}"
 
@@ -249,7 +268,8 @@ def shaken(space: SearchSpace, model: nn.Module, inputs: Any, structure: Structu
             compare(space._gate(model, structure), space._gate(other, structure), inputs),
             compare(space.build(structure, model), space.build(structure, other), inputs),
         )
-    except Exception:
+    except Exception as failure:
+        running.raise_if_short(failure)
         return 0.0
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .errors import TraceError
 from .kernels import blank
 from .known import CACHES
-from .running import tensors_in
+from .running import raise_if_short, tensors_in
 from .sizes import with_entries
 from .tree import walk
 
@@ -56,6 +56,7 @@ def clone(
             state[key] = _rebound(state[key], memo)
         return twin
     except Exception as error:
+        raise_if_short(error)
         raise TraceError(
             f"{type(model).__name__} cannot be deep-copied ({type(error).__name__}: {error}). dmscale works on a copy of "
             "the module tree; move what cannot be copied (locks, open files, generators) out of the module."

@@ -97,6 +97,17 @@ class StandIn:
         return type(self.module[0]).forward(self.module[0], *args, **kwargs)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was short, which tells nothing of a model; on the CPU PyTorch has no class for it."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
+def raise_if_short(error: Exception) -> None:
+    """Raise `error` again if memory was short."""
+    if is_out_of_memory(error):
+        raise error
+
+
 def outputs(model: nn.Module, example_inputs: Any) -> list[Tensor]:
     """The floating-point outputs of `model` on `example_inputs`, without gradients."""
     args, kwargs = arguments(example_inputs)

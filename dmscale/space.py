@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import axes, budget, causes, certify, decisions, export, gates, latency, routing, settings, tracing
+from . import axes, budget, causes, certify, decisions, export, gates, latency, routing, running, settings, tracing
 from .axes import Axis
 from .clone import alias, clone, own_copy
 from .cost import METRICS, Cost, CostModel, block_finder, cost_model
@@ -494,8 +494,16 @@ class SearchSpace:
         if verify and not any(p.is_meta for p in self.model.parameters()):
             # copies: a forward may write to buffers and attributes, some to parameters, and these are the user's
             apart = own_copy if self.writes_parameters else alias
-            gated = self._gate(clone(self.model, apart), structure)
-            error = certify.compare(gated, clone(small, apart), self.example_inputs)
+            try:
+                gated = self._gate(clone(self.model, apart), structure)
+                error = certify.compare(gated, clone(small, apart), self.example_inputs)
+            except Exception as failure:
+                if not running.is_out_of_memory(failure):
+                    raise
+                raise ExportError(
+                    f"no memory to run {type(self.model).__name__} gated and exported side by side; give smaller example_inputs "
+                    "to trace, or export with verify=False and compare later"
+                ) from failure
             tolerance = certify.tolerance(self.model)
             if not error <= tolerance:
                 by_rounding = certify.shaken(self, clone(self.model, apart), self.example_inputs, structure)

@@ -828,3 +828,21 @@ def test_what_a_module_has_computed_from_parameters_is_copied_with_it(inside: bo
 def test_an_output_in_which_no_tensor_is_found_is_refused():
     message = refused(Opaque(), torch.randn(3, 8))
     assert "Opaque.forward returns a Result in which no tensor is found; return tensors" in message
+
+
+@pytest.mark.parametrize(
+    "short", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_short_memory_is_no_fault_of_a_dimension(monkeypatch, short):
+    model, inputs = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4)), torch.randn(2, 8)
+    space = dmscale.trace(model, inputs, verify=False)
+
+    def compare(*args):
+        raise short
+
+    monkeypatch.setattr(dmscale.certify, "compare", compare)
+    with pytest.raises(TraceError, match="no memory for the trial of Sequential.*verify=False"):
+        dmscale.trace(model, inputs)
+    with pytest.raises(dmscale.ExportError, match="no memory to run Sequential gated and exported.*verify=False"):
+        space.export(space.uniform(0.5))
+    assert space.export(space.uniform(0.5), verify=False)[0].out_features == 16
