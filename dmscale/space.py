@@ -695,12 +695,16 @@ def _array(values: Any, what: str) -> np.ndarray:
         raise DmscaleError(f"{what} are no numbers ({error})") from error
 
 
+@functools.lru_cache(maxsize=256)
+def _first(n: int) -> tuple[int, ...]:
+    """The first `n` indices; one object for all that are so wide, of which a large network has hundreds."""
+    return tuple(range(n))
+
+
 def _best(total: int, wanted: int, score: np.ndarray | None) -> tuple[int, ...]:
     """Indices of the `wanted` highest of `total` scores, ascending; ties go to the first."""
-    if wanted >= total:
-        return tuple(range(total))
-    if score is None:
-        return tuple(range(wanted))
+    if wanted >= total or score is None:
+        return _first(min(wanted, total))
     order = np.argsort(-score, kind="stable")
     return tuple(np.sort(order[:wanted]).tolist())
 

@@ -104,6 +104,8 @@ def read(model: nn.Module, example_inputs: Any, cached: bool = False) -> Trace:
             if kind == "meta":
                 traceback.clear_frames(failure.__traceback__)  # which hold all that has run
                 empty_caches(aside)
+                if _is_empty(model):
+                    break
     assert failure is not None
     raise failed_forward(model, failure) from failure
 
@@ -188,8 +190,14 @@ def failed_forward(model: nn.Module, failure: Exception) -> TraceError:
     return TraceError(
         f"{type(model).__name__}.forward failed on example_inputs"
         + (f" in module '{where}'" if where else "")
-        + f" ({type(failure).__name__}: {failure}). Check that model(*example_inputs) runs."
+        + f" ({type(failure).__name__}: {failure}). Check that model(*example_inputs) runs"
+        + (", and on a device with elements: on 'meta' a forward has no values to look at." if _is_empty(model) else ".")
     )
+
+
+def _is_empty(model: nn.Module) -> bool:
+    """Whether the model is on the meta device, so that nothing has a value."""
+    return any(p.is_meta for p in model.parameters())
 
 
 def _check_model(model: nn.Module, modules: Sequence[tuple[str, nn.Module]]) -> None:
@@ -248,7 +256,7 @@ def _check_inputs(modules: Sequence[tuple[str, nn.Module]], args: tuple, kwargs:
         t for _, module in modules for h in (module._parameters, module._buffers) for t in h.values() if t is not None
     )
     first = next(held, None)
-    if first is None or {first.device} == given:
+    if first is None or {first.device} == given or first.is_meta:  # a trace without elements takes those that there are
         return
     own = {first.device, *(t.device for t in held)}
     if len(own) == 1 and given:

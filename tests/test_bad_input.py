@@ -395,6 +395,30 @@ def test_a_model_without_elements_is_traced():
     assert sum(p.numel() for p in small.parameters()) == space.cost(structure).params
 
 
+def test_a_model_without_elements_takes_an_example_with_elements():
+    """Ids, say, at which a forward looks."""
+    model, inputs = net("residual_stack")
+    empty = copy.deepcopy(model).to("meta")
+    assert kinds(dmscale.trace(empty, inputs)) == kinds(dmscale.trace(empty, inputs.to("meta")))
+
+
+def test_a_model_without_elements_whose_forward_looks_at_them_is_refused():
+    message = refused(Looks().to("meta"), torch.randn(3, 8))
+    assert "Looks.forward failed" in message and "on 'meta' a forward has no values to look at" in message
+
+
+class Looks(nn.Module):
+    """Does something else where its input is large."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, x):
+        y = self.up(x)
+        return self.down(y if y.max() < 100 else y / 100)
+
+
 class WithHooks(nn.Module):
     """Hooks, a weight norm and an attribute that is a tensor: what a user's model may carry already."""
 

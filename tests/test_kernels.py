@@ -159,6 +159,17 @@ def test_formulas_give_what_the_kernels_give(calls: str, dtype: torch.dtype) -> 
     assert mode.remembered
 
 
+def test_groups_of_rows_have_the_form_that_the_cpu_gives_them() -> None:
+    """The meta kernel refuses float32, in which a mixture is traced on the CPU."""
+    a, b, ends = torch.randn(10, 8), torch.randn(3, 8, 12), torch.tensor([4, 4, 10], dtype=torch.int32)
+    for weights in (b, b.mT.contiguous().mT):
+        expected = torch._grouped_mm(a, weights, offs=ends)
+        given = kernels.told(torch.ops.aten._grouped_mm.default, (a.to("meta"), weights.to("meta")))
+        assert form(given)[:3] == form(expected)[:3]
+    half = a.to("meta", torch.bfloat16), b.to("meta", torch.bfloat16)
+    assert kernels.told(torch.ops.aten._grouped_mm.default, half) is None
+
+
 @pytest.mark.parametrize("wrong", [
     lambda x: F.conv2d(x, torch.randn(8, 4, 9, 9)), lambda x: F.conv2d(x, torch.randn(8, 3, 1, 1)), lambda x: x + x[..., :2],
     lambda x: torch.cat([x, x[0]]), lambda x: torch.cat([x, x[..., :2]]), lambda x: torch.addmm(x[0, 0, 0], x[0, 0], x[0, 0]),
