@@ -52,8 +52,8 @@ def certify(space: SearchSpace) -> None:
         ) from error
 
 
-def _certify(space: SearchSpace, above_zero: bool = False) -> None:
-    model, inputs = trial_model(space, above_zero)
+def _certify(space: SearchSpace, above_zero: bool = False, dtype: torch.dtype = torch.float32) -> None:
+    model, inputs = trial_model(space, above_zero, dtype)
     before = None
     while before != space.dimensions:  # once, where nothing fails: other blocks may go where a dimension less is tried
         by_rounding = 0.0
@@ -65,6 +65,8 @@ def _certify(space: SearchSpace, above_zero: bool = False) -> None:
         by_rounding = by_rounding or _certify_those(space, model, inputs, lambda: list(space.dimensions))
         if by_rounding == float("inf") and not above_zero:
             return _certify(space, above_zero=True)
+        if by_rounding and dtype is torch.float32 and _runs(*trial_model(space, above_zero, torch.float64)):
+            return _certify(space, above_zero, torch.float64)
         _certify_training(space, model, inputs)
         if by_rounding:
             space.trace.notes.append(f"what is found was not tried: {unsteady(by_rounding)}")
@@ -163,35 +165,50 @@ def _trains(model: nn.Module, inputs: Any) -> bool:
 
 def _runs_with_cache(space: SearchSpace) -> bool:
     """Whether what is exported makes its own cache: a network may lay one out by numbers that nothing else reads."""
-    small = space.build(_halved(space, list(space.dimensions)))
+    return _runs(space.build(_halved(space, list(space.dimensions))), space.example_inputs)
+
+
+def _runs(model: nn.Module, inputs: Any) -> bool:
     try:
-        with running.uncompiled(), running.evaluating(small), repeatable(small):
-            running.outputs(small, space.example_inputs)
+        with running.uncompiled(), running.evaluating(model), repeatable(model):
+            running.outputs(model, inputs)
     except Exception as error:
         running.raise_if_short(error)
         return False
     return True
 
 
-def trial_model(space: SearchSpace, above_zero: bool = False) -> tuple[nn.Module, Any]:
+def trial_model(
+    space: SearchSpace, above_zero: bool = False, dtype: torch.dtype = torch.float32
+) -> tuple[nn.Module, Any]:
     """A copy of the space's model on which nothing is trivial, in evaluation mode, and the inputs for it.
-
-    Half precision becomes float32: a trial is about indices, not about rounding.
 
     Args:
         space: of a model that runs.
         above_zero: whether buffers of zeros become positive: a variance may be among them, of which roots are taken.
+        dtype: the least precision: a trial is about indices, not about rounding.
     """
     model = clone(space.model, own_copy) if space.writes_parameters else space.model
     model = clone(model, functools.partial(_non_trivial, above_zero=above_zero))
     model.eval()  # a statement, here and wherever a mode is set: a class of its own kind may return nothing
     model = model if space.trace.cached else quiet(model)
-    inputs = space.example_inputs
-    low = {t.dtype for t in model.parameters() if t.is_floating_point()} - {torch.float32, torch.float64}
-    if low:
-        model = clone(model, lambda t: _to_float(t, space)).float()
-        inputs = running.map_tensors(lambda t: t.float() if t.is_floating_point() else t, inputs)
-    return model, inputs
+    return _in_precision(model, space.example_inputs, dtype)
+
+
+def _in_precision(model: nn.Module, inputs: Any, dtype: torch.dtype) -> tuple[nn.Module, Any]:
+    """`model` and its inputs; copies where there is less than this precision in its parameters."""
+    if not any(_is_below(p, dtype) for p in model.parameters()):
+        return model, inputs
+
+    def raised(t: Tensor) -> Tensor:
+        twin = t.detach().to(dtype) if _is_below(t, dtype) else t.detach().clone()
+        return nn.Parameter(twin, requires_grad=False) if isinstance(t, nn.Parameter) else twin
+
+    return clone(model, raised), running.map_tensors(raised, inputs)
+
+
+def _is_below(t: Tensor, dtype: torch.dtype) -> bool:
+    return t.is_floating_point() and t.dtype.itemsize < dtype.itemsize
 
 
 def _outputs(model: nn.Module, inputs: Any) -> list[Tensor] | None:
@@ -271,6 +288,20 @@ def shaken(space: SearchSpace, model: nn.Module, inputs: Any, structure: Structu
     except Exception as failure:
         running.raise_if_short(failure)
         return 0.0
+
+
+def compare_precisely(space: SearchSpace, structure: Structure, small: nn.Module) -> float:
+    """`compare` of an exported model in float64; inf if that does not run, or if it has that precision already."""
+    model, inputs = _in_precision(space.model, space.example_inputs, torch.float64)
+    if model is space.model:
+        return float("inf")
+    try:
+        return compare(
+            space._gate(model, structure), _in_precision(small, space.example_inputs, torch.float64)[0], inputs
+        )
+    except Exception as failure:
+        running.raise_if_short(failure)
+        return float("inf")
 
 
 def _rounded(t: Tensor) -> Tensor:
@@ -389,7 +420,3 @@ def _non_trivial(t: Tensor, above_zero: bool = False) -> Tensor:
     values = c * (1 + noise) if abs(c) >= 0.1 else 0.4 * (noise + least)
     values = values.to(t.device, t.dtype)
     return nn.Parameter(values, requires_grad=False) if isinstance(t, nn.Parameter) else values
-
-
-def _to_float(t: Tensor, space: SearchSpace) -> Tensor:
-    return nn.Parameter(t.detach().float(), requires_grad=False) if isinstance(t, nn.Parameter) else t.detach().clone()

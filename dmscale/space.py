@@ -492,31 +492,35 @@ class SearchSpace:
         small = self.build(structure)
         self._settle(small, structure)
         if verify and not any(p.is_meta for p in self.model.parameters()):
-            # copies: a forward may write to buffers and attributes, some to parameters, and these are the user's
-            apart = own_copy if self.writes_parameters else alias
-            try:
-                gated = self._gate(clone(self.model, apart), structure)
-                error = certify.compare(gated, clone(small, apart), self.example_inputs)
-            except Exception as failure:
-                if not running.is_out_of_memory(failure):
-                    raise
-                raise ExportError(
-                    f"no memory to run {type(self.model).__name__} gated and exported side by side; give smaller example_inputs "
-                    "to trace, or export with verify=False and compare later"
-                ) from failure
-            tolerance = certify.tolerance(self.model)
-            if not error <= tolerance:
-                by_rounding = certify.shaken(self, clone(self.model, apart), self.example_inputs, structure)
-                raise ExportError(
-                    f"the exported {type(self.model).__name__} differs from the gated one by {error:.1e} (relative; allowed "
-                    f"{tolerance:.0e}). "
-                    + (
-                        f"Its {certify.unsteady(by_rounding)}; give other example_inputs, or export with verify=False."
-                        if by_rounding > tolerance
-                        else "Please report it; space.freeze([...], 'reason') takes dimensions out meanwhile."
-                    )
-                )
+            self._verify(small, structure)
         return small
+
+    def _verify(self, small: nn.Module, structure: Structure) -> None:
+        """Compare what was exported with the gated model; in float64 too, where it may be rounding by which they differ."""
+        # copies: a forward may write to buffers and attributes, some to parameters, and these are the user's
+        apart = own_copy if self.writes_parameters else alias
+        kind, tolerance = type(self.model).__name__, certify.tolerance(self.model)
+        try:
+            gated = self._gate(clone(self.model, apart), structure)
+            error = certify.compare(gated, clone(small, apart), self.example_inputs)
+            if error <= tolerance or certify.compare_precisely(self, structure, small) <= TOLERANCE:
+                return
+            by_rounding = certify.shaken(self, clone(self.model, apart), self.example_inputs, structure)
+        except Exception as failure:
+            if not running.is_out_of_memory(failure):
+                raise
+            raise ExportError(
+                f"no memory to run {kind} gated and exported side by side; give smaller example_inputs to trace, or export with "
+                "verify=False and compare later"
+            ) from failure
+        raise ExportError(
+            f"the exported {kind} differs from the gated one by {error:.1e} (relative; allowed {tolerance:.0e}). "
+            + (
+                f"Its {certify.unsteady(by_rounding)}; give other example_inputs, or export with verify=False."
+                if by_rounding > tolerance
+                else "Please report it; space.freeze([...], 'reason') takes dimensions out meanwhile."
+            )
+        )
 
     def _settle(self, small: nn.Module, structure: Structure) -> None:
         """Let the settings object of an exported model say what it is; what changed goes into its plan too."""

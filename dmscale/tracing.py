@@ -191,7 +191,11 @@ def failed_forward(model: nn.Module, failure: Exception) -> TraceError:
         f"{type(model).__name__}.forward failed on example_inputs"
         + (f" in module '{where}'" if where else "")
         + f" ({type(failure).__name__}: {failure}). Check that model(*example_inputs) runs"
-        + (", and on a device with elements: on 'meta' a forward has no values to look at." if _is_empty(model) else ".")
+        + (
+            ", and on a device with elements: on 'meta' a forward has no values to look at."
+            if _is_empty(model)
+            else "."
+        )
     )
 
 

@@ -1177,6 +1177,33 @@ def test_what_rounding_decides_is_said_and_not_searched(how, said):
     assert space.export(space.uniform(0.5), verify=False).first.out_features == 8
 
 
+class Amplifies(nn.Module):
+    """Differences of large numbers, each made larger: what float32 rounds off is all that is left in the end."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(5, 64), nn.Linear(64, 3)
+
+    def forward(self, x):
+        y = self.last(self.first(x).relu())  # fewer terms are added up in another order
+        for _ in range(12):
+            y = (y * 7.3).sin()
+        return y
+
+
+def test_what_rounding_in_float32_decides_is_compared_in_float64():
+    torch.manual_seed(0)
+    space = traced(Amplifies(), torch.randn(64, 5))
+    assert not space.trace.notes and space.dimensions.keys() == {"first"}
+    structure = space.structure({"first": 23}, {"first": torch.rand(64)})
+    assert certify.compare(space.gate(structure), space.build(structure), space.example_inputs) > 1e-4
+    small = space.export(structure)
+    assert small.first.weight.dtype is torch.float32
+    with torch.no_grad():
+        small.first.weight[0] *= 1.01
+    assert certify.compare_precisely(space, structure, small) > 1e-4
+
+
 class GivenScale(nn.Module):
     """Attention with the usual scale, or twice that, worked out by the forward."""
 
