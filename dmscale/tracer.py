@@ -388,6 +388,9 @@ _POINTWISE = [
     aten.rsub, aten.add_, aten.heaviside, aten.rrelu_with_noise, aten._prelu_kernel, aten.hardswish_, aten.hardswish,
     aten.exponential_, aten.geometric_, aten.cauchy_, aten.log_normal_, aten.random_,
     aten.complex, aten.polar, aten.fake_quantize_per_tensor_affine,
+    # without the tag before torch 2.9
+    aten.hardtanh_, aten.elu_, aten.celu_, aten.selu_, aten.hardsigmoid_, aten.leaky_relu, aten.leaky_relu_, aten.ldexp,
+    aten._conj_physical,
 ]  # fmt: skip
 POINTWISE = {getattr(packet, name) for packet in _POINTWISE for name in packet.overloads()}
 _SOFTMAX = {getattr(p, n) for p in (aten._softmax, aten._safe_softmax, aten.softmax) for n in p.overloads()}
