@@ -361,7 +361,8 @@ class _Problem:
     def __init__(self, space: SearchSpace, wanted: Budget, scores: Mapping[str, Any], keep: Structure | None):
         self.space, self.wanted = space, wanted
         self.dimensions: list[Dimension] = list(space.dimensions.values())
-        self.scores = {m: _preferring(np.asarray(s, dtype=np.float64), keep, m) for m, s in scores.items()}
+        self.importance = {m: np.asarray(s, dtype=np.float64) for m, s in scores.items()}
+        self.scores = {m: _preferring(s, keep, m) for m, s in self.importance.items()}  # in what order elements go
         self.is_depth = np.array([d.kind == "depth" for d in self.dimensions])
         self.full = np.array([d.size for d in self.dimensions])
         self.targets = dict(wanted.targets)
@@ -380,20 +381,19 @@ class _Problem:
         index = {m: i for i, d in enumerate(self.dimensions) for m in (d.name, *d.members)}
         blocks: list[tuple[int, int, int]] = []
         for name, parts in self.space.parts.items():
-            score = self._score(name, len(parts))
+            score = self.scores.get(name, np.zeros(len(parts)))
             blocks += [(index[name], len(parts), int(p)) for p in np.argsort(np.argsort(-score, kind="stable"))]
         both = np.array([*widths, *blocks], dtype=np.int64).reshape(-1, 3)
         self._dimension_of, self._size_of, self._rank, self._widths = *both.T, len(widths)
 
-    def _score(self, member: str, size: int) -> np.ndarray:
-        found = self.scores.get(member)
-        return np.zeros(size) if found is None else found
-
     def _gains(self, d: Dimension) -> np.ndarray:
-        """Importance of each element of a dimension with what is linked to it, the most important first."""
+        """Importance of each element of a dimension with what is linked to it, the last to go first."""
         total = np.zeros(d.size)
         for member, count in self.space._members(d):
-            upto = np.concatenate([[0.0], np.cumsum(np.sort(self._score(member, count))[::-1])])
+            if member not in self.scores:
+                continue
+            order = np.argsort(-self.scores[member], kind="stable")
+            upto = np.concatenate([[0.0], np.cumsum(self.importance[member][order])])
             ends = count * np.arange(d.size + 1) // d.size
             total += np.diff(upto[ends])
         return total
@@ -722,9 +722,11 @@ def _allowed(d: Dimension) -> np.ndarray:
 
 
 def _preferring(scores: np.ndarray, keep: Structure | None, member: str) -> np.ndarray:
-    """Scores with those of `keep`'s elements raised above all others."""
+    """Scores by which the elements of `keep` come before all others, and else in the order of theirs."""
     if keep is None or member not in keep.kept:
         return scores
-    raised = scores.copy()
-    raised[np.array(keep.kept[member], dtype=np.int64)] += scores.max() - scores.min() + 1
-    return raised
+    places = np.arange(len(scores))
+    # ranks: to add something to the scores would round the order of small ones away
+    ranks = np.empty(len(scores))
+    ranks[np.lexsort((-places, scores, np.isin(places, keep.kept[member])))] = places
+    return ranks

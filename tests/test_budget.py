@@ -505,3 +505,38 @@ def test_blocks_that_matter_stay_also_where_all_of_a_stack_may_go():
         none = {n: np.zeros(len(s.paths)) for n, s in over.stacks.items()}
         found = budgets.allocate(over, wanted, scores | none)
         assert any(found.sizes[n] < len(s.paths) for n, s in over.stacks.items())
+
+
+def stages():
+    """Blocks and widths of unequal cost."""
+    parts = [nn.Conv2d(3, 48, 3, padding=1), *(Residual(48) for _ in range(3)), nn.Conv2d(48, 96, 3, 2, 1)]
+    return nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(96, 4)), torch.randn(2, 3, 16, 16)
+
+
+FINE["stages"] = stages
+
+
+@pytest.mark.parametrize("unit", [1.0, 1e-12, 1e12])
+@pytest.mark.parametrize("net", ["wide_mlp", "stages", "llama"])
+def test_what_is_to_stay_counts_for_its_importance_and_no_more(net, unit):
+    """Where everything is to stay nothing comes before anything else, whatever unit importance is in."""
+    over = space(net)
+    draw = np.random.default_rng(0)
+    level = {n: 10.0 ** draw.integers(-6, 1) for n in over.dimensions}
+    scores = {m: level[n] * draw.random(k) for n, d in over.dimensions.items() for m, k in over._members(d)}
+    wanted = budgets.parse("93% macs", over)
+    plain = budgets.fit(over, over.full(), wanted, scores, keep=None)
+    scaled = {m: unit * s for m, s in scores.items()}
+    assert budgets.fit(over, over.full(), wanted, scaled, keep=over.full()) == plain
+
+
+def test_what_is_to_stay_goes_in_the_order_of_its_scores_however_small():
+    over = space("wide_mlp")
+    draw = np.random.default_rng(0)
+    scores = {m: 1e-20 * draw.random(k) for d in over.dimensions.values() for m, k in over._members(d)}
+    start = over.uniform(0.6)
+    found = budgets.fit(over, start, budgets.parse("20% macs", over), scores, keep=start)
+    for name in over.dimensions:
+        stay, before = set(found.kept[name]), set(start.kept[name])
+        assert stay < before
+        assert min(scores[name][list(stay)]) > max(scores[name][list(before - stay)])
