@@ -57,6 +57,7 @@ class Layout:
         self.segment = torch.repeat_interleave(torch.arange(len(self.sizes)), sizes)
         self.start = torch.cumsum(sizes, 0) - sizes
         self.size = sizes
+        self._owner = np.array(owner, dtype=np.int64)
         self.dimension_of = torch.tensor(owner, dtype=torch.long)[self.segment]
         self.in_depth = torch.tensor(depth, dtype=torch.bool)[self.segment]
         coarse = torch.tensor([self.dimensions[i].kind != "width" for i in owner], dtype=torch.bool)[self.segment]
@@ -104,9 +105,9 @@ class Layout:
 
     def kept_shares(self, mask: Tensor) -> np.ndarray:
         """The share of each dimension's elements that a mask (E,) keeps, (D,): the mean over its members' shares."""
-        share = self.sum_by_dimension(mask.float() / self.element_size)
-        members = self.sum_by_dimension(1 / self.element_size)
-        return (share / members).double().cpu().numpy()
+        # ones are counted before anything is divided: a float32 sum of as many shares as a wide layer has is off by elements
+        shares = self.sum_by_segment(mask.float()).cpu().double().numpy() / self.sizes
+        return np.bincount(self._owner, shares) / np.bincount(self._owner)
 
     def cost_variables(self, pruned: np.ndarray) -> np.ndarray:
         """The soft values of the space's cost variables at pruned shares (S, D), with a one behind the last, (S, V + 1)."""
