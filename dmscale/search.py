@@ -387,6 +387,14 @@ class Search:
         variables = self.layout.cost_variables(pruned)
         return np.stack([self.space.costs.metrics[m].real(variables) / t for m, t in self.targets().items()], 1)
 
+    def _costs(self, structure: Structure | None) -> dict[str, float]:
+        """Metric -> the cost of a structure, or without one of what the method means now: blocks count for their share then."""
+        if structure is None:
+            loads = self._loads(1 - self.method.shares()[None])[0]
+            return {m: float(load) * t for (m, t), load in zip(self.targets().items(), loads)}
+        row = self.space.vector(structure)[None]
+        return {m: float(self.space.costs.many(row, m)[0]) for m in self._full}
+
     # -- masks --------------------------------------------------------------------------------------------------------
 
     def _write(self, flat: Tensor) -> None:
@@ -458,14 +466,16 @@ class Search:
         return small
 
     def _log(self) -> None:
-        targets, shares = self.targets(), self.method.shares()
-        costs = self._loads(1 - shares[None])[0]
+        found = self._structure if self.done else self.method.exactly()
+        sizes = found.sizes if found is not None else {
+            d.name: d.allowed(share * d.size) for d, share in zip(self.layout.dimensions, self.method.shares())
+        }  # fmt: skip
         self.history.append(
             {
                 "step": self.step,
-                "cost": {m: float(c) * t / self._full[m] for (m, t), c in zip(targets.items(), costs)},
-                "target": {m: t / self._full[m] for m, t in targets.items()},
-                "sizes": {d.name: d.allowed(share * d.size) for d, share in zip(self.layout.dimensions, shares)},
+                "cost": {m: cost / self._full[m] for m, cost in self._costs(found).items()},
+                "target": {m: t / self._full[m] for m, t in self.targets().items()},
+                "sizes": dict(sizes),
                 **{name: float(value) for name, value in self._noted.items()},
             }
         )

@@ -16,6 +16,7 @@ from torch import nn
 
 import dmscale
 from dmscale import SearchError, gates
+from dmscale.callbacks import Callback
 from dmscale.methods import METHODS
 from dmscale.methods.knapsack import Knapsack
 
@@ -460,6 +461,39 @@ def test_history_tells_cost_target_and_sizes():
         assert all(d.lowest <= entry["sizes"][n] <= d.size for n, d in search.space.dimensions.items())
 
 
+@pytest.mark.parametrize("method", ["knapsack", "dms", "hard-concrete"])
+@pytest.mark.parametrize("net", ["residual_stack", "residual_conv"])
+def test_the_last_entry_of_the_history_is_the_structure_that_is_found(net, method):
+    search = searched(net, method=method, log_every=4)
+    assert search.history[-1]["sizes"] == search.structure.sizes
+    assert search.history[-1]["cost"]["macs"] == search.space.cost(search.structure).macs / search.space.cost().macs
+
+
+def test_the_cost_in_the_history_is_that_of_the_masks_whichever_blocks_are_out():
+    """Blocks differ in width, so that a share of them says little of what they cost."""
+    model, inputs, batches = problem("residual_stack")
+    space = dmscale.trace(model, inputs, minimum={"blocks.0.up": 20})
+    seen = []
+
+    class Compare(Callback):
+        def on_step(self, search, record):
+            masks = {m: mask.detach() for m, mask in zip(search.layout.members, search.masks)}
+            structure = space.structure(record["sizes"], masks)
+            assert all(sum(masks[m].tolist()) == len(structure.kept[m]) for m in masks)
+            assert record["cost"]["macs"] == pytest.approx(space.cost(structure).macs / space.cost().macs, rel=1e-12)
+            seen.append(record["sizes"]["blocks depth"])
+
+    scores = {
+        m: np.full(k, 1e-9 if "0.up" in m else 1.0) for d in space.dimensions.values() for m, k in space._members(d)
+    }
+    scores["blocks depth"] = np.array([0.0, 1, 1, 1, 1])
+    search = dmscale.Search(space, "60% macs", STEPS, importance=lambda search: scores, callbacks=[Compare()])
+    optimizer = adamw(model.parameters())
+    search.attach(optimizer)
+    train(search, optimizer, batches)
+    assert min(seen) < max(seen)
+
+
 def test_masks_are_ones_until_the_target_falls():
     model, inputs, batches = problem()
     expected = outputs(copy.deepcopy(model).eval(), inputs)
@@ -492,7 +526,7 @@ def test_the_cost_follows_the_target_where_nothing_has_importance(net, least):
         optimizer.step()
         optimizer.zero_grad()
         before, masks = masks, torch.cat(list(search.masks)).detach()
-        found = search.space.cost(search.method._current()).macs / search.space.cost().macs
+        found = search.space.cost(search.method.exactly()).macs / search.space.cost().macs
         assert least <= found / search.history[-1]["target"]["macs"] <= 1 + 1e-9
         assert search.reaches_target or bool((masks <= before).all())  # but for the exact fit what has gone stays gone
 
@@ -611,7 +645,7 @@ def test_a_structure_that_does_not_change_stays_however_wide_a_layer_is(width):
         scores = {"0": torch.randn(width, generator=torch.Generator().manual_seed(kept))}
         structure = space.structure({"0": kept}, scores)
         search.method.kept.copy_(search.layout.mask_of(structure, search.device))
-        assert search.method._current() == structure
+        assert search.method.exactly() == structure
 
 
 def test_multiples_hold_at_the_end():

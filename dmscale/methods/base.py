@@ -70,6 +70,10 @@ class Method:
         """The share of each dimension that is kept now, (D,)."""
         return self.layout.kept_shares(self.masks())
 
+    def exactly(self) -> Structure | None:
+        """The structure that the masks are now, of a method whose masks are hard; None where more or less is meant."""
+        return None
+
     def scores(self) -> Tensor:
         """Which elements go first, lowest score first, (E,)."""
         return self.search.importance

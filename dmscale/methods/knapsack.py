@@ -67,7 +67,7 @@ class Knapsack(Method):
         # what has gone is below what is left without importance, so that it stays gone
         scores = self.layout.by_member(torch.where(self.kept > 0, self.scores(), -1.0))
         target = budgets.Budget(search.targets())
-        found = budgets.allocate(search.space, target, scores, start=self._current())
+        found = budgets.allocate(search.space, target, scores, start=self.exactly())
         if search.reaches_target:  # from here on the weights train in exactly what will be exported
             found = budgets.fit(search.space, found, target, self.layout.by_member(self._importance()), keep=found)
         self.kept.copy_(self.layout.mask_of(found, search.device))
@@ -75,17 +75,17 @@ class Knapsack(Method):
     def masks(self) -> Tensor:
         return self.kept
 
+    def exactly(self) -> Structure:
+        sizes = {d.name: share * d.size for d, share in zip(self.layout.dimensions, self.shares())}
+        return self.search.space.structure(sizes, self.layout.by_member(self.kept))
+
     def structure(self, wanted: budgets.Budget) -> Structure:
         """The elements that are kept now, brought exactly to a budget."""
         space, importance = self.search.space, self.layout.by_member(self._importance())
-        return budgets.fit(space, self._current(), wanted, importance, keep=self._current())
+        return budgets.fit(space, self.exactly(), wanted, importance, keep=self.exactly())
 
     def _importance(self) -> Tensor:
         """The long average within each segment, at the level where the short one has what is kept of it now, (E,)."""
         layout, long = self.layout, self.search.importance
         now, then = (layout.sum_by_segment(average * self.kept) for average in (self.recent, long))
         return long * torch.where(then > 0, now / then, 0.0)[layout.segment]
-
-    def _current(self) -> Structure:
-        sizes = {d.name: share * d.size for d, share in zip(self.layout.dimensions, self.shares())}
-        return self.search.space.structure(sizes, self.layout.by_member(self.kept))
