@@ -494,6 +494,15 @@ def test_the_cost_in_the_history_is_that_of_the_masks_whichever_blocks_are_out()
     assert min(seen) < max(seen)
 
 
+@pytest.mark.parametrize("method", ["dms", "dms-projected", "estimated-topk"])
+@pytest.mark.parametrize("make_optimizer", [adamw, sgd])
+def test_blocks_that_are_decided_stay_however_far_a_step_goes(method, make_optimizer):
+    """Of five blocks one is a fifth of the scalar, which the optimizer moves on at every step."""
+    search = searched("residual_stack", make_optimizer, "70% macs", method=method, lr=0.2, log_every=1)
+    decided = [e["sizes"]["blocks depth"] for e in search.history[:-1] if e["step"] > search.decay * STEPS]
+    assert len(decided) > 5 and len(set(decided)) == 1
+
+
 def test_masks_are_ones_until_the_target_falls():
     model, inputs, batches = problem()
     expected = outputs(copy.deepcopy(model).eval(), inputs)

@@ -40,6 +40,7 @@ class Dms(Method):
         self.hard, self.normalise, self.balance = hard, normalise, balance
         self.pruned = nn.Parameter(torch.zeros(len(self.layout.dimensions), dtype=torch.float32, device=search.device))
         self.direction = torch.zeros_like(self.pruned.data)  # smoothed task gradient
+        self.held = torch.full_like(self.pruned.data, torch.nan)  # where scalars of blocks stay, once these are decided
         self.task_norm = torch.zeros((), dtype=torch.float32)
         self.pressure = Pressure(self.mode or "penalty", penalty, adapt)
         self.pressure_state = self.pressure.state
@@ -143,11 +144,13 @@ class Dms(Method):
         self.pruned.copy_(torch.as_tensor(shifted(np.array([high]))[0], dtype=self.pruned.dtype))
 
     def _hold_blocks(self) -> None:
-        """Once the blocks are decided their scalars stay where their hard count is."""
+        """Once the blocks are decided their scalars stay where their hard count is: the optimizer moves them on, and of many
+        blocks one may lie within a single step."""
         for i, d in enumerate(self.layout.dimensions):
-            if d.kind == "depth":
+            if d.kind == "depth" and bool(self.held[i].isnan()):
                 kept = d.allowed((1 - float(self.pruned[i])) * d.size)
-                self.pruned[i] = 1 - kept / d.size
+                self.held[i] = 1 - kept / d.size
+        self.pruned.copy_(torch.where(self.held.isnan(), self.pruned, self.held))
 
 
 class EstimatedTopk(Dms):
