@@ -539,8 +539,8 @@ class Search:
         self.family = [self._restored(b, *kept) for b, kept in zip(self.budgets, state["family"])]
         if self.done:
             self._finish()
-        elif self.step:
-            self._write(self.method.masks())
+        else:  # this search may have taken steps of its own
+            self._write(self.method.masks() if self.step else torch.ones_like(self.importance))
 
     def _terms(self) -> dict[str, Any]:
         """What the outcome depends on, beside weights and data: a search may go on from a state of the same alone."""

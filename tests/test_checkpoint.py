@@ -19,14 +19,15 @@ import dmscale
 from benchmarks import resume
 from dmscale import CheckpointError, SearchError, checkpoint
 from dmscale.batches import Batches
+from dmscale.methods import METHODS
 
 STEPS = 12
 
 
-def searching(net="mlp", budget="50% macs", steps=STEPS, seed=0):
+def searching(net="mlp", budget="50% macs", steps=STEPS, seed=0, **options):
     torch.manual_seed(seed)
     model, inputs = NETS[net]()
-    search = dmscale.Search(dmscale.trace(model, inputs, verify=False), budget, steps)
+    search = dmscale.Search(dmscale.trace(model, inputs, verify=False), budget, steps, **options)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     search.attach(optimizer)
     return search, optimizer
@@ -87,6 +88,20 @@ def test_load_restores_everything(stop, tmp_path):
     again.load(tmp_path / "a" / "b.ckpt", optimizer)
     train(again, optimizer)
     assert_same(everything(again), everything(whole))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("back_to", [0, 1, 7])
+def test_a_search_that_has_gone_on_may_go_back(back_to, method, tmp_path):
+    search, optimizer = searching(method=method)
+    torch.manual_seed(1)
+    train(search, optimizer, back_to)
+    search.save(tmp_path / "s.ckpt", optimizer)
+    train(search, optimizer)
+    expected = everything(search)
+    search.load(tmp_path / "s.ckpt", optimizer)
+    train(search, optimizer)
+    assert_same(everything(search), expected)
 
 
 def test_weights_and_optimizer_may_be_left_out(tmp_path):
