@@ -43,6 +43,13 @@ def check(optimizer: Optimizer) -> None:
             "Muon orthogonalises matrices, and the structure's parameters are vectors: attach the search to the optimizer "
             "of the remaining parameters (AdamW beside Muon), and step both."
         )
+    if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+        raise SearchError(
+            f"{name} runs no hooks around its steps, so that a search would wait for ever: it wraps an optimizer, and was not "
+            "initialised as one. Attach to the optimizer inside, before it is wrapped."
+        )
+    if not getattr(type(optimizer).step, "hooked", False):  # a wrapper whose first step would go unnoticed
+        optimizer._patch_step_function()  # as its zero_grad does
 
 
 def without(optimizer: Optimizer, gone: Iterable[Tensor]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import gc
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -549,6 +550,43 @@ def test_optimizers_that_cannot_carry_the_structure_are_refused():
         with pytest.raises(SearchError, match="Muon.*AdamW beside Muon"):
             search.attach(torch.optim.Muon([p for p in space.model.parameters() if p.dim() == 2]))
     search.attach(sgd(space.model.parameters()))
+
+
+def test_a_wrapper_of_an_optimizer_runs_the_search_from_its_first_step_on():
+    """As timm's Lookahead, which is no initialised optimizer: PyTorch lets its class run hooks when it first clears gradients."""
+
+    class Ahead(torch.optim.Optimizer):
+        def __init__(self, inside):
+            self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
+            self.inside, self.defaults = inside, inside.defaults
+            self.param_groups, self.state = inside.param_groups, inside.state
+
+        @torch.no_grad()
+        def step(self, closure=None):
+            return self.inside.step(closure)
+
+    space, batches = problem()
+    search = make_search(space)
+    optimizer = Ahead(sgd(space.model.parameters()))
+    search.attach(optimizer)
+    for x, y in batches:
+        F.mse_loss(search.model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert search.done
+
+
+def test_a_wrapper_that_runs_no_hooks_is_refused_with_the_remedy():
+    class Wrapper(torch.optim.Optimizer):
+        def __init__(self, inside):
+            self.inside, self.param_groups = inside, inside.param_groups
+
+    space, _ = problem()
+    search = make_search(space)
+    optimizer = sgd(space.model.parameters())
+    with pytest.raises(SearchError, match="Wrapper runs no hooks.*the optimizer inside"):
+        search.attach(Wrapper(optimizer))
+    search.attach(optimizer)
 
 
 def test_an_optimizer_of_all_parameters_of_the_search_model():
