@@ -24,11 +24,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from . import attachment, axes, blocks, running
-from .errors import SearchError
+from .errors import DmscaleError, SearchError
 from .layout import Layout
 from .space import SearchSpace
 
@@ -83,9 +84,29 @@ class Meter:
             return widths
         return torch.where(self.layout.in_depth, self._of(self.depth_kind, search, mask, gradient), widths)
 
+    def _given(self, kind: Callable[[Any], Any], search: Any) -> dict[str, Any]:
+        """What the user's function says, by member.
+
+        Raises:
+            SearchError: it is no dict of as many finite numbers as a member has elements, or says anything of what is none.
+        """
+        said = kind(search)
+        if not isinstance(said, Mapping):
+            raise SearchError(
+                f"importance= gives a {type(said).__name__}; it must give a dict: member -> a score an element"
+            )
+        try:
+            scores = self.space._checked_scores(said)
+        except DmscaleError as error:
+            raise SearchError(f"importance= gives {error}") from error
+        wrong = [member for member, s in scores.items() if not np.isfinite(s).all()]
+        if wrong:
+            raise SearchError(f"importance= gives infinite scores of {wrong[0]!r}: no average of them would be finite")
+        return scores
+
     def _of(self, kind: Any, search: Any, mask: Tensor, gradient: Tensor) -> Tensor:
         if callable(kind):
-            return attachment.average_over_all(self.layout.flat(kind(search), mask.device))
+            return attachment.average_over_all(self.layout.flat(self._given(kind, search), mask.device))
         if kind in GRADIENT:
             return GRADIENT[kind](mask, gradient)
         if kind == "activation":
@@ -171,7 +192,7 @@ def _on_block(module: nn.Module, kind: str, watch: _Watch, stack: blocks.Blocks,
         if kind == "residual":
             value = ((y - x).square().sum(1) / x.square().sum(1).clamp(min=1e-12)).mean()
         else:
-            value = (1 - torch.cosine_similarity(x, y, dim=1)).mean()
+            value = (1 - torch.cosine_similarity(x, y, dim=1)).mean().clamp(min=0)  # one may round above one
         watch.add(value, module.training)
 
     module.register_forward_hook(hook, with_kwargs=True, prepend=True)

@@ -222,6 +222,11 @@ class Search:
         return self.step >= self.steps
 
     @property
+    def has_own_importance(self) -> bool:
+        """Whether a function of the user's says what matters."""
+        return any(map(callable, self._meter.kinds.values()))
+
+    @property
     def masks(self) -> tuple[nn.Parameter, ...]:
         """The masks of `search.model`: set by the search, never trained, whole on every rank."""
         return tuple(self._masks)

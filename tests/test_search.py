@@ -834,6 +834,33 @@ def test_the_user_may_say_what_matters():
     assert set(search.structure.kept["0"]) == {i for i in range(32) if wanted[i] >= 16}
 
 
+@pytest.mark.parametrize(
+    "said, says",
+    [
+        ({"0.weight": [1.0] * 32}, "importance= gives scores of '0.weight': no dimension has such a member"),
+        ({"0": [1.0] * 8}, r"scores of '0' have shape \(8,\); give one an element: \(32,\)"),
+        ({"0": [math.nan] * 32}, "scores of '0' hold NaN"),
+        ({"0": [math.inf] * 32}, "infinite scores of '0'"),
+        ([1.0] * 32, "gives a list; it must give a dict"),
+        ({"0": [-1.0] * 32}, "gives -1 for an element of '0': method 'knapsack' compares"),
+    ],
+)
+@pytest.mark.parametrize("method", ["knapsack", "dms"])
+def test_what_is_no_importance_is_refused_at_the_first_step(said, says, method):
+    """Else it would count for nothing, or keep what should go."""
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))
+    space = dmscale.trace(model, torch.randn(2, 8))
+    search = dmscale.Search(space, "50% macs", STEPS, method=method, importance=lambda search: said)
+    optimizer = sgd(model.parameters())
+    search.attach(optimizer)
+    search.model(torch.randn(16, 8)).square().mean().backward()
+    if method == "dms" and "knapsack" in says:
+        optimizer.step()  # it ranks elements, by any numbers
+    else:
+        with pytest.raises(SearchError, match=says):
+            optimizer.step()
+
+
 # -- a family ---------------------------------------------------------------------------------------------------------
 
 

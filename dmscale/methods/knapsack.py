@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from .. import budget as budgets
+from ..errors import SearchError
 from ..structure import Structure
 from .base import Method
 
@@ -49,6 +50,12 @@ class Knapsack(Method):
         self.pace = max(1 - search.momentum, 1 / max(RECENT * search.steps, FEWEST))
 
     def learn(self, gradient: Tensor) -> None:
+        if self.search.has_own_importance and bool((self.search.measured < 0).any()):
+            least = min(self.layout.by_member(self.search.measured).items(), key=lambda member: member[1].min())
+            raise SearchError(
+                f"importance= gives {least[1].min():.3g} for an element of {least[0]!r}: method 'knapsack' compares and adds up "
+                "what removals cost, from 0 upwards. Give such scores, or take a method that ranks elements alone: 'dms'."
+            )
         self.recent.lerp_(self.search.measured, self.pace)
 
     def scores(self) -> Tensor:
