@@ -540,3 +540,14 @@ def test_what_is_to_stay_goes_in_the_order_of_its_scores_however_small():
         stay, before = set(found.kept[name]), set(start.kept[name])
         assert stay < before
         assert min(scores[name][list(stay)]) > max(scores[name][list(before - stay)])
+
+
+@pytest.mark.parametrize("start", [1.0, 0.85])
+def test_what_scores_least_goes_first_and_comes_back_last_below_zero_too(start):
+    """As logarithms do."""
+    sizes = [nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 16), nn.ReLU()]
+    model = nn.Sequential(*sizes, nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 16))
+    over = dmscale.trace(model, torch.randn(1, 16), only=("0", "4"))
+    scores = {"0": -10.0 - torch.rand(64), "4": -1.0 - torch.rand(64)}
+    found = over.fit(over.uniform(start), "92% macs", scores)
+    assert found.sizes["0"] < 56 < found.sizes["4"]
