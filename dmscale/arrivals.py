@@ -362,22 +362,25 @@ def _on(*names: str) -> Callable[[_Handler], _Handler]:
     return register
 
 
-def _ints(args: Sequence[Any]) -> list[int]:
-    out: list[int] = []
+def _sizes(args: Sequence[Any]) -> list[int | Tensor]:
+    """The sizes among the arguments of a view; one may be an element of a tensor, and keeps its place."""
+    out: list[Any] = []
     for a in args:
         out += a if isinstance(a, (tuple, list)) else [a]
-    return [a for a in out if isinstance(a, int)]
+    return [a for a in out if isinstance(a, (int, Tensor))]
 
 
-def _equate_all(tracer: Tracer, sizes: Sequence[int], dims: Sequence[Dim]) -> None:
+def _equate_all(tracer: Tracer, sizes: Sequence[int | Tensor], dims: Sequence[Dim]) -> None:
     for n, dim in zip(reversed(sizes), reversed(dims)):
-        if int(n) >= 0:
+        if isinstance(n, Tensor):
+            tracer.equate(axes.size(dim), dim)
+        elif int(n) >= 0:
             tracer.equate(n, dim)
 
 
 @_on("view", "reshape", "expand", "broadcast_to", "_unsafe_view")
 def _shaped(tracer: Tracer, out: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> None:
-    _equate_all(tracer, _ints((*args, *kwargs.values())), tracer.dims(out))
+    _equate_all(tracer, _sizes((*args, *kwargs.values())), tracer.dims(out))
 
 
 @_on("reshape_as", "view_as", "expand_as")
@@ -395,8 +398,10 @@ def _unflatten(tracer: Tracer, out: Tensor, x: Tensor, dim: int, sizes: Sequence
 
 @_on("repeat", "tile")
 def _repeat(tracer: Tracer, out: Tensor, x: Tensor, *counts: Any, **kwargs: Any) -> None:
-    numbers = _ints((*counts, *kwargs.values()))
-    for n, dim in zip(reversed(numbers), reversed(tracer.dims(out))):
+    numbers = _sizes((*counts, *kwargs.values()))
+    own = [1] * (len(numbers) - x.dim()) + [int(n) for n in x.shape]
+    for n, dim, once in zip(reversed(numbers), reversed(tracer.dims(out)), reversed(own)):
+        n = axes.size(dim) // once if isinstance(n, Tensor) and once else n
         tracer.equate(n, _leading(dim, int(n)))
 
 

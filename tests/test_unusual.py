@@ -1984,3 +1984,27 @@ def test_what_distributions_ask_of_values_fixes_no_size(monkeypatch):
         space.export(space.sample(seed))
     searched(space, "60% params")
     assert Normal._validate_args
+
+
+class SizedByTensor(nn.Module):
+    """Rows laid out as images, whose sizes are elements of a tensor (the sampling of Deformable DETR)."""
+
+    def __init__(self):
+        super().__init__()
+        self.heads, self.first, self.last = 4, nn.Linear(5, 32), nn.Linear(32, 3)
+
+    def forward(self, x, shapes):
+        b, n, _ = x.shape
+        x = self.first(x).view(b, n, self.heads, -1)
+        heads, size = x.shape[2:]
+        pieces = []
+        for piece, (h, w) in zip(x.split([int(h * w) for h, w in shapes], dim=1), shapes):
+            piece = piece.flatten(2).transpose(1, 2).reshape(b * heads, size, h, w)
+            pieces.append(piece.repeat(h // h, 1, 1, 1).mean((2, 3)))
+        return self.last(sum(pieces).view(b, heads * size))
+
+
+def test_a_size_that_is_an_element_of_a_tensor_keeps_its_place_among_sizes():
+    space = traced(SizedByTensor(), torch.randn(2, 20, 5), torch.tensor([[4, 4], [2, 2]]))
+    assert sorted(d.size for d in space.dimensions.values()) == [4, 8], space.frozen
+    assert_exact(space)
