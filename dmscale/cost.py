@@ -309,13 +309,35 @@ def cost_model(space: SearchSpace) -> CostModel:
     for name, dims in space.trace.slots.items():
         if name in parameters:
             owners = [name, *(n for n, first in space.trace.aliases.items() if first == name)]
-            gate = tuple(part for part, inside_of in blocks if all(n.startswith(inside_of) for n in owners))
+            held = holders(space, owners)
+            gate = tuple(part for part, inside_of in blocks if all(n.startswith(inside_of) for n in held))
             paths = [n.rpartition(".")[0] for n in owners]
             add("params", dims, gate, 1, paths)
             add("bytes", dims, gate, parameters[name].element_size(), paths)
     uncounted = [f"{op} in {path or 'the model'}" for op, paths in record.unknown.items() for path in paths]
     uncounted += [f"other rows than the example's in {path}" for path in space.routed]
     return CostModel(space.variables, terms, uncounted, {"latency": space._latency_metric}, module_names(space.model))
+
+
+def holders(space: SearchSpace, names: Sequence[str]) -> list[str]:
+    """The names of a parameter, each by the first place of the container that its block goes from.
+
+    A container may stand in several places (`self.tower = Sequential(...)` and `self.trunk = Sequential(stem, self.tower)`):
+    a block that goes from it is gone from all of them, unlike one whose parameter another block holds.
+    """
+    if len(names) == 1:
+        return list(names)
+    model = space.model
+    paths = {path.rpartition(".")[0] for of_each in space.parts.values() for paths in of_each for path in paths}
+    first = {id(model.get_submodule(path)): path for path in paths}
+    held = []
+    for name in names:
+        place, module = "", model
+        for key in name.split(".")[:-1]:
+            module = module.get_submodule(key)
+            place = first.get(id(module), f"{place}.{key}" if place else key)
+        held.append(f"{place}.{name.rpartition('.')[2]}" if place else name)
+    return held
 
 
 def _once(dims: Sequence[axes.Dim], repeated: Sequence[axes.Dim]) -> list[axes.Dim]:

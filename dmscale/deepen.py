@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from . import blocks, running
 from .clone import clone, own_copy
+from .cost import holders
 from .export import get_attribute, set_attribute
 from .gates import replace_first
 from .known import quiet, recount
@@ -136,7 +137,8 @@ def _shared(space: SearchSpace, name: str, path: str) -> bool:
     """Whether a parameter is tied to one outside of the block."""
     aliases = space.trace.aliases
     first = aliases.get(name, name)
-    return not all(n.startswith(path + ".") for n in (first, *(a for a, f in aliases.items() if f == first)))
+    names = [first, *(a for a, f in aliases.items() if f == first)]
+    return not all(n.startswith(path + ".") for n in holders(space, names))
 
 
 def _zero(t: Tensor) -> Tensor:

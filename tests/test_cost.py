@@ -249,3 +249,35 @@ def test_costs_do_not_depend_on_the_run():
     for metric in METRICS:
         a, b = (s.costs.metrics[metric] for s in spaces)
         assert np.array_equal(a.index, b.index) and np.array_equal(a.coefficients, b.coefficients)
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 12), nn.Linear(12, 8)
+
+    def forward(self, x):
+        return x + self.down(self.up(x).relu())
+
+
+class InTwoPlaces(nn.Module):
+    """A tower of blocks that a model also holds as a part of its trunk (Enformer); two blocks share one of their layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.tower = nn.Sequential(*(Residual() for _ in range(4)))
+        self.tower[2].up.weight = self.tower[1].up.weight
+        self.trunk = nn.Sequential(nn.Linear(5, 8), self.tower, nn.Linear(8, 3))
+
+    def forward(self, x):
+        return self.trunk(x)
+
+
+def test_what_goes_with_a_block_counts_no_more_wherever_else_its_container_stands():
+    torch.manual_seed(0)
+    space = dmscale.trace(InTwoPlaces().eval(), torch.randn(2, 6, 5))
+    (depth,) = [n for n, d in space.dimensions.items() if d.kind == "depth"]
+    for kept in ([0, 1], [1, 2], [2, 3]):
+        structure = space.structure({depth: 2}, {depth: [float(i in kept) for i in range(4)]})
+        small = space.export(structure)
+        assert space.cost(structure).params == sum(p.numel() for p in small.parameters())
