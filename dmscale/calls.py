@@ -25,7 +25,7 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,12 +41,15 @@ if TYPE_CHECKING:
 _PRODUCTS = ("matmul", "bmm", "einsum")
 NAMES = {
     "mean": "mean", "var": "var", "std": "std", "var_mean": "var_mean", "std_mean": "std_mean", "softmax": "softmax",
+    "gumbel_softmax": "softmax",
     "log_softmax": "log_softmax", "amax": "amax", "amin": "amin", "scaled_dot_product_attention": "attention",
     "sum": "sum", "nansum": "sum", "norm": "norm", "linalg_vector_norm": "norm", "vector_norm": "norm",
+    "linalg_norm": "norm", "normalize": "norm",
     "batch_norm": "batch_norm", "layer_norm": "layer_norm", "rms_norm": "rms_norm",
     "group_norm": "group_norm", "max": "max", "min": "min", "topk": "topk",
     "mse_loss": "loss", "l1_loss": "loss", "smooth_l1_loss": "loss", "huber_loss": "loss", "logsumexp": "logsumexp",
-    "cdist": "distance", "dist": "distance", "all": "all", "any": "any", "prod": "prod", "count_nonzero": "count_nonzero",
+    "cdist": "distance", "dist": "distance", "pairwise_distance": "distance", "cosine_similarity": "distance",
+    "all": "all", "any": "any", "prod": "prod", "count_nonzero": "count_nonzero",
     "argmax": "argmax", "argmin": "argmin", "matmul": "matmul", "__matmul__": "matmul", "bmm": "bmm", "einsum": "einsum",
 }  # fmt: skip
 """Name of a torch function or method -> what its calls are counted as."""
@@ -332,6 +335,9 @@ def _deviation_and_mean(*call: Any) -> tuple[Tensor, Tensor]:
 
 
 def _softmax(func: Any, args: Any, kwargs: Any, found: CallSite, masks: Any) -> Tensor:
+    if func.__name__ == "gumbel_softmax":
+        logits = _in_logs(args[0] if args else kwargs["logits"], found, masks)
+        return func(logits, *args[1:], **{k: v for k, v in kwargs.items() if k != "logits"})
     x = args[0] if args else kwargs["input"]
     dim, dtype = _argument(args, kwargs, 1, "dim"), kwargs.get("dtype")
     x = x if dtype is None else x.to(dtype)
@@ -376,6 +382,9 @@ def _loss(func: Any, args: Any, kwargs: Any, found: CallSite, masks: Any) -> Ten
 
 
 def _distance(func: Any, args: Any, kwargs: Any, found: CallSite, masks: Any) -> Tensor:
+    """What is zero in both does not matter; they may be of other ranks, and are paired from the end."""
+    rank = running.tensors_in((args, kwargs))[found.operand].dim()
+    found = replace(found, dims=tuple([(position - rank, dim) for position, dim in found.dims]))
     for operand in (0, 1):
         args, kwargs = _with_masked((tuple(args), dict(kwargs)), found, masks, [operand])
     return func(*args, **kwargs)

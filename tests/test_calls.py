@@ -407,3 +407,27 @@ def test_each_of_several_normalisations_keeps_count():
 def test_what_is_gone_has_no_say_in_a_reduction(reduction):
     space = kept_word(nn.Sequential(nn.Linear(5, 16), Does(reduction), nn.Linear(16, 3)), torch.randn(2, 7, 5))
     assert [d.size for d in space.dimensions.values()] == [16], space.frozen
+
+
+@pytest.mark.parametrize("measure", [
+    lambda x: F.normalize(x.exp(), dim=-1),
+    lambda x: F.normalize(input=x.sigmoid(), p=1, dim=2),
+    lambda x: x / torch.linalg.norm(x.exp(), dim=-1, keepdim=True),
+    lambda x: x * F.cosine_similarity(x.sigmoid(), x.exp(), dim=-1)[..., None],
+    lambda x: x * F.cosine_similarity(x.sigmoid(), x[0, 0].exp(), dim=-1)[..., None],
+    lambda x: x * F.pairwise_distance(x.sigmoid(), x.exp())[..., None],
+])  # fmt: skip
+def test_lengths_and_angles_of_what_no_weight_makes_zero_are_over_what_is_kept(measure):
+    space = kept_word(nn.Sequential(nn.Linear(5, 16), Does(measure), nn.Linear(16, 3)), torch.randn(2, 7, 5))
+    assert [d.size for d in space.dimensions.values()] == [16], space.frozen
+
+
+def test_a_softmax_with_noise_is_over_what_is_kept():
+    model = nn.Sequential(nn.Linear(5, 16), Does(lambda x: F.gumbel_softmax(x, 0.5, dim=-1)), nn.Linear(16, 3))
+    x = torch.randn(2, 7, 5)
+    space = trace(non_trivial(model), x)
+    assert [d.size for d in space.dimensions.values()] == [16], space.frozen
+    for seed in range(4):
+        structure = space.sample(seed=seed)
+        with certify._Even():
+            assert difference(outputs(space.export(structure), x), outputs(space.gate(structure), x)) <= 1e-4
