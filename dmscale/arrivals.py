@@ -22,7 +22,7 @@ from .axes import Dim
 from .calls import GIVEN_SCALE, SCALINGS, FunctionCall, counted_as, is_counted, scaling, transform
 from .carried import CARRIERS, Carried
 from .numbering import Said, freeze_numbers
-from .sizes import Expression, Extent, Operation, SizedFloat, SizedInt, square_root
+from .sizes import Expression, Extent, Operation, SizedFloat, SizedInt, power, square_root
 from .tracer import READ, Scale, Tracer, _constant, _tensors, operands_of, shape_of
 
 Tensor = torch.Tensor
@@ -267,12 +267,12 @@ def transparent_functional() -> Iterator[None]:
     for m, n, _ in saved:
         setattr(m, n, lambda *args: False)
     torch.backends.mha.set_fastpath_enabled(False)
-    root = math.sqrt
-    math.sqrt = square_root  # it would take the float of a size and forget the size
+    root, to_the = math.sqrt, math.pow
+    math.sqrt, math.pow = square_root, power  # they would take the float of a size and forget the size
     try:
         yield
     finally:
-        math.sqrt = root
+        math.sqrt, math.pow = root, to_the
         torch.backends.mha.set_fastpath_enabled(fast)
         for m, n, function in saved:
             setattr(m, n, function)

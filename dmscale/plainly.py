@@ -2,17 +2,21 @@
 
 A function that remembers its results (`functools.lru_cache`) takes a size for any int of its value: it would hand out what it
 made of another size that happens to be equal, or of plain numbers if the model ran before its trace (einops does so).  In a
-function that was compiled by `torch.jit.script` no size is seen at all.  And `from math import sqrt` is out of reach for what
-stands for `math.sqrt` during a trace.
+function that was compiled by `torch.jit.script` no size is seen at all.  `from math import sqrt` is out of reach for what
+stands for `math.sqrt` during a trace.  And `int(size)` is a plain number whatever its class says, `float(size)` too: in the
+files of modules that do no more with `int` and `float` than to call them, others stand for them.
 """
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import functools
 import inspect
+import linecache
 import math
 import sys
+import types
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -32,12 +36,18 @@ _ANY_ARGUMENTS = inspect.CO_VARARGS | inspect.CO_VARKEYWORDS
 def plainly(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Inside, functions of all files and of the classes of `modules` run as they were written."""
     classes = {cls for kind in set(map(type, modules)) for cls in kind.__mro__ if not _is_foreign(cls.__module__)}
-    places = [*_files.places({cls.__module__ for cls in classes}), *(p for cls in classes for p in _places(cls))]
+    files = {cls.__module__ for cls in classes}
+    places = [*_files.places(files), *(p for cls in classes for p in _places(cls))]
+    kinds = [(sys.modules[file], kind) for file in files for kind in _only_called(file)]
     try:
         for place in places:
             setattr(place.holder, place.name, place.plain)
+        for holder, kind in kinds:
+            setattr(holder, kind, KINDS[kind])
         yield
     finally:
+        for holder, kind in kinds:
+            delattr(holder, kind)
         for place in places:
             setattr(place.holder, place.name, place.value)
 
@@ -112,3 +122,71 @@ def _plain(function: Any) -> Callable[..., Any]:
 
 def _any_size(values: tuple[Any, ...]) -> bool:
     return any(isinstance(v, (SizedInt, SizedFloat)) or (isinstance(v, tuple) and _any_size(v)) for v in values)
+
+
+# -- int and float ----------------------------------------------------------------------------------------------------
+
+
+class _Kind(type):
+    """Stands for `int` or `float`, and gives a size back as the size that it is."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        original: Any = cls.__base__
+        if len(args) == 1 and isinstance(args[0], (SizedInt, SizedFloat)):
+            return _as_float(args[0]) if original is float else _as_int(args[0])
+        return original(*args, **kwargs)
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return isinstance(instance, cls.__base__)  # type: ignore[arg-type]
+
+
+def _as_int(value: SizedInt | SizedFloat) -> int:
+    return value if isinstance(value, SizedInt) else int(value)
+
+
+def _as_float(value: SizedInt | SizedFloat) -> float:
+    return value**1.0 if isinstance(value, SizedInt) else value
+
+
+KINDS: dict[str, Any] = {kind.__name__: _Kind(kind.__name__, (kind,), {}) for kind in (int, float)}
+_EARLIER = ("__init__", "__new__", "reset_parameters")  # no trace runs these
+
+
+def _only_called(file: str) -> tuple[str, ...]:
+    """Which of `int` and `float` the functions of a file use, and only call, or ask with whether something is one."""
+    holder = sys.modules.get(file)
+    own = vars(holder) if holder is not None else {}
+    found = [v for v in own.values() if getattr(v, "__module__", None) == file]
+    functions = [f for v in found for f in (vars(v).values() if isinstance(v, type) else [v])]
+    codes = [f.__code__ for f in functions if isinstance(f, types.FunctionType) and f.__name__ not in _EARLIER]
+    used = tuple(kind for kind in KINDS if kind not in own and any(_names(code, kind) for code in codes))
+    source = getattr(holder, "__file__", None)
+    if not used or source is None:
+        return ()
+    beyond = _used_beyond_calls(source, len(linecache.getlines(source)))
+    return tuple(kind for kind in used if kind not in beyond)
+
+
+def _names(code: types.CodeType, name: str) -> bool:
+    return name in code.co_names or any(_names(c, name) for c in code.co_consts if isinstance(c, types.CodeType))
+
+
+@functools.cache
+def _used_beyond_calls(source: str, lines: int) -> frozenset[str]:
+    """Those that the functions of a file do anything else with: `x.to(int)`, `type(x) is int`."""
+    try:
+        tree = ast.parse("".join(linecache.getlines(source)))
+    except SyntaxError:
+        return frozenset(KINDS)
+    harmless: set[ast.AST] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            harmless.add(node.func)
+            if node.func.id == "isinstance":
+                harmless.update(n for argument in node.args[1:] for n in ast.walk(argument))
+        for part in (getattr(node, "annotation", None), getattr(node, "returns", None)):
+            harmless.update(ast.walk(part) if part is not None else ())
+    functions = [n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))]
+    bodies = [b for f in functions for b in (f.body if isinstance(f.body, list) else [f.body])]
+    named = {n for body in bodies for n in ast.walk(body) if isinstance(n, ast.Name)}
+    return frozenset(n.id for n in named - harmless if n.id in KINDS)

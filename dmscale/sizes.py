@@ -411,7 +411,12 @@ def square_root(x: Any) -> float:
     return SizedFloat(root, x.size, x.power / 2, x.fixed) if isinstance(x, SizedFloat) else root
 
 
-_sqrt = math.sqrt
+_sqrt, _pow = math.sqrt, math.pow
+
+
+def power(x: Any, exponent: Any) -> float:
+    """`math.pow`, of a size a power of it."""
+    return x ** float(exponent) if isinstance(x, (SizedInt, SizedFloat)) else _pow(x, exponent)
 
 
 def _in_numpy(ufunc: Any, method: str, inputs: tuple, kwargs: dict[str, Any]) -> Any:
