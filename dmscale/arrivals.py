@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from . import axes, direct, recurrent
 from .axes import Dim
-from .calls import GIVEN_SCALE, SCALINGS, FunctionCall, counted_as, is_counted, scaling, transform
+from .calls import GIVEN_SCALE, SCALINGS, FunctionCall, counted_as, is_counted, root, scaling, transform
 from .carried import CARRIERS, Carried
 from .numbering import Said, freeze_numbers
 from .sizes import Expression, Extent, Operation, SizedFloat, SizedInt, power, square_root
@@ -46,6 +46,8 @@ class Arrivals(TorchFunctionMode):
         route = _route(func)
         how = route.how
         if how == "call":
+            if self.carried and (size := self.carried.under_root(route.name, args)) is not None:
+                return self._counted("root", func, route, args, kwargs, size)
             if self.carried or route.name in CARRIERS:
                 args, out = self.carried.pass_on(route.name, func, args, kwargs)
                 if out is not None:
@@ -75,8 +77,10 @@ class Arrivals(TorchFunctionMode):
             self.tracer.counting.pass_over(counted)
         return self._call(func, route, args, {})
 
-    def _counted(self, counted: str, func: Any, route: _Route, args: Any, kwargs: Any) -> Any:
-        """A call that a gate may have to find again."""
+    def _counted(
+        self, counted: str, func: Any, route: _Route, args: Any, kwargs: Any, under: SizedInt | None = None
+    ) -> Any:
+        """A call that a gate may have to find again; `under` is the size whose root it takes, as of a tensor."""
         tracer = self.tracer
         if counted == "batch_norm" and len(args) > 5 and not args[5]:  # no gate looks for one in evaluation
             tracer.counting.count(counted)
@@ -89,11 +93,16 @@ class Arrivals(TorchFunctionMode):
             result = None if first is None else tracer.value(first)
             call = FunctionCall(tracer.path, counted, number, start, tracer.op, operands, result)
             tracer.record.functions.append(call)
-        factor = scaling(counted, args) if counted in SCALINGS else None
+        factor = scaling(route.name, args) if counted in SCALINGS else None
         if isinstance(factor, SizedFloat):
             plain = not kwargs or counted == "tensor"  # which says of what kind and where
-            if not (number is not None and plain and _scaled(tracer, factor, SCALINGS[counted])):
+            power = SCALINGS[counted] * factor.power
+            if number is not None and plain and _scaled(tracer, factor.size.expression, power):
+                tracer.release(factor.fixed)
+            else:
                 factor.escape(counted)
+        if under is not None and (number is None or not _scaled(tracer, under.expression, root(route.name, args) or 0)):
+            under.escape(route.name)
         return out
 
     def _call(self, func: Any, route: _Route, args: Any, kwargs: Any) -> Any:
@@ -188,16 +197,15 @@ def _route(func: Any) -> _Route:
     return _Route(how, name, _HANDLERS.get(name), is_counted(name), direct.OPERATORS.get(func))
 
 
-def _scaled(tracer: Tracer, factor: SizedFloat, sign: int) -> bool:
-    """A tensor was multiplied with (`sign` 1) or divided by (-1) a power of a size: for a gate to follow, not to be fixed.
+def _scaled(tracer: Tracer, size: Expression, power: float) -> bool:
+    """A tensor is a constant times `size` to a power: for a gate to follow, not to be fixed.
 
     False where the size is not known by now as that of axes.
     """
-    dim = _measured(tracer, factor.size.expression)
+    dim = _measured(tracer, size)
     if dim is None or not axes.is_free(dim):
         return False
-    tracer.record.scales.append(Scale(tracer.op, tracer.path, dim, sign * factor.power))
-    tracer.release(factor.fixed)
+    tracer.record.scales.append(Scale(tracer.op, tracer.path, dim, power))
     return True
 
 
@@ -401,8 +409,8 @@ def _repeat(tracer: Tracer, out: Tensor, x: Tensor, *counts: Any, **kwargs: Any)
     numbers = _sizes((*counts, *kwargs.values()))
     own = [1] * (len(numbers) - x.dim()) + [int(n) for n in x.shape]
     for n, dim, once in zip(reversed(numbers), reversed(tracer.dims(out)), reversed(own)):
-        n = axes.size(dim) // once if isinstance(n, Tensor) and once else n
-        tracer.equate(n, _leading(dim, int(n)))
+        count = axes.size(dim) // max(once, 1) if isinstance(n, Tensor) else n
+        tracer.equate(count, _leading(dim, int(count)))
 
 
 @_on("repeat_interleave")

@@ -58,7 +58,7 @@ SCALINGS = {"mul": 1, "div": -1, "mul_": 1, "div_": -1, "tensor": 1}
 """What is counted where the second factor is a plain number, or a tensor is made of one -> the sign of its power."""
 _SCALED = {
     "mul": "mul", "div": "div", "true_divide": "div", "mul_": "mul_", "div_": "div_", "__imul__": "mul_", "__itruediv__": "div_",
-    "tensor": "tensor",
+    "tensor": "tensor", "full": "tensor",
 }  # fmt: skip
 
 GIVEN_SCALE = "attention scale, given"
@@ -68,21 +68,38 @@ GIVEN_SCALE = "attention scale, given"
 _COMPOSITE = ("torch.functional", "torch.nn.functional", f"{__package__}.plainly")
 
 
+_ROOTS = {"sqrt": 0.5, "rsqrt": -0.5, "reciprocal": -1.0, "pow": None, "__pow__": None}
+"""Functions that may take the root of a tensor of one number -> the power; None where they are told it."""
+
+
+def root(name: str, args: Sequence[Any]) -> float | None:
+    """The power that a call of the function `name` gives of a tensor of one number; None if it does nothing like it."""
+    if name not in _ROOTS or not args or not isinstance(args[0], Tensor) or args[0].numel() != 1:
+        return None
+    power = _ROOTS[name]
+    told: Any = args[1] if power is None and len(args) == 2 else None
+    return float(told) if type(told) in (int, float) else power
+
+
 def counted_as(name: str, args: Sequence[Any]) -> str | None:
     """What a call of the function `name` is counted as; None if it is not."""
+    if name in _ROOTS:
+        return None if root(name, args) is None else "root"
     if name in _SCALED:
         return _SCALED[name] if isinstance(scaling(name, args), float) else None
     return NAMES.get(name)
 
 
 def scaling(name: str, args: Sequence[Any]) -> Any:
-    """The plain number that a call of one of `SCALINGS` multiplies with, or makes a tensor of."""
+    """The plain number that a call of the function `name` multiplies with, or makes a tensor of."""
+    if name == "full":
+        return args[1] if len(args) == 2 and not args[0] else None
     return args[name != "tensor"] if len(args) == 1 + (name != "tensor") else None
 
 
 def is_counted(name: str) -> bool:
     """Whether there are calls of the function `name` that are counted."""
-    return name in NAMES or name in _SCALED
+    return name in NAMES or name in _SCALED or name in _ROOTS
 
 
 @dataclass(eq=False, slots=True)
@@ -564,5 +581,6 @@ _FORMS: dict[str, Callable[..., Any]] = {
     "layer_norm": _normalised, "rms_norm": _normalised, "group_norm": _normalised_in_groups,
     "loss": _loss, "logsumexp": _logsumexp, "distance": _distance,
     "sum": _masked, "norm": _masked, "attention": _attention, **dict.fromkeys(_PRODUCTS, _masked),
-    "mul": _rescaled, "div": _rescaled, "tensor": _rescaled, "mul_": _rescaled_in_place, "div_": _rescaled_in_place,
+    "mul": _rescaled, "div": _rescaled, "tensor": _rescaled, "root": _rescaled,
+    "mul_": _rescaled_in_place, "div_": _rescaled_in_place,
 }  # fmt: skip

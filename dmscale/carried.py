@@ -10,10 +10,14 @@ import torch
 from torch import Tensor
 
 from . import running
+from .calls import root
 from .sizes import SizedInt
 
-CARRIERS = frozenset({"tensor", "as_tensor"})
-"""Torch functions that make a tensor of numbers."""
+CARRIERS = {"tensor": 0, "as_tensor": 0, "new_tensor": 1, "full": 1}
+"""Torch functions that make a tensor of numbers -> which argument these are."""
+
+_SAME = frozenset({"to", "type", "float", "double", "half", "bfloat16", "cuda", "cpu", "clone", "detach"})
+"""What gives a tensor of the same numbers."""
 
 
 class Carried:
@@ -33,8 +37,13 @@ class Carried:
         A tensor that goes anywhere else is one of plain numbers, and what it was made of has to stay.
         """
         first = args[0] if args else None
-        if name in CARRIERS and _are_sizes(first):
-            return args, self._carry(function(*args, **kwargs), first)
+        numbers: Any = args[CARRIERS[name]] if name in CARRIERS and len(args) > CARRIERS[name] else None
+        if _are_sizes(numbers) and not (name == "full" and first):
+            plain = [int(n) for n in numbers] if isinstance(numbers, list) else int(numbers)
+            made = function(*args[: CARRIERS[name]], plain, *args[CARRIERS[name] + 1 :], **kwargs)
+            return args, self._carry(made, numbers)
+        if name in _SAME and self._of(first) is not None:
+            return args, self._carry(function(*args, **kwargs), self._of(first))
         if name == "item" and (size := self._number(first)) is not None:
             return args, size
         if name == "__getitem__":
@@ -48,6 +57,11 @@ class Carried:
                 if isinstance(size, SizedInt):
                     size.escape(name)
         return args, None
+
+    def under_root(self, name: str, args: tuple) -> SizedInt | None:
+        """The size of which a call takes a root, as of a tensor; None if it does not."""
+        size = self._number(args[0]) if args else None
+        return size if isinstance(size, SizedInt) and root(name, args) is not None else None
 
     def _carry(self, tensor: Tensor, sizes: Any) -> Tensor:
         if _are_sizes(sizes):
@@ -99,8 +113,8 @@ class _Constructor(type):
 
 @contextlib.contextmanager
 def constructors() -> Iterator[None]:
-    """Inside, `torch.IntTensor([size])` is `torch.tensor([size])`."""
-    originals = {name: getattr(torch, name) for name in ("IntTensor", "LongTensor")}
+    """Inside, `torch.IntTensor([size])` is `torch.tensor([size])`, and so are its like."""
+    originals = {name: getattr(torch, name) for name in ("IntTensor", "LongTensor", "FloatTensor")}
     for name, original in originals.items():
         setattr(torch, name, _Constructor(name, (), {"original": original}))
     try:

@@ -164,6 +164,12 @@ SCALES = {
     "one number, twice": lambda a, q, k: (lambda t: (q / t) @ k.mul(1 / t))(math.sqrt(a.size) ** 0.5),
     "by numpy": lambda a, q, k: (q / np.power(a.size, 0.25)) @ k * (1 / np.sqrt(np.sqrt(q.shape[-1]))),
     "a tensor of a number": lambda a, q, k: q * torch.tensor(a.size**-0.5, dtype=q.dtype) @ k + torch.tensor(0.5),
+    "a tensor of the size": lambda a, q, k: q @ k / torch.sqrt(torch.tensor(a.size)),
+    "of another kind": lambda a, q, k: q @ k / torch.sqrt(torch.tensor([q.shape[-1]], dtype=q.dtype).to(q.device)),
+    "a power of it": lambda a, q, k: q @ k * q.new_tensor(q.size(-1)) ** -0.5 + torch.ones(1).sqrt(),
+    "by its constructor": lambda a, q, k: (q * torch.rsqrt(torch.FloatTensor([a.size]))) @ k,
+    "full of a number": lambda a, q, k: q @ k / torch.full([], q.size(-1) ** 0.5, dtype=q.dtype),
+    "full of the size": lambda a, q, k: q @ k / torch.full((), a.size).sqrt(),
     "beside a constant": lambda a, q, k: 0.5 * (q * 2.0) @ k / math.sqrt(a.size) * 1.0,
 }
 
@@ -210,6 +216,7 @@ def test_a_size_stays_one_as_a_plain_number(as_a):
 ELSEWHERE = {
     "added": lambda a, q, k: (lambda t: q @ k / t + k.norm() * (t + 1))(math.sqrt(a.size)),
     "in other arithmetic of numpy": lambda a, q, k: q @ k / np.log2(a.size),
+    "a tensor of it, added": lambda a, q, k: (lambda t: q @ k / t.sqrt() + t)(torch.tensor(a.size)),
     "added to a number of numpy": lambda a, q, k: q @ k / float(np.int64(2) + a.size),
     "filled in": lambda a, q, k: (lambda t: (q @ k / t).masked_fill(q @ k > 0, t))(math.sqrt(a.size)),
     "a scalar of a sum": lambda a, q, k: (lambda t: torch.add(q @ k / t, k.mean(), alpha=t))(math.sqrt(a.size)),
