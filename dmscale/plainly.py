@@ -9,12 +9,13 @@ files of modules that do no more with `int` and `float` than to call them, other
 
 from __future__ import annotations
 
-import ast
 import contextlib
+import dis
 import functools
 import inspect
 import linecache
 import math
+import re
 import sys
 import types
 from collections.abc import Callable, Iterable, Iterator
@@ -152,41 +153,77 @@ KINDS: dict[str, Any] = {kind.__name__: _Kind(kind.__name__, (kind,), {}) for ki
 _EARLIER = ("__init__", "__new__", "reset_parameters")  # no trace runs these
 
 
-def _only_called(file: str) -> tuple[str, ...]:
+def _only_called(file: str) -> frozenset[str]:
     """Which of `int` and `float` the functions of a file use, and only call, or ask with whether something is one."""
     holder = sys.modules.get(file)
-    own = vars(holder) if holder is not None else {}
-    found = [v for v in own.values() if getattr(v, "__module__", None) == file]
-    functions = [f for v in found for f in (vars(v).values() if isinstance(v, type) else [v])]
-    codes = [f.__code__ for f in functions if isinstance(f, types.FunctionType) and f.__name__ not in _EARLIER]
-    used = tuple(kind for kind in KINDS if kind not in own and any(_names(code, kind) for code in codes))
-    source = getattr(holder, "__file__", None)
-    if not used or source is None:
-        return ()
-    beyond = _used_beyond_calls(source, len(linecache.getlines(source)))
-    return tuple(kind for kind in used if kind not in beyond)
+    if holder is None or sys.version_info < (3, 11):  # which does not tell a call from another use
+        return frozenset()
+    if (source := getattr(holder, "__file__", None)) is None:  # a notebook's, which may be written anew
+        return _used(holder, "") - vars(holder).keys()
+    return _used_by(file, source, len(vars(holder))) - vars(holder).keys()
 
 
-def _names(code: types.CodeType, name: str) -> bool:
-    return name in code.co_names or any(_names(c, name) for c in code.co_consts if isinstance(c, types.CodeType))
+@functools.lru_cache(maxsize=4096)
+def _used_by(file: str, source: str, names: int) -> frozenset[str]:
+    return _used(sys.modules[file], source)
 
 
-@functools.cache
-def _used_beyond_calls(source: str, lines: int) -> frozenset[str]:
-    """Those that the functions of a file do anything else with: `x.to(int)`, `type(x) is int`."""
-    try:
-        tree = ast.parse("".join(linecache.getlines(source)))
-    except SyntaxError:
-        return frozenset(KINDS)
-    harmless: set[ast.AST] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-            harmless.add(node.func)
-            if node.func.id == "isinstance":
-                harmless.update(n for argument in node.args[1:] for n in ast.walk(argument))
-        for part in (getattr(node, "annotation", None), getattr(node, "returns", None)):
-            harmless.update(ast.walk(part) if part is not None else ())
-    functions = [n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))]
-    bodies = [b for f in functions for b in (f.body if isinstance(f.body, list) else [f.body])]
-    named = {n for body in bodies for n in ast.walk(body) if isinstance(n, ast.Name)}
-    return frozenset(n.id for n in named - harmless if n.id in KINDS)
+def _used(holder: types.ModuleType, source: str) -> frozenset[str]:
+    using = [(code, kind) for code in _codes(holder) for kind in KINDS if kind in code.co_names]
+    beyond = {kind for code, kind in using if not all(_asks(source, place) for place in _uncalled(code, kind))}
+    return frozenset(kind for _, kind in using) - beyond
+
+
+def _codes(holder: types.ModuleType) -> Iterator[types.CodeType]:
+    """Those of the functions of a file that a trace may run, also inside of others and of what decorates them."""
+    todo: list[Any] = list(vars(holder).values())
+    seen: set[int] = set()
+    while todo:
+        value = todo.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, type):
+            todo += vars(value).values() if value.__module__ == holder.__name__ else ()
+        elif isinstance(value, types.FunctionType):
+            if value.__globals__ is vars(holder):
+                yield from _inside(value.__code__) if value.__name__ not in _EARLIER else ()
+            todo += [cell.cell_contents for cell in value.__closure__ or () if cell != _EMPTY_CELL]
+        elif isinstance(value, property):
+            todo += [value.fget, value.fset]
+        elif isinstance(value, (staticmethod, classmethod)):
+            todo.append(value.__func__)
+        elif isinstance(value, functools.cached_property):
+            todo.append(value.func)
+
+
+def _inside(code: types.CodeType) -> Iterator[types.CodeType]:
+    """The code of a function and of everything in it."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _inside(constant)
+
+
+def _uncalled(code: types.CodeType, name: str) -> list[tuple[Any, ...]]:
+    """(line, last line, column, last column) wherever a function does anything else with a global name than to call it."""
+    found, extended, instructions = [], 0, code.co_code
+    for at in range(0, len(instructions), 2):
+        operation, argument = instructions[at], extended | instructions[at + 1]
+        extended = argument << 8 if operation == dis.EXTENDED_ARG else 0
+        if operation == _LOAD_GLOBAL and not argument & 1 and code.co_names[argument >> 1] == name:
+            found.append(at // 2)
+    places = list(code.co_positions()) if found else []
+    return [places[i] for i in found]
+
+
+def _asks(source: str, place: tuple[Any, ...]) -> bool:
+    """Whether a name stands in the second argument of `isinstance`, as far as its line shows."""
+    line, _, column, _ = place
+    before = linecache.getline(source, line).encode()[:column] if line is not None and column is not None else b""
+    return _ASKED.search(before) is not None
+
+
+_EMPTY_CELL = types.CellType()
+_LOAD_GLOBAL = dis.opmap["LOAD_GLOBAL"]
+_ASKED = re.compile(rb"\bisinstance\(([^(),]|\([^()]*\))+, \(?([\w.]+, )*$")

@@ -2,9 +2,12 @@
 
 import copy
 import math
+import sys
 from math import sqrt
 
 import numpy as np
+import other_uses
+import plain_numbers
 import pytest
 import torch
 import torch.nn.functional as F
@@ -179,38 +182,23 @@ def test_head_sizes_are_free_under_a_scale_written_by_hand(name):
     model = nn.Sequential(nn.Linear(3, 12), ByHand(SCALES[name]), nn.Linear(12, 2))
     space = kept_word(model, torch.randn(2, 5, 3))
     assert sorted(d.kind for d in space.dimensions.values() if "1" in d.name) == ["heads", "width", "width"]
-    assert isinstance(math.sqrt(4), float) and type(math.sqrt).__name__ == "builtin_function_or_method"
-
-
-class OverPlaces(nn.Module):
-    """Attention over the places of an image, whose scale takes the channels for a plain number (VQGAN)."""
-
-    def __init__(self, as_a):
-        super().__init__()
-        self.as_a, self.first, self.last = as_a, nn.Conv2d(3, 12, 1), nn.Conv2d(12, 4, 1)
-        self.q, self.k, self.v = (nn.Conv2d(12, 8, 1) for _ in range(3))
-        self.out = nn.Conv2d(8, 12, 1)
-
-    def forward(self, x):
-        x = self.first(x)
-        q, k, v = (m(x) for m in (self.q, self.k, self.v))
-        b, c, h, w = q.shape
-        scores = torch.bmm(q.reshape(b, c, h * w).permute(0, 2, 1), k.reshape(b, c, h * w))
-        if self.as_a == "int":
-            scores = scores * (int(c) ** (-0.5))
-        elif self.as_a == "float":
-            scores = scores * math.sqrt(1.0 / float(c))
-        else:
-            scores = scores * math.pow(c, -0.5)
-        v = torch.bmm(v.reshape(b, int(c), h * w), scores.softmax(2).permute(0, 2, 1))
-        return self.last(x + self.out(v.reshape(b, c, h, w)))
+    assert math.sqrt(4) == 2 and type(math.sqrt).__name__ == "builtin_function_or_method"
 
 
 @pytest.mark.parametrize("as_a", ["int", "float", "power"])
 def test_a_size_stays_one_as_a_plain_number(as_a):
-    space = kept_word(OverPlaces(as_a), torch.randn(2, 3, 4, 4))
+    if as_a != "power" and sys.version_info < (3, 11):
+        pytest.skip("Python 3.10 does not tell a call of int from another use")
+    space = kept_word(plain_numbers.OverPlaces(as_a), torch.randn(2, 3, 4, 4))
     assert sorted(d.size for d in space.dimensions.values()) == [8, 12], space.frozen
-    assert "int" not in globals() and "float" not in globals()
+    assert not vars(plain_numbers).keys() & {"int", "float"}
+
+
+@pytest.mark.parametrize("use", ["converts", "compares"])
+def test_what_a_forward_does_with_int_itself_is_left_alone(use):
+    """`x.to(int)` and `type(n) is int` take no other class for it."""
+    space = kept_word(other_uses.Uses(use), torch.randn(6, 5))
+    assert [d.size for d in space.dimensions.values()] == [16], space.frozen
 
 
 ELSEWHERE = {
