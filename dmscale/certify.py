@@ -295,18 +295,15 @@ def shaken(space: SearchSpace, model: nn.Module, inputs: Any, structure: Structu
         return 0.0
 
 
-def compare_precisely(space: SearchSpace, structure: Structure, small: nn.Module) -> float:
-    """`compare` of an exported model in float64; inf if that does not run, or if it has that precision already."""
-    model, inputs = _in_precision(space.model, space.example_inputs, torch.float64)
-    if model is space.model:
-        return float("inf")
+def compare_in(space: SearchSpace, structure: Structure, small: nn.Module, dtype: torch.dtype) -> float:
+    """`compare` of an exported model in a higher precision than its own; inf if it has that already, or does not run in it."""
     try:
-        return compare(
-            space._gate(model, structure), _in_precision(small, space.example_inputs, torch.float64)[0], inputs
-        )
-    except Exception as failure:
-        running.raise_if_short(failure)
-        return float("inf")
+        model, inputs = _in_precision(space.model, space.example_inputs, dtype)
+        if model is not space.model:
+            return compare(space._gate(model, structure), _in_precision(small, inputs, dtype)[0], inputs)
+    except Exception:  # a forward that casts to a precision of its own, or no memory for this one
+        pass
+    return float("inf")
 
 
 def _rounded(t: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from nets import NETS, assert_same, difference, fingerprint, kinds, non_trivial,
 from torch import nn
 
 import dmscale
-from dmscale import BudgetError, DmscaleError, TraceError
+from dmscale import BudgetError, DmscaleError, TraceError, certify
 from dmscale.clone import clone
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -356,6 +356,25 @@ def test_half_precision_works(name, dtype):
         assert error <= 16 * torch.finfo(dtype).eps
     assert space.cost().bytes == 2 * space.cost().params
     assert_same(before, fingerprint(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_wrong_export_does_not_hide_behind_the_rounding_of_half_precision(dtype, monkeypatch):
+    model, inputs = net("residual_conv")
+    space = dmscale.trace(model.to(dtype), inputs.to(dtype))
+    build = space.build
+
+    def wrong(structure, *args):
+        small = build(structure, *args)
+        with torch.no_grad():
+            next(small.parameters()).mul_(1.02)
+        return small
+
+    monkeypatch.setattr(space, "build", wrong)
+    structure = space.uniform(0.5)
+    assert certify.compare(space.gate(structure), wrong(structure), inputs.to(dtype)) <= certify.tolerance(model)
+    with pytest.raises(dmscale.ExportError, match="differs from the gated one.*allowed 1e-04.*report"):
+        space.export(structure)
 
 
 def test_a_search_in_half_precision():
@@ -864,7 +883,7 @@ def test_short_memory_is_no_fault_of_a_dimension(monkeypatch, short):
     def compare(*args):
         raise short
 
-    monkeypatch.setattr(dmscale.certify, "compare", compare)
+    monkeypatch.setattr(certify, "compare", compare)
     with pytest.raises(TraceError, match="no memory for the trial of Sequential.*verify=False"):
         dmscale.trace(model, inputs)
     with pytest.raises(dmscale.ExportError, match="no memory to run Sequential gated and exported.*verify=False"):
