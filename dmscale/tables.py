@@ -78,10 +78,8 @@ def _what_is_free(space: SearchSpace) -> list[Text]:
     lines = [Text(f"Free: {free['macs']:.1%} of the MACs, {free['params']:.1%} of the parameters")]
     for cause in found[:3]:
         few = ", ".join(cause.axes[:2]) + (f" and {len(cause.axes) - 2} more" if len(cause.axes) > 2 else "")
-        lines.append(
-            Text(f"Frozen: {cause.macs:.1%} of the MACs, {cause.params:.1%} of the parameters: {cause.reason} ({few})")
-        )
-        lines.append(Text(f"  {cause.remedy}"))
+        held = f"{cause.macs:.1%} of the MACs, {cause.params:.1%} of the parameters"
+        lines += [Text(f"Frozen along an axis: {held}: {cause.reason} ({few})"), Text(f"  {cause.remedy}")]
     return lines
 
 

@@ -138,14 +138,14 @@ def test_the_command_and_the_table_end_with_the_report(tmp_path):
     spec = f"{tmp_path / 'own_net.py'}:net"
     text = CliRunner().invoke(app, ["trace", spec]).output
     end = " ".join(text[text.index("Free:") :].split())
-    assert re.match(r"Free: \d+\.\d% of the MACs, \d+\.\d% of the parameters Frozen: ", end)
+    assert re.match(r"Free: \d+\.\d% of the MACs, \d+\.\d% of the parameters Frozen along an axis: ", end)
     assert "cumulative (cumsum) (a) its operator depends on the order" in end
     assert "an axis of the model's output (c) it is an output of the model" in end
     data = json.loads(CliRunner().invoke(app, ["trace", spec, "--json"]).stdout)
     assert set(data["free"]) == {"macs", "params"}
     assert [c["axes"] for c in data["causes"]] == [["a"], ["c"]]
     for cause in data["causes"]:
-        assert f"Frozen: {cause['macs']:.1%} of the MACs, {cause['params']:.1%} of the parameters" in end
+        assert f"Frozen along an axis: {cause['macs']:.1%} of the MACs, {cause['params']:.1%} of the parameters" in end
         assert cause["reason"] in end and cause["remedy"] in end
 
 
