@@ -346,7 +346,7 @@ def cut(dim: Dim, sizes: Sequence[int]) -> list[Dim]:
         if any(n % inner for n in sizes):
             if not is_free(dim):  # nothing will ever be cut from it: pieces of any size say no more of it
                 return [axis(n, *reasons(dim)) for n in sizes]
-            raise Conflict(f"{[a.size for a in (lead, *rest)]} cut into {list(sizes)}")
+            raise Conflict(f"a part ends inside of a group: {[a.size for a in (lead, *rest)]} cut into {list(sizes)}")
         return [(*piece, *rest) for piece in cut((lead,), [n // inner for n in sizes])]
     if lead.sum is None:
         lead.sum = tuple(axis(n, *lead.reasons) for n in sizes)

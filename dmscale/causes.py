@@ -49,6 +49,7 @@ REMEDIES: dict[str, str] = {
     "a constant": "make the constant that it meets a buffer, or from x.shape",
     "made by": "make the constant that it meets a buffer, or from x.shape",
     "two views of it do not fit": "use numbers of groups, heads or windows of which one divides the other",
+    "conflict (a part ends inside of a group": "choose numbers of groups (of heads, of channels) that divide every part",
     "conflict": "sizes meet there in two ways that do not fit: please report it, with the model",
     "the forward writes to its output": "write that sum out of place, y = y + x and not y += x",
     "its elements are read by": "do it with tensors: what Python makes of the elements cannot be followed",
