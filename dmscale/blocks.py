@@ -205,7 +205,8 @@ def counted(model: nn.Module, owner: str, containers: Sequence[str], record: Rec
     module = model.get_submodule(owner)
     entries = len(list(model.get_submodule(containers[0]).children()))
     cls: Any = type(module)
-    named = [name for name in _counted_up_to(cls) if module.__dict__.get(name) == entries]
+    alike = {name for name, value in vars(module).items() if isinstance(value, int) and value == entries}
+    named = [name for name in _counted_up_to(cls) if name in alike] if alike - {"training"} else []
     as_many = [
         n for n, c in module.named_children() if isinstance(c, (nn.ModuleList, nn.Sequential)) and len(c) == entries
     ]
@@ -221,8 +222,8 @@ def counted(model: nn.Module, owner: str, containers: Sequence[str], record: Rec
 def _counted_up_to(cls: Any) -> tuple[str, ...]:
     """The attributes to which the methods of a class count: `range(self.layers)`, `range(self.first, self.last)`."""
     found: list[str] = []
-    for function in [m for c in cls.__mro__ for m in vars(c).values() if isinstance(m, types.FunctionType)]:
-        if "range" not in function.__code__.co_names or (tree := syntax(function)) is None:
+    for name, function in [m for c in cls.__mro__ for m in vars(c).items() if isinstance(m[1], types.FunctionType)]:
+        if "range" not in function.__code__.co_names or name == "__init__" or (tree := syntax(function)) is None:
             continue
         me = function.__code__.co_varnames[:1]
         for node in ast.walk(tree):

@@ -253,8 +253,19 @@ def _slice(x: Tensor, dim: int = 0, start: int | None = None, end: int | None = 
     return x[(*[slice(None)] * dim, slice(start, end))] if dim >= 0 and step == 1 else None
 
 
+def _norm(x: Tensor, ord: float = 2, dims: Any = None, keepdim: bool = False) -> Any:
+    if not dims or not x.dim() or not x.is_meta or x.dtype not in _FLOATS:
+        return None
+    over = {d % x.dim() for d in dims}
+    return _empty([1 if i in over else n for i, n in enumerate(x.shape) if keepdim or i not in over], x)
+
+
+def _cumsum(x: Tensor, dim: int) -> Any:
+    return _empty(x.shape, x) if x.dim() and _plain(x) else None
+
+
 def _activation(x: Tensor, *rest: Any) -> Any:
-    return _like(x) if x.is_meta and x.is_contiguous() and x.is_floating_point() else None
+    return _like(x) if x.is_meta and x.is_floating_point() and (x.is_contiguous() or _is_dense(x)) else None
 
 
 def _activation_(x: Tensor, *rest: Any) -> Any:
@@ -275,6 +286,8 @@ _FORMULAS: dict[Any, Callable[..., Any]] = {
     aten.matmul.default: _matmul,
     aten._grouped_mm.default: _grouped,
     aten.mean.dim: _mean,
+    aten.linalg_vector_norm.default: _norm,
+    aten.cumsum.default: _cumsum,
     aten.cat.default: _cat,
     **{p.Tensor: _binary for p in (aten.add, aten.mul, aten.sub, aten.div)},
     aten._softmax.default: _softmax,
@@ -287,7 +300,7 @@ _FORMULAS: dict[Any, Callable[..., Any]] = {
     aten.alias.default: torch.Tensor.detach,
     **{p.default: _activation for p in (
         aten.relu, aten.gelu, aten.silu, aten.sigmoid, aten.tanh, aten.hardsigmoid, aten.hardswish, aten.hardtanh,
-        aten.leaky_relu, aten.elu, aten.mish, aten.softplus, aten.clamp_min, aten.rsqrt,
+        aten.leaky_relu, aten.elu, aten.mish, aten.softplus, aten.clamp_min, aten.rsqrt, aten.neg, aten.exp, aten.sin, aten.cos,
     )},
     aten.pow.Tensor_Scalar: _activation,
     **{p.default: _activation_ for p in (

@@ -9,6 +9,7 @@ these alone are called in both modes.
 from __future__ import annotations
 
 import ast
+import dis
 import functools
 import inspect
 import types
@@ -241,9 +242,24 @@ class _Put(ast.NodeTransformer):
 
 
 def _names_training(code: types.CodeType) -> bool:
-    return "training" in code.co_names or any(
-        isinstance(c, types.CodeType) and _names_training(c) for c in code.co_consts
-    )
+    """Whether a function asks for a mode, other than to hand it on, as in `self.head.train(self.training)`."""
+    if "training" in code.co_names and not ("train" in code.co_names and _only_hands_on(code)):
+        return True
+    return any(isinstance(c, types.CodeType) and _names_training(c) for c in code.co_consts)
+
+
+def _only_hands_on(code: types.CodeType) -> bool:
+    """Whether every mode that is asked for is the argument of a call of `train`: the bytecode tells without the source."""
+    steps = [(i.opname, i.argval) for i in dis.get_instructions(code) if i.opname not in ("PRECALL", "EXTENDED_ARG")]
+    for at, step in enumerate(steps):
+        if step == ("LOAD_ATTR", "training"):
+            holder = at - 1
+            while steps[holder][0] == "LOAD_ATTR":
+                holder -= 1
+            call, given = steps[at + 1]
+            if steps[holder - 1][1] != "train" or not call.startswith("CALL") or given != 1:
+                return False
+    return True
 
 
 def _is_training(node: ast.AST) -> bool:

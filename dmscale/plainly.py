@@ -13,9 +13,7 @@ import contextlib
 import dis
 import functools
 import inspect
-import linecache
 import math
-import re
 import sys
 import types
 from collections.abc import Callable, Iterable, Iterator
@@ -158,19 +156,19 @@ def _only_called(file: str) -> frozenset[str]:
     holder = sys.modules.get(file)
     if holder is None or sys.version_info < (3, 11):  # which does not tell a call from another use
         return frozenset()
-    if (source := getattr(holder, "__file__", None)) is None:  # a notebook's, which may be written anew
-        return _used(holder, "") - vars(holder).keys()
-    return _used_by(file, source, len(vars(holder))) - vars(holder).keys()
+    if not hasattr(holder, "__file__"):  # a notebook's, which may be written anew
+        return _used(holder) - vars(holder).keys()
+    return _used_by(file, len(vars(holder))) - vars(holder).keys()
 
 
 @functools.lru_cache(maxsize=4096)
-def _used_by(file: str, source: str, names: int) -> frozenset[str]:
-    return _used(sys.modules[file], source)
+def _used_by(file: str, names: int) -> frozenset[str]:
+    return _used(sys.modules[file])
 
 
-def _used(holder: types.ModuleType, source: str) -> frozenset[str]:
+def _used(holder: types.ModuleType) -> frozenset[str]:
     using = [(code, kind) for code in _codes(holder) for kind in KINDS if kind in code.co_names]
-    beyond = {kind for code, kind in using if not all(_asks(source, place) for place in _uncalled(code, kind))}
+    beyond = {kind for code, kind in using if _is_taken(code, kind) and not _only_asks(code, kind)}
     return frozenset(kind for _, kind in using) - beyond
 
 
@@ -205,25 +203,43 @@ def _inside(code: types.CodeType) -> Iterator[types.CodeType]:
             yield from _inside(constant)
 
 
-def _uncalled(code: types.CodeType, name: str) -> list[tuple[Any, ...]]:
-    """(line, last line, column, last column) wherever a function does anything else with a global name than to call it."""
-    found, extended, instructions = [], 0, code.co_code
+def _is_taken(code: types.CodeType, name: str) -> bool:
+    """Whether a function does anything else with a global name than to call it; bytes are looked through quickly."""
+    extended, instructions = 0, code.co_code
     for at in range(0, len(instructions), 2):
         operation, argument = instructions[at], extended | instructions[at + 1]
         extended = argument << 8 if operation == dis.EXTENDED_ARG else 0
         if operation == _LOAD_GLOBAL and not argument & 1 and code.co_names[argument >> 1] == name:
-            found.append(at // 2)
-    places = list(code.co_positions()) if found else []
-    return [places[i] for i in found]
+            return True
+    return False
 
 
-def _asks(source: str, place: tuple[Any, ...]) -> bool:
-    """Whether a name stands in the second argument of `isinstance`, as far as its line shows."""
-    line, _, column, _ = place
-    before = linecache.getline(source, line).encode()[:column] if line is not None and column is not None else b""
-    return _ASKED.search(before) is not None
+def _only_asks(code: types.CodeType, name: str) -> bool:
+    """Whether a function does no more with a global name than to call it, or to ask whether something held is one."""
+    steps = [i for i in dis.get_instructions(code) if i.opname not in ("PRECALL", "EXTENDED_ARG")]
+    return all(
+        _is_asked(steps, at) for at, step in enumerate(steps)
+        if step.opname == "LOAD_GLOBAL" and step.argval == name and not _is_called(step)
+    )  # fmt: skip
+
+
+def _is_asked(steps: list[dis.Instruction], at: int) -> bool:
+    """Whether the class that instruction `at` loads is in the second argument of `isinstance`."""
+    end = at + 1
+    while steps[end].opname in ("LOAD_GLOBAL", "LOAD_ATTR") and not _is_called(steps[end]):
+        end += 1
+    end += steps[end].opname == "BUILD_TUPLE"
+    before = next((s for s in reversed(steps[:at]) if _is_called(s) or not s.opname.startswith("LOAD_")), None)
+    return (
+        before is not None and before.argval == "isinstance"
+        and steps[end].opname.startswith("CALL") and steps[end].argval == 2
+    )  # fmt: skip
+
+
+def _is_called(step: dis.Instruction) -> bool:
+    """Whether what is loaded is called next, with its arguments."""
+    return step.opname == "LOAD_METHOD" or "NULL" in step.argrepr
 
 
 _EMPTY_CELL = types.CellType()
 _LOAD_GLOBAL = dis.opmap["LOAD_GLOBAL"]
-_ASKED = re.compile(rb"\bisinstance\(([^(),]|\([^()]*\))+, \(?([\w.]+, )*$")

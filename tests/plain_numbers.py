@@ -24,7 +24,7 @@ class OverPlaces(nn.Module):
         scores = torch.bmm(q.reshape(b, c, h * w).permute(0, 2, 1), k.reshape(b, c, h * w))
         if self.as_a == "int":
             scores = scores * (int(c) ** (-0.5))
-        elif self.as_a == "float":
+        elif self.as_a == "float" and isinstance(c, int) and isinstance(self.as_a, (str, float)):
             scores = scores * math.sqrt(1.0 / float(c))
         else:
             scores = scores * math.pow(c, -0.5)

@@ -194,7 +194,7 @@ def test_a_size_stays_one_as_a_plain_number(as_a):
     assert not vars(plain_numbers).keys() & {"int", "float"}
 
 
-@pytest.mark.parametrize("use", ["converts", "compares"])
+@pytest.mark.parametrize("use", ["converts", "compares", "hands on"])
 def test_what_a_forward_does_with_int_itself_is_left_alone(use):
     """`x.to(int)` and `type(n) is int` take no other class for it."""
     space = kept_word(other_uses.Uses(use), torch.randn(6, 5))

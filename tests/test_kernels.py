@@ -130,6 +130,17 @@ CALLS = {
         F.layer_norm(x[:1].permute(0, 2, 3, 1), (4,)), F.layer_norm(x[..., :1].permute(0, 2, 3, 1), (4,)),
         F.layer_norm(torch.randn(1, 4, 7).transpose(1, 2), (4,)),
     ],
+    "lengths": lambda x: [
+        torch.linalg.vector_norm(x, dim=-1), torch.linalg.vector_norm(x, 1, (1, -1), True), torch.linalg.vector_norm(x),
+        torch.linalg.vector_norm(x.transpose(1, 3), dim=1, keepdim=True), x.cumsum(1), x.cumsum(-1), x.transpose(0, 2).cumsum(1),
+        torch.linalg.vector_norm(x[..., ::2], dim=(0, 2)), x[0, 0, 0].cumsum(0), x[0, 0, 0, 0].cumsum(0), x.int().cumsum(1),
+    ],
+    "of every element": lambda x: [
+        f(y) for f in (torch.neg, torch.exp, torch.sin, torch.cos, torch.relu, torch.sigmoid)
+        for y in (
+            x, x.transpose(1, 3), x.transpose(0, 1), x[:, :, ::2], x[:1].transpose(1, 3), x[..., :1], x[:1].expand(2, 4, 5, 6),
+        )
+    ],
     "clamped": lambda x: [
         F.normalize(x, dim=-1), F.normalize(x.transpose(1, 3), dim=1), F.normalize(x[:, :, :1], dim=1), x.clamp_min(0),
         x.transpose(1, 2).clamp_min(0.5), x[..., :1].clamp_min(1), x.int().clamp_min(1),

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import dmscale
+from dmscale import modes
 from dmscale.modes import differs_in_training
 
 
@@ -320,6 +321,23 @@ class HandsItToAMethod(Asks):
         return x * 2 if mode else x
 
 
+class HandsItOnToTrain(Asks):
+    """As where heads are made anew: which mode it is makes no difference to the forward."""
+
+    def reset(self):
+        self.inner = nn.Identity().train(self.training)
+        self.other.train(self.inner.training)
+
+    def forward(self, x):
+        return x
+
+
+class HandsItOnAndAsks(HandsItOnToTrain):
+    def forward(self, x):
+        self.inner.train(self.training)
+        return x * 2 if self.training else x
+
+
 def without(asks):
     asks.p = 0.0
     return asks
@@ -331,11 +349,16 @@ def without(asks):
         (nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Dropout()), False), (AsksForANumber(), False),
         (AsksAndMore(), False), (AsksInAHelper(), True), (Centred(), True), (between(Noisy)(), True),
         (AsksForARate(), True), (without(AsksForARate()), False), (HandsItOn(), True), (without(HandsItOn()), False),
-        (HandsItToAMethod(), True),
+        (HandsItToAMethod(), True), (HandsItOnToTrain(), False), (HandsItOnAndAsks(), True),
     ],
 )  # fmt: skip
 def test_a_branch_on_training_that_may_be_taken_asks_for_a_second_run(model, differs):
     assert differs_in_training(model.modules()) == differs
+
+
+def test_a_mode_that_is_handed_on_to_train_is_known_without_the_source(monkeypatch):
+    monkeypatch.setattr(modes, "syntax", lambda function: None)  # what has none is taken to differ
+    assert not differs_in_training([HandsItOnToTrain()]) and differs_in_training([HandsItOnAndAsks()])
 
 
 def test_what_else_a_branch_asks_for_is_asked_of_the_module():
