@@ -17,7 +17,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,15 +108,16 @@ class _Lines(Callback):
         """Append a line."""
         if not self._started:
             self._started = True
-            self._begin(record)
+            self._begin(record, {earlier["step"] for earlier in search.history[:-1]})
         with open(self.path, "a", newline="", encoding="utf-8") as file:
             file.write(self._line(record))
 
-    def _begin(self, record: Mapping[str, Any]) -> None:
-        """Keep the lines of earlier steps: those that a killed run wrote after its last checkpoint come again."""
+    def _begin(self, record: Mapping[str, Any], known: Container[int]) -> None:
+        """Keep the lines of the steps that the search knows of: what a killed run wrote after its last checkpoint comes again,
+        and of what another search has left there nothing is known."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         old = self.path.read_text("utf-8").splitlines(keepends=True) if self.path.exists() else []
-        kept = [line for line in old if (step := self._step(line)) is None or step < record["step"]]
+        kept = [line for line in old if (step := self._step(line)) is None or step in known]
         if len(kept) == sum(self._step(line) is None for line in kept):  # nothing but a header: a new search
             kept = [self._header(record)]
         self.path.write_text("".join(kept), "utf-8", newline="")
@@ -152,8 +153,8 @@ class CSV(_Lines):
         super().__init__(path)
         self._columns: list[str] = []
 
-    def _begin(self, record: Mapping[str, Any]) -> None:
-        super()._begin(record)
+    def _begin(self, record: Mapping[str, Any], known: Container[int]) -> None:
+        super()._begin(record, known)
         with open(self.path, newline="", encoding="utf-8") as file:
             self._columns = next(csv.reader(file))
 

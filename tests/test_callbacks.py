@@ -102,6 +102,17 @@ def test_a_resumed_search_continues_its_file(kind, tmp_path):
     assert path.read_text() == whole.read_text()
 
 
+@pytest.mark.parametrize("kind", [callbacks.CSV, callbacks.JSONL])
+def test_a_new_search_begins_its_file_anew(kind, tmp_path):
+    """Whatever an earlier one, which made its entries more often, has left there."""
+    often, optimizer = searching(kind(tmp_path / "a"))
+    often.log_every = 1
+    train(often, optimizer)
+    train(*searching(kind(tmp_path / "a")))
+    train(*searching(kind(tmp_path / "b")))
+    assert (tmp_path / "a").read_text() == (tmp_path / "b").read_text()
+
+
 def test_the_console_prints_plain_lines_where_there_is_no_terminal():
     out = io.StringIO()
     search = train(*searching(callbacks.Console(RichConsole(file=out, width=200), lines=3)))
