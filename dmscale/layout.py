@@ -25,6 +25,7 @@ class Layout:
     sizes: elements of each segment, (S,).
     segment, dimension_of: (E,) number of each element's segment and dimension.
     start, size: (S,) first place and number of elements of each segment.
+    least: (S,) fewest elements that each segment may keep.
     element_size: (E,) number of elements of each element's segment.
     sharpness: (E,) lambda of the soft masks: N for widths, 4 N for heads and depth, of which there are few.
     in_depth: (E,) whether the element is a block.
@@ -57,6 +58,8 @@ class Layout:
         self.segment = torch.repeat_interleave(torch.arange(len(self.sizes)), sizes)
         self.start = torch.cumsum(sizes, 0) - sizes
         self.size = sizes
+        bounds = [self.dimensions[i] for i in owner]
+        self.least = torch.tensor([d.count(n, d.lowest) for d, n in zip(bounds, self.sizes)], dtype=torch.long)
         self._owner = np.array(owner, dtype=np.int64)
         self.dimension_of = torch.tensor(owner, dtype=torch.long)[self.segment]
         self.in_depth = torch.tensor(depth, dtype=torch.bool)[self.segment]

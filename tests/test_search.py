@@ -861,6 +861,40 @@ def test_what_is_no_importance_is_refused_at_the_first_step(said, says, method):
             optimizer.step()
 
 
+class OverWidths(nn.Module):
+    """A normalisation, a softmax and a mean over widths, of which nothing that is a number may be left."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(8, 6), nn.Linear(6, 5), nn.Linear(5, 4)
+        self.norm = nn.LayerNorm(6)
+
+    def forward(self, x):
+        x = self.norm(self.a(x))
+        return self.c(self.b(x).softmax(-1) - x.mean(-1, keepdim=True))
+
+
+@pytest.mark.parametrize("method", ["gumbel", "number", "hard-concrete", "pas", "continuous"])
+def test_no_method_masks_more_than_may_go(method):
+    torch.manual_seed(0)
+    model = OverWidths()
+    space = dmscale.trace(model, torch.randn(2, 8))
+    search = dmscale.Search(space, "40% params", 2 * STEPS, method=method, lr=0.3)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    search.attach(optimizer)
+    least = {d.name: d.lowest for d in space.dimensions.values()}
+    assert least == {"a": 2, "b": 1}
+    closed = False
+    while not search.done:
+        search.model(torch.randn(8, 8)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        kept = {m: float(mask.detach().sum()) for m, mask in zip(search.layout.members, search.masks)}
+        assert all(kept[n] >= k - 1e-6 for n, k in least.items())
+        closed |= any(kept[n] <= k for n, k in least.items())
+    assert closed or method in ("number", "continuous", "hard-concrete")
+
+
 # -- a family ---------------------------------------------------------------------------------------------------------
 
 

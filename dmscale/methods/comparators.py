@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .. import topk
 from .base import Method, Pressure
 
 if TYPE_CHECKING:
@@ -69,14 +70,27 @@ class Relaxation(Method):
         """The masks that the forward ran with, once more and with a graph."""
         state, now = self.noise_state, self.generator.get_state()
         self.generator.set_state(state)
-        masks = self.draw()
+        masks = self._at_least(self.draw())
         self.generator.set_state(now)
         return masks
+
+    def _at_least(self, masks: Tensor) -> Tensor:
+        """`masks` with ones at the best elements of each segment of which less is left than it must keep.
+
+        A softmax or a normalisation over nothing gives no numbers.
+        """
+        layout = self.layout
+        lacking = layout.sum_by_segment(masks.detach()) < layout.least
+        if not bool(lacking.any()):
+            return masks
+        ranks = topk.mid_ranks(self.scores(), layout.segment, layout.start, layout.size)
+        best = ranks > (1 - layout.least / layout.size)[layout.segment]
+        return torch.where(best & lacking[layout.segment], straight_through(torch.ones_like(masks), masks), masks)
 
     def _drawn(self) -> Tensor:
         self.noise_state = self.generator.get_state()
         with torch.no_grad():
-            return self.draw().detach().clone()
+            return self._at_least(self.draw()).detach().clone()
 
     def advance(self) -> None:
         self.drawn.copy_(self._drawn())
