@@ -7,7 +7,8 @@ It is averaged over steps and never trained.  The choices:
     fisher      (dL/dm)^2: the same at m = 1; an element that is masked keeps a score, so that it may come back
     snip        |m dL/dm| (Lee et al., 2019)
     magnitude   sum of the squared weights at the element
-    activation  mean square of the activation that the element carries where a module takes it in
+    activation  mean square of the activation that the element carries where a module takes it in, or else gives it, summed up
+                over what it carries (a head: its channels); of a block, of what it adds
     index       falls with the position: the last elements go first
     a function  of the search, that returns member -> scores
 
@@ -20,7 +21,7 @@ For blocks "residual" and "similarity" are further choices: |f(x)|^2 / |x|^2 and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,8 +68,8 @@ class Meter:
     def __init__(self, space: SearchSpace, layout: Layout, model: nn.Module, kind: Any, depth_kind: str | None):
         check(kind, depth_kind)
         self.space, self.layout, self.kind, self.depth_kind = space, layout, kind, depth_kind or kind
-        self._activations = _watch_inputs(space, model) if "activation" in (self.kind, self.depth_kind) else {}
-        watched = self.depth_kind in ("residual", "similarity")
+        self._activations = _watch_activations(space, model) if "activation" in (self.kind, self.depth_kind) else {}
+        watched = self.depth_kind in ("residual", "similarity", "activation")
         self._blocks = _watch_blocks(space, model, self.depth_kind) if watched else {}
         self._fixed: dict[str, Tensor] = {}
 
@@ -109,11 +110,10 @@ class Meter:
             return attachment.average_over_all(self.layout.flat(self._given(kind, search), mask.device))
         if kind in GRADIENT:
             return GRADIENT[kind](mask, gradient)
-        if kind == "activation":
-            means = {m: w.mean() for m, w in self._activations.items()}
-            return attachment.average_over_all(self.layout.flat(means, mask.device))
-        if kind in ("residual", "similarity"):
+        if kind in ("activation", "residual", "similarity"):
             means = {n: torch.stack([w.mean() for w in each]) for n, each in self._blocks.items()}
+            if kind == "activation":
+                means |= {m: w.mean() for m, w in self._activations.items()}
             return attachment.average_over_all(self.layout.flat(means, mask.device))
         if kind == "magnitude":  # weights move while the network trains
             return self.layout.flat({m: s.square() for m, s in self.space.magnitudes().items()}, mask.device)
@@ -149,29 +149,59 @@ class _Watch:
         return self.last
 
 
-def _watch_inputs(space: SearchSpace, model: nn.Module) -> dict[str, _Watch]:
-    """Member -> the mean square of each of its elements, wherever a module takes them in alone."""
+_Part = tuple["_Watch", Tensor | None]
+"""What to add to of an activation, and the element that each of its positions belongs to, -1 for none; None for its own."""
+
+
+def _watch_activations(space: SearchSpace, model: nn.Module) -> dict[str, _Watch]:
+    """Member -> the mean square of each of its elements, wherever a module takes them in; of one that none does, gives them.
+
+    Raises:
+        SearchError: of some dimension no module does either.
+    """
     member = {a: (m, a.size) for d in space.dimensions.values() for m, a in zip(d.members, d.axes)}
     watches: dict[str, _Watch] = {}
-    for call in space.trace.record.calls:
-        if call.source is None:
-            continue
-        for position, dim in enumerate(call.source.dims):
-            found = axes.atoms(dim)
-            if len(found) == 1 and found[0] in member and call.path:
-                name, size = member[found[0]]
-                watch = watches.setdefault(name, _Watch(last=torch.zeros(size, dtype=torch.float32)))
-                _on_input(model.get_submodule(call.path), position, watch)
+    for given in (False, True):
+        known = set(watches)
+        for call in space.trace.record.calls:
+            value = call.result if given else call.source
+            for position, dim in enumerate(value.dims if value is not None and call.path else ()):
+                parts: list[_Part] = []
+                for a in [a for a in axes.atoms(dim) if a in member and member[a][0] not in known]:
+                    name, size = member[a]
+                    watch = watches.setdefault(name, _Watch(last=torch.zeros(size, dtype=torch.float32)))
+                    parts.append((watch, axes.coordinates(dim)[a] if axes.size(dim) != size else None))
+                if parts:
+                    _on_activation(model.get_submodule(call.path), position, parts, given)
+    # of a member that is linked to others the size is theirs; its elements go by their place
+    missing = [n for n, d in space.dimensions.items() if d.kind != "depth" and watches.keys().isdisjoint(d.members)]
+    if missing:
+        raise SearchError(
+            f"importance='activation' says nothing of {', '.join(map(repr, missing[:5]))}, which no module takes in or gives: "
+            "choose another importance, or leave it alone (freeze= of trace)"
+        )
     return watches
 
 
-def _on_input(module: nn.Module, position: int, watch: _Watch) -> None:
-    def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+def _on_activation(module: nn.Module, position: int, parts: Sequence[_Part], given: bool) -> None:
+    def see(values: Any) -> None:
         if torch.is_grad_enabled():
-            x = running.tensors_in((args, kwargs))[0].detach()
-            watch.add(x.float().square().mean([i for i in range(x.dim()) if i != position]), module.training)
+            x = running.tensors_in(values)[0].detach()
+            squares = x.float().square().mean([i for i in range(x.dim()) if i != position])
+            for watch, at in parts:
+                watch.add(squares if at is None else _by_element(squares, at, len(watch.last)), module.training)
 
-    module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)  # as it comes, before a gate changes it
+    # as it comes, before a gate changes it
+    if given:
+        module.register_forward_hook(lambda module, args, out: see(out), prepend=True)
+    else:
+        module.register_forward_pre_hook(lambda module, *given: see(given), with_kwargs=True, prepend=True)
+
+
+def _by_element(values: Tensor, at: Tensor, size: int) -> Tensor:
+    """The sum of the values (N,) that belong to each element, (size,)."""
+    inside = (at >= 0).nonzero()[:, 0]
+    return values.new_zeros(size).index_add_(0, at[inside].to(values.device), values[inside.to(values.device)])
 
 
 def _watch_blocks(space: SearchSpace, model: nn.Module, kind: str) -> dict[str, list[_Watch]]:
@@ -191,6 +221,8 @@ def _on_block(module: nn.Module, kind: str, watch: _Watch, stack: blocks.Blocks,
         x, y = (t.detach().float().flatten(1) for t in blocks.ends(stack, block, args, kwargs, out))
         if kind == "residual":
             value = ((y - x).square().sum(1) / x.square().sum(1).clamp(min=1e-12)).mean()
+        elif kind == "activation":
+            value = (y - x).square().mean()
         else:
             value = (1 - torch.cosine_similarity(x, y, dim=1)).mean().clamp(min=0)  # one may round above one
         watch.add(value, module.training)

@@ -797,6 +797,42 @@ def test_an_activation_importance_is_the_mean_square_that_is_taken_in():
     torch.testing.assert_close(search.importance, ((before + after) / 2).detach())
 
 
+@pytest.mark.parametrize(
+    "net", ["fused_attention", "gqa_native", "rotary_half", "residual_conv", "transformer_encoder"]
+)
+def test_an_activation_importance_is_of_every_element(net):
+    """Of heads and of blocks too: what nothing is measured of would go first."""
+    torch.manual_seed(0)
+    model, inputs = NETS[net]()
+    search = dmscale.Search(dmscale.trace(model, inputs), "60% macs", STEPS, importance="activation")
+    optimizer = sgd(model.parameters())
+    search.attach(optimizer)
+    search.model(torch.randn(8, *inputs.shape[1:])).square().mean().backward()
+    optimizer.step()
+    unseen = {m for m in search.layout.members if net == "transformer_encoder" and "heads" in m}  # within a function
+    assert all(v.any() for m, v in search.layout.by_member(search.measured).items() if m not in unseen)
+
+
+def test_an_activation_importance_of_a_head_is_that_of_all_its_channels():
+    torch.manual_seed(0)
+    model, inputs = NETS["fused_attention"]()
+    space = dmscale.trace(model, inputs)
+    search = dmscale.Search(space, "60% macs", STEPS, importance="activation")
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    search.attach(optimizer)
+    seen = []
+    model.get_submodule("attn.proj").register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
+    x = torch.randn(8, *inputs.shape[1:])
+    model(x)
+    search.model(x).square().mean().backward()
+    optimizer.step()
+    heads, channels = (space.dimensions[f"attn {n}"].size for n in ("heads", "head_dim"))
+    squares = seen[0].square().mean((0, 1)).view(heads, channels)
+    found = search.layout.by_member(search.measured)
+    assert np.allclose(found["attn heads"], squares.sum(1), rtol=1e-5)
+    assert np.allclose(found["attn head_dim"], squares.sum(0), rtol=1e-5)
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("options", [dict(importance="activation"), dict(depth_importance="residual")], ids=label)
 def test_validation_between_steps_leaves_importance_alone(options, training):
