@@ -169,6 +169,7 @@ class Search:
         self._structure: Structure | None = None
         self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None
         self._has_read = False  # whether the step in progress has given gradients
+        self._ascends = False  # whether what is backpropagated is to rise
         self.layout = Layout(space)
         self.device = next((p.device for p in space.model.parameters()), torch.device("cpu"))
         self.layout.to(self.device)
@@ -253,7 +254,10 @@ class Search:
         attachment.without(optimizer, self._masks)
         # like the first group, so that a scheduler made before finds what it left there (initial_lr, max_lr ...)
         group = {k: v for k, v in optimizer.param_groups[0].items() if k not in ("params", "name", "param_names")}
+        self._ascends = bool(group.get("maximize"))
         own_settings = {"params": [*self.method.parameters(), *self._masks], "lr": self.method.lr, "weight_decay": 0.0}
+        if self._ascends:  # the budget does not
+            own_settings["maximize"] = False
         optimizer.add_param_group(group | own_settings | self._names(optimizer))
         optimizer.register_step_pre_hook(self._before_step)
         optimizer.register_step_post_hook(self._after_step)
@@ -307,6 +311,7 @@ class Search:
         flat = torch.cat([torch.zeros_like(m) if g is None else g for m, g in zip(self._masks, grads)])
         scale = attachment.loss_scale(optimizer)
         flat = attachment.average(flat / scale, attachment.shards(self.model))
+        flat = -flat if self._ascends else flat
         if not bool(torch.isfinite(flat).all()):
             raise SearchError(
                 f"the gradient is not finite at search step {self.step}: the loss is NaN or infinite. Weights and structure "

@@ -181,6 +181,24 @@ def test_clipping_and_several_groups_work():
     assert_on_budget(search)
 
 
+@pytest.mark.parametrize(
+    "options", [dict(method="knapsack"), dict(method="dms", mode="two-sided"), dict(method="hard-concrete")], ids=label
+)
+def test_what_is_maximised_is_searched_as_its_negative_is_minimised(options):
+    def run(sign, maximize):
+        model, inputs, batches = problem()
+        search = dmscale.Search(dmscale.trace(model, inputs), "50% macs", STEPS, **options)
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-3, maximize=maximize)
+        search.attach(optimizer)
+        for x, y in batches:
+            (sign * F.mse_loss(search.model(x), y)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return search
+
+    assert run(-1, True).history == run(1, False).history
+
+
 def test_the_optimizer_may_be_built_from_the_search_model():
     model, inputs, batches = problem()
     search = dmscale.Search(dmscale.trace(model, inputs), "50% macs", STEPS)
