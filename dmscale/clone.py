@@ -188,7 +188,7 @@ def _copies_itself(cls: Any) -> bool:
 
 
 _COPY_PROTOCOL = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__")
-_ATOMIC = {int, float, str, bool, type(None), bytes, torch.dtype, torch.device, type, types.FunctionType}
+_ATOMIC = {int, float, str, bool, type(None), bytes, torch.dtype, torch.device, type, types.FunctionType, staticmethod}
 _EMPTY = {dict, list, set, collections.OrderedDict}
 _OF_ANY_MODULE = frozenset(nn.Module().__dict__)
 _BESIDE_HOOKS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")

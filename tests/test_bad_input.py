@@ -889,3 +889,23 @@ def test_short_memory_is_no_fault_of_a_dimension(monkeypatch, short):
     with pytest.raises(dmscale.ExportError, match="no memory to run Sequential gated and exported.*verify=False"):
         space.export(space.uniform(0.5))
     assert space.export(space.uniform(0.5), verify=False)[0].out_features == 16
+
+
+def half_turned(x):
+    return torch.cat((-x[..., 1::2], x[..., ::2]), -1)
+
+
+def test_a_module_may_hold_a_static_method():
+    """`self.turn = staticmethod(turn)`, which Python calls and does not copy (rotary embeddings)."""
+
+    class Turns(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last, self.turn = nn.Linear(4, 8), nn.Linear(8, 2), staticmethod(half_turned)
+
+        def forward(self, x):
+            return self.last(self.turn(self.first(x)))
+
+    space = dmscale.trace(Turns().eval(), torch.randn(3, 4))
+    small = space.export(space.uniform(0.5))
+    assert small(torch.randn(3, 4)).shape == (3, 2) and type(small.turn) is staticmethod
