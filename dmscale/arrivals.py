@@ -101,6 +101,10 @@ class Arrivals(TorchFunctionMode):
                 tracer.release(factor.fixed)
             else:
                 factor.escape(counted)
+        if isinstance(factor, SizedInt):
+            plain = not kwargs and isinstance(out, Tensor) and out.is_floating_point()
+            if not (number is not None and plain and _scaled(tracer, factor.expression, SCALINGS[counted])):
+                _fix(tracer, [factor])
         if under is not None and (number is None or not _scaled(tracer, under.expression, root(route.name, args) or 0)):
             under.escape(route.name)
         return out

@@ -34,6 +34,7 @@ from torch.overrides import TorchFunctionMode
 
 from . import axes, running
 from .axes import Dim
+from .sizes import SizedInt
 
 if TYPE_CHECKING:
     from .tracer import Record, Value
@@ -56,8 +57,10 @@ NAMES = {
 
 SCALINGS = {"mul": 1, "div": -1, "mul_": 1, "div_": -1, "tensor": 1}
 """What is counted where the second factor is a plain number, or a tensor is made of one -> the sign of its power."""
+_WHOLE = (int, SizedInt)
 _SCALED = {
     "mul": "mul", "div": "div", "true_divide": "div", "mul_": "mul_", "div_": "div_", "__imul__": "mul_", "__itruediv__": "div_",
+    "__rmul__": "mul", "__rdiv__": "mul", "__rtruediv__": "mul",
     "tensor": "tensor", "full": "tensor",
 }  # fmt: skip
 
@@ -86,7 +89,8 @@ def counted_as(name: str, args: Sequence[Any]) -> str | None:
     if name in _ROOTS:
         return None if root(name, args) is None else "root"
     if name in _SCALED:
-        return _SCALED[name] if isinstance(scaling(name, args), float) else None
+        factor, counted = scaling(name, args), _SCALED[name]
+        return counted if isinstance(factor, float) or (counted != "tensor" and type(factor) in _WHOLE) else None
     return NAMES.get(name)
 
 

@@ -257,6 +257,8 @@ class SizedInt(int):
         return float(int(self))
 
     def __truediv__(self, other: Any) -> Any:
+        if hasattr(other, "__torch_function__"):  # which divides itself
+            return NotImplemented
         if type(other) in (int, float):
             return self._to_the(1, int(self) / other, "division")
         if isinstance(other, SizedInt) and other and int(self) % int(other) == 0:
@@ -318,11 +320,15 @@ class SizedFloat(float):
         return value
 
     def __mul__(self, other: Any) -> Any:
+        if hasattr(other, "__torch_function__"):  # which multiplies itself
+            return NotImplemented
         return self._scaled(float(self) * other, self.power, other)
 
     __rmul__ = __mul__
 
     def __truediv__(self, other: Any) -> Any:
+        if hasattr(other, "__torch_function__"):
+            return NotImplemented
         return self._scaled(float(self) / other, self.power, other)
 
     def __rtruediv__(self, other: Any) -> Any:

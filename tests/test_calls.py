@@ -106,6 +106,10 @@ FUNCTIONS = {
     "F.softmax": lambda x: x * F.softmax(x, dim=1),
     "log_softmax": lambda x: x * F.log_softmax(x, 1).clamp(min=-50),
     "amax": lambda x: x - x.amax(1, keepdim=True),
+    "mean as a sum": lambda x: x - x.sum(1, keepdim=True) / x.shape[1],
+    "mean of squares as a sum": lambda x: (
+        x * torch.rsqrt((x * x).sum((1, 2), keepdim=True) / (x.shape[1] * x.size(2)) + 1)
+    ),
     "several in one forward": lambda x: (
         x.softmax(1) + x.mean(1, keepdim=True) * x.mean((2, 3), keepdim=True) + x.softmax(2)
     ),
@@ -167,6 +171,9 @@ SCALES = {
     "one number, twice": lambda a, q, k: (lambda t: (q / t) @ k.mul(1 / t))(math.sqrt(a.size) ** 0.5),
     "by numpy": lambda a, q, k: (q / np.power(a.size, 0.25)) @ k * (1 / np.sqrt(np.sqrt(q.shape[-1]))),
     "a tensor of a number": lambda a, q, k: q * torch.tensor(a.size**-0.5, dtype=q.dtype) @ k + torch.tensor(0.5),
+    "from the left": lambda a, q, k: a.size**-0.5 * (q @ k),
+    "the number by a tensor": lambda a, q, k: q @ k * (a.size**-0.5 / torch.full((), 2.0)),
+    "a whole size": lambda a, q, k: (q.shape[-1] * q) @ (k / a.size) / a.size**0.5,
     "a tensor of the size": lambda a, q, k: q @ k / torch.sqrt(torch.tensor(a.size)),
     "of another kind": lambda a, q, k: q @ k / torch.sqrt(torch.tensor([q.shape[-1]], dtype=q.dtype).to(q.device)),
     "a power of it": lambda a, q, k: q @ k * q.new_tensor(q.size(-1)) ** -0.5 + torch.ones(1).sqrt(),
