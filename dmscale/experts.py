@@ -125,10 +125,20 @@ def _experts(
     chosen = any(p in routed for several in paths for p in several) or (read and not alike)
     if not (alike or chosen):
         return None  # each has a part of its own, and would be given that of another one
+    if _made_elsewhere(model, paths, positions):
+        return None
     ranges = tuple(tuple((c.start, c.end) for c in of_one if not chosen) for of_one in calls)
     experts = Experts(containers, paths, ranges, chosen, counted(model, owner, containers, record))
     missing = set(range(size)).difference([p.number for p in positions])
     return None if missing and not _unreached(experts, missing, record) else experts
+
+
+def _made_elsewhere(model: nn.Module, paths: Sequence[Sequence[str]], positions: Sequence[Position]) -> bool:
+    """Whether other modules made what was stacked, of which there happen to be as many (steps, beside an ensemble)."""
+    stacked = [p for p in positions if p.made and p.number is not None]
+    have_any = any(next(model.get_submodule(p).parameters(), None) is not None for several in paths for p in several)
+    own = [n.startswith(f"{path}.") for p in stacked for n in p.made for path in paths[p.number or 0]]
+    return bool(stacked) and have_any and not any(own)
 
 
 def _all_alike(calls: Sequence[Call]) -> bool:

@@ -188,13 +188,15 @@ READ = "its elements are read by Python"
 class Position(NamedTuple):
     """Element `number` of `dim` was taken by it, in module `path`; None if only the size of `dim` was given, as a plain number.
 
-    `reason` fixes the axis where no module goes with each element.
+    `reason` fixes the axis where no module goes with each element.  `made` are the parameters that what was stacked there was
+    made of.
     """
 
     dim: Dim
     path: str
     number: int | None
     reason: str
+    made: frozenset[str] = frozenset()
 
 
 class Step(NamedTuple):
@@ -643,18 +645,23 @@ class Tracer(TorchDispatchMode):
         """Whether the module of the moment is or holds a list of so many modules."""
         return size in self.lists.get(self.path, ())
 
-    def one_by_one(self, dim: Dim, indices: Iterable[int], reason: str) -> None:
+    def one_by_one(self, dim: Dim, indices: Iterable[int], reason: str, made: Sequence[Tensor] = ()) -> None:
         """Note that elements of `dim` are taken by number, as modules of a list may be (`experts.py`); without one it is fixed.
 
         Args:
             reason: why it is fixed where no module goes with each element; "" where the gates see to that.
+            made: the elements, where they are put together.
         """
         if not self.has_list_of(axes.size(dim)):
             if reason:
                 self.freeze(dim, reason)
         elif axes.is_free(dim):
+            params = [self.value(t).params for t in made]
             self.record.positions += [
-                Position(dim, self.path, i, reason and f"{reason} in {self.where}") for i in indices
+                Position(
+                    dim, self.path, i, reason and f"{reason} in {self.where}", params[i] if params else frozenset()
+                )
+                for i in indices
             ]
 
     def multiple_of(self, dim: Dim, step: int) -> None:

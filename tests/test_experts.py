@@ -179,6 +179,16 @@ class Mean(Mixture):
         return torch.stack([expert(x) for expert in self.experts]).mean(0)
 
 
+class Rollout(Mean):
+    """Beside them, as many steps of another module are put together."""
+
+    def mix(self, x):
+        states = [x]
+        while len(states) < N:
+            states.append(self.router(states[-1]) @ self.router.weight)
+        return super().mix(x) + torch.stack(states).mean(0)
+
+
 class Chosen(Mixture):
     """Every expert gets the rows that chose it."""
 
@@ -303,6 +313,7 @@ DENSE = [
     Selective,
     Edges,
     Mean,
+    Rollout,
     Tasks,
 ]
 ROUTED = [Chosen, OneHot, Switch, Busy, Sorted, Named]

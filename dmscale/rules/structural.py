@@ -178,7 +178,8 @@ def cat(trace: Tracer, out: Tensor, tensors: Sequence[Tensor], dim: int = 0) -> 
 
     Of pieces of one element, as many as there are modules, one may go with each, as in a stack.
     """
-    parts = [trace.dims(t) for t in tensors if t.dim() > 1 or t.numel() > 0]
+    pieces = [t for t in tensors if t.dim() > 1 or t.numel() > 0]
+    parts = [trace.dims(t) for t in pieces]
     if not parts:
         return trace.fresh(out, "empty")
     dim %= out.dim()
@@ -188,16 +189,16 @@ def cat(trace: Tracer, out: Tensor, tensors: Sequence[Tensor], dim: int = 0) -> 
                 axes.unify(p, q)
     dims = list(parts[0])
     if len(parts) == out.shape[dim] and trace.has_list_of(len(parts)):
-        dims[dim] = _one_of_each(trace, len(parts))
+        dims[dim] = _one_of_each(trace, pieces)
     else:
         dims[dim] = axes.concat([part[dim] for part in parts])
     return dims
 
 
-def _one_of_each(trace: Tracer, count: int) -> Dim:
+def _one_of_each(trace: Tracer, pieces: Sequence[Tensor]) -> Dim:
     """A new dimension, fixed unless a module goes with each element."""
-    index = axes.axis(count)
-    trace.one_by_one(index, range(count), "index of a stack")
+    index = axes.axis(len(pieces))
+    trace.one_by_one(index, range(len(pieces)), "index of a stack", pieces)
     return index
 
 
@@ -205,7 +206,7 @@ def _one_of_each(trace: Tracer, count: int) -> Dim:
 def stack(trace: Tracer, out: Tensor, tensors: Sequence[Tensor], dim: int = 0) -> Sequence[Dim]:
     """A new dimension, fixed unless a module goes with each element; the others unified."""
     dims = list(trace.broadcast(tensors, tensors[0].shape))
-    dims.insert(dim % out.dim(), _one_of_each(trace, len(tensors)))
+    dims.insert(dim % out.dim(), _one_of_each(trace, tensors))
     return dims
 
 
