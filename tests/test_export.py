@@ -442,3 +442,30 @@ def test_tensors_that_are_plain_attributes_are_sliced_too(late, tmp_path):
     assert torch.equal(model.scale, before) and model.positions.table.shape == (1, 40, 12)
     large = dmscale.expand(model, x, width=2)
     assert large.scale.shape == (18,) and difference(outputs(large, x), outputs(model, x)) < 1e-5
+
+
+class Widths:
+    def __init__(self, width):
+        self.width = width
+
+
+class LoadsByItself(nn.Module):
+    """Built from its config, with a way of its own to load weights, which takes no `assign` (networks for super-resolution)."""
+
+    config_class = Widths
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.first, self.last = nn.Linear(4, config.width), nn.Linear(config.width, 3)
+
+    def forward(self, x):
+        return self.last(self.first(x).relu())
+
+    def load_state_dict(self, state_dict, strict=True):
+        return super().load_state_dict(state_dict, strict)
+
+
+def test_a_class_may_load_weights_in_a_way_of_its_own():
+    space = dmscale.trace(LoadsByItself(Widths(16)).eval(), torch.randn(2, 4))
+    assert space.export(space.uniform(0.5)).config.width == 8
