@@ -542,9 +542,8 @@ class _Problem:
         for r, (i, path) in enumerate(paths.items()):
             elements = np.abs(np.diff(path))
             by_first = elements / elements[0]
-            importance = np.diff(self.kept[i][path]) * (
-                -1 if ascending else 1
-            )  # lost or won; below zero by some scores
+            won = np.diff(self.kept[i][path])
+            importance = -won if ascending else won  # below zero by some scores
             price.append(running(importance / np.maximum(cost[r] * by_first, 1e-12)))
             if ascending and cost[r] <= 0:
                 price[-1][:] = np.inf  # it saves nothing

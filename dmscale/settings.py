@@ -226,9 +226,8 @@ def _differs(built: nn.Module, small: nn.Module, example_inputs: Any) -> bool:
     """Whether a built model with the parameters of the exported one gives other outputs."""
     if any(p.is_meta for p in small.parameters()):
         return False
-    nn.Module.load_state_dict(
-        built, nn.Module.state_dict(small), assign=True
-    )  # a class may have one of its own, without `assign`
+    # a class may have a way of its own, without `assign`
+    nn.Module.load_state_dict(built, nn.Module.state_dict(small), assign=True)
     built.eval()
     try:
         return not certify.compare(small, built, example_inputs) <= certify.tolerance(small)
