@@ -97,8 +97,8 @@ def _certify_those(space: SearchSpace, model: nn.Module, inputs: Any, chosen: Ca
     names, in_double = chosen(), False
     while names and (failure := _trial(space, model, inputs, names)) is not None:
         if failure.startswith(_DIFFER) and not in_double:  # two that are near each other may change places by rounding
-            in_double, precise = True, _in_precision(model, inputs, torch.float64)
-            if _runs(*precise):
+            in_double = True
+            if (precise := _in_double(model, inputs)) is not None:
                 model, inputs = precise
                 continue
         outputs = _outputs(model, inputs)
@@ -207,6 +207,15 @@ def _in_precision(model: nn.Module, inputs: Any, dtype: torch.dtype) -> tuple[nn
         return nn.Parameter(twin, requires_grad=False) if isinstance(t, nn.Parameter) else twin
 
     return clone(model, raised), running.map_tensors(raised, inputs)
+
+
+def _in_double(model: nn.Module, inputs: Any) -> tuple[nn.Module, Any] | None:
+    """`model` and its inputs in float64; None where it does not run so: it casts, has no memory, or its device no float64."""
+    try:
+        precise = _in_precision(model, inputs, torch.float64)
+        return precise if _runs(*precise) else None
+    except Exception:
+        return None
 
 
 def _is_below(t: Tensor, dtype: torch.dtype) -> bool:

@@ -1204,6 +1204,22 @@ def test_what_rounding_in_float32_decides_is_compared_in_float64():
     assert certify.compare_in(space, structure, small, torch.float64) > 1e-4
 
 
+def test_without_float64_what_rounding_decides_is_said(monkeypatch):
+    """As on a device that has none."""
+    raised = certify._in_precision
+
+    def without(model, inputs, dtype):
+        if dtype is torch.float64:
+            raise TypeError("no float64 here")
+        return raised(model, inputs, dtype)
+
+    monkeypatch.setattr(certify, "_in_precision", without)
+    space = traced(Amplifies(), torch.randn(64, 5))
+    assert "rounding" in space.trace.notes[0] and space.dimensions.keys() == {"first"}
+    with pytest.raises(ExportError, match="rounding.*verify=False"):
+        space.export(space.structure({"first": 23}, {"first": torch.rand(64)}))
+
+
 class GivenScale(nn.Module):
     """Attention with the usual scale, or twice that, worked out by the forward."""
 
