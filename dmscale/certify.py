@@ -159,7 +159,7 @@ def _trains(model: nn.Module, inputs: Any) -> bool:
                 t for t in running.tensors_in(copy(*args, **kwargs)) if t.is_floating_point() and t.requires_grad
             ]
             if outputs:
-                torch.stack([t.sum().double() for t in outputs]).sum().backward()
+                torch.stack([t.sum().float() for t in outputs]).sum().backward()
         except RuntimeError as error:
             running.raise_if_short(error)
             return False

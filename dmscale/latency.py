@@ -499,7 +499,7 @@ class LatencyMetric:
 
 
 def _real(m: cost.Monomials, values: Tensor) -> Tensor:
-    return torch.from_numpy(m.real(values.detach().double().cpu().numpy())).to(values)
+    return torch.from_numpy(m.real(values.detach().cpu().double().numpy())).to(values)
 
 
 class _Group:

@@ -3,7 +3,7 @@
     with Elsewhere():
         move(model)
 
-C++ takes such a tensor for one on the meta device, and Python for one on `DEVICE`.  A tensor of zero dimensions may come from
+There is no float64 on it, as on Apple's GPUs.  C++ takes such a tensor for one on the meta device, and Python for one on `DEVICE`.  A tensor of zero dimensions may come from
 the CPU, and so may indices and what is copied, as on CUDA; everything else raises.
 """
 
@@ -88,6 +88,8 @@ def _placed(t, owner, wraps):
     if not isinstance(t, torch.Tensor):
         return t
     found = owner.get(id(t))  # what was written in place
+    if wraps and t.dtype is torch.float64:
+        raise TypeError(f"{DEVICE} has no float64")
     return found if found is not None else _there(t) if wraps else t
 
 

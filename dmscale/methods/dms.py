@@ -92,7 +92,7 @@ class Dms(Method):
         return 1 - self._scalars()
 
     def _scalars(self) -> np.ndarray:
-        return self.pruned.detach().double().cpu().numpy()
+        return self.pruned.detach().cpu().double().numpy()
 
     def _ranks(self) -> Tensor:
         layout, importance = self.layout, self.search.importance

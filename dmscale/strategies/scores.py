@@ -71,7 +71,7 @@ def mask_gradients(
                 raise SearchError(
                     "a gradient of the calibration batches is not finite; check the data and the criterion"
                 )
-            yield {n: g.detach().double().cpu() for n, g in zip(names, grads)}
+            yield {n: g.detach().cpu().double() for n, g in zip(names, grads)}
 
 
 def mean_of(scores: Iterable[dict[str, Tensor]], function: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
