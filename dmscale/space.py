@@ -725,5 +725,5 @@ def _best(total: int, wanted: int, score: np.ndarray | None) -> tuple[int, ...]:
 
 def _indicator(size: int, kept: Sequence[int], device: torch.device) -> Tensor:
     mask = torch.zeros(size, dtype=torch.float32, device=device)
-    mask[list(kept)] = 1
+    mask[torch.tensor(kept, dtype=torch.long)] = 1
     return mask

@@ -42,6 +42,10 @@ class There(torch.Tensor):
     def device(self):
         return DEVICE
 
+    @property
+    def is_meta(self):
+        return False
+
     def numpy(self, *args, **kwargs):
         raise TypeError(f"can't convert {DEVICE} device type tensor to numpy")
 
