@@ -13,6 +13,14 @@ from .errors import DmscaleError
 _END = object()
 
 
+def generators_of(loader: Any) -> list[torch.Generator]:
+    """The generators that a loader has for its own, each once."""
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    holders = (loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
+    found = [g for h in holders if isinstance(g := getattr(h, "generator", None), torch.Generator)]
+    return list({id(g): g for g in found}.values())
+
+
 class Batches:
     """Runs through a loader again and again; gives pairs (inputs, targets) on `device`.
 
@@ -54,14 +62,9 @@ class Batches:
         return tuple(running.map_tensors(lambda t: t.to(self.device, non_blocking=True), tuple(batch)))  # type: ignore[return-value]
 
     def _begin(self) -> None:
-        self._begun = {"random": checkpoint.random_state(), "own": [g.get_state() for g in self._generators()]}
+        own = [g.get_state() for g in generators_of(self.loader)]
+        self._begun = {"random": checkpoint.random_state(), "own": own}
         self._pass, self._position = iter(self.loader), 0
-
-    def _generators(self) -> list[torch.Generator]:
-        """The loader's own generators, each once."""
-        holders = (self.loader, getattr(self.loader, "sampler", None))
-        found = [g for h in holders if isinstance(g := getattr(h, "generator", None), torch.Generator)]
-        return list({id(g): g for g in found}.values())
 
     def state_dict(self) -> dict[str, Any]:
         """Plain data: where the stream is."""
@@ -72,7 +75,7 @@ class Batches:
         self._pass = None
         if state:
             checkpoint.set_random_state(state["begun"]["random"])
-            for generator, own in zip(self._generators(), state["begun"]["own"]):
+            for generator, own in zip(generators_of(self.loader), state["begun"]["own"]):
                 generator.set_state(own)
             self._begin()
             for _ in range(state["position"]):

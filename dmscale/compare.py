@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from . import budget as budgets
 from . import recovery, running, storage
+from .batches import generators_of
 from .comparison import Comparison, Row, judge
 from .cost import METRICS
 from .distill import Distill, Distiller, frozen_copy
@@ -397,17 +398,16 @@ def recover(
 class Stream:
     """Endless batches on a device, in an order that depends on the seed alone.
 
-    Shuffling and augmentation that draw on PyTorch's generator get one of their own here, so what a strategy draws
-    meanwhile (dropout, its own choices) does not change the data.
+    Shuffling and augmentation that draw on PyTorch's generator, or on one of the loader's own, get one of their own here, so
+    what a strategy draws meanwhile (dropout, its own choices, another stream of the same loader) does not change the data.
     """
 
     def __init__(self, train: Any, seed: int, device: torch.device):
         self._device = device
         self._state = torch.Generator().manual_seed(seed).get_state()
         self._loader: Iterable[Any] = train(seed) if callable(train) else train
-        generator = getattr(self._loader, "generator", None)
-        if isinstance(generator, torch.Generator) and not callable(train):
-            generator.manual_seed(seed)
+        self._generators = [] if callable(train) else generators_of(self._loader)
+        self._own = [torch.Generator(g.device).manual_seed(seed).get_state() for g in self._generators]
         self._batches: Iterator[Any] | None = None
 
     def __iter__(self) -> Stream:
@@ -419,16 +419,21 @@ class Stream:
         Raises:
             DmscaleError: the loader is empty, or gives no pairs.
         """
-        outside = torch.random.get_rng_state()
-        torch.random.set_rng_state(self._state)
+        outside, of_loader = torch.random.get_rng_state(), [g.get_state() for g in self._generators]
+        self._set(self._state, self._own)
         try:
             batch = self._draw()
         finally:
-            self._state = torch.random.get_rng_state()
-            torch.random.set_rng_state(outside)
+            self._state, self._own = torch.random.get_rng_state(), [g.get_state() for g in self._generators]
+            self._set(outside, of_loader)
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
             raise DmscaleError(f"the training data gave a {type(batch).__name__}; expected pairs (inputs, targets)")
         return tuple(running.map_tensors(lambda t: t.to(self._device, non_blocking=True), tuple(batch)))
+
+    def _set(self, state: Tensor, own: Sequence[Tensor]) -> None:
+        torch.random.set_rng_state(state)
+        for generator, at in zip(self._generators, own):
+            generator.set_state(at)
 
     def _draw(self) -> Any:
         if self._batches is None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from nets import assert_same, fingerprint
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 from typer.testing import CliRunner
 
 import dmscale
@@ -230,11 +230,13 @@ def test_the_command_compares_and_resumes(tmp_path):
 
 def test_a_stream_depends_on_its_seed_alone():
     loader = DataLoader(data(), 16, shuffle=True, generator=torch.Generator())
-    for train in (loader, lambda seed: DataLoader(data(), 16, shuffle=True)):
+    sampled = DataLoader(data(), 16, sampler=RandomSampler(data(), generator=torch.Generator()))
+    for train in (loader, sampled, lambda seed: DataLoader(data(), 16, shuffle=True)):
         first = [x for x, _ in itertools.islice(Stream(train, 3, CPU), 9)]
         stream, second = Stream(train, 3, CPU), []
         for _ in range(9):
             torch.rand(5)  # what a strategy draws meanwhile
+            next(Stream(train, 7922, CPU))  # and measures on
             second.append(next(stream)[0])
         assert all(torch.equal(a, b) for a, b in zip(first, second))
         other = [x for x, _ in itertools.islice(Stream(train, 4, CPU), 9)]
