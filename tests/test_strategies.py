@@ -155,6 +155,18 @@ def test_a_threshold_keeps_the_most_valuable():
     assert np.quantile(kept, 0.25) >= np.quantile(cut, 0.75)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_equals_go_from_all_dimensions_alike(seed):
+    """As the scales of a BatchNorm before any training: the same number of each would be the whole of a narrow layer."""
+    layers = [[nn.Conv2d(a, b, 3, 2, 1), nn.BatchNorm2d(b), nn.ReLU()] for a, b in ((1, 16), (16, 64), (64, 128))]
+    model = nn.Sequential(*itertools.chain(*layers), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10))
+    space = dmscale.trace(model, torch.randn(1, 1, 8, 8))
+    task = replace(weights_task("cnn"), space=space, budget=budgets.parse(f"{(20, 45, 70)[seed]}% macs", space))
+    found = REGISTRY["norm-scale"].find(task).structure
+    shares = [found.share(n) for n in space.dimensions]
+    assert max(shares) - min(shares) < 0.15
+
+
 def worth(space, structure, scores):
     return sum(
         float(values_of(space, scores)[n][:k].sum())

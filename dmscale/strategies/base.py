@@ -64,6 +64,11 @@ class Task:
         """Whether dimension -> size, all others full, is within the budget."""
         return budgets.satisfied(self.space.cost(self.space.structure(sizes)), self.budget)
 
+    def load(self, sizes: Mapping[str, float]) -> float:
+        """The share of the budget that dimension -> size, all others full, uses, of the metric that uses most."""
+        cost = self.space.cost(self.space.structure(sizes))
+        return max(cost[m] / t for m, t in self.budget.targets.items())
+
 
 @dataclass(frozen=True)
 class Found:

@@ -11,6 +11,9 @@ from ..space import Dimension, SearchSpace
 from ..structure import Structure
 from .base import Task
 
+_FAR = 0.9
+"""Where less of the budget is used a fit scales all widths alike: from what is there, not from minimums that differ in share."""
+
 Values = dict[str, np.ndarray]
 """Dimension -> the value of its best, second best ... element with all that is linked to it, (size,), falling."""
 
@@ -36,6 +39,8 @@ def relative(values: Values) -> Values:
 def by_threshold(task: Task, scores: Mapping[str, Any], values: Values, depth: bool = False) -> Structure:
     """Keep every element above one threshold, the lowest that meets the budget, then fit exactly.
 
+    Of equals, such as the scales of a normalisation that has not been trained, the fit takes the same share everywhere.
+
     Args:
         scores: member -> score an element, which say what goes first within a dimension.
         values: from `values_of`, which say what goes first among dimensions.
@@ -51,7 +56,10 @@ def by_threshold(task: Task, scores: Mapping[str, Any], values: Values, depth: b
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if task.fits(sizes(levels[middle])) else (middle + 1, high)
-    return task.fit(sizes(levels[low] if low < len(levels) else np.inf), scores)
+    chosen_sizes = sizes(levels[low] if low < len(levels) else np.inf)
+    if low > 0 and task.load(chosen_sizes) < _FAR:  # many elements share the level before, and not all of them need go
+        chosen_sizes = sizes(levels[low - 1])
+    return task.fit(chosen_sizes, scores)
 
 
 def _count(d: Dimension, values: np.ndarray, level: float) -> float:
