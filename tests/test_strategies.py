@@ -94,6 +94,17 @@ def test_random_structures_differ_by_seed():
         assert one != two
 
 
+@pytest.mark.parametrize("name", ["search-gumbel", "search-number", "search-hard-concrete", "search-pas"])
+def test_what_a_search_draws_differs_by_seed(name):
+    """The batches being the same."""
+
+    def sizes(seed):
+        torch.manual_seed(0)
+        return [e["cost"] for e in REGISTRY[name].find(replace(task_of("cnn"), seed=seed)).history]
+
+    assert sizes(0) == sizes(0) != sizes(1)
+
+
 def test_strategies_that_need_no_data_ask_for_none():
     for strategy in REGISTRY.values():
         if not strategy.needs_data:

@@ -20,7 +20,7 @@ def search(task: Task, **options: Any) -> Found:
 
     A variant of one's own is `strategy("dms-x", ...)(lambda task: search(task, warmup=0.2))`.
     """
-    found = Search(task.space, task.budget, task.steps, **options)
+    found = Search(task.space, task.budget, task.steps, **{"seed": task.seed, **options})
     optimizer = task.optimizer(task.space.model.parameters())
     found.attach(optimizer)
     found.model.train()
