@@ -446,9 +446,10 @@ class _Problem:
         gain = np.concatenate([_in_steps(k, e) for k, e in zip(self.kept, ends)])
         middle_of = (np.concatenate(ends) - lengths / 2) / self.full[owner]
         lowest, sizes = np.array([a[0] for a in self.allowed]), most
+        stays = ~np.isin(owner, self._that_matter(self.full, widths_only=False))  # to take it would save nothing
         for _ in range(rounds):
             # the steps of a dimension stay in their order
-            order = np.lexsort((middle_of, -gain / self._prices(sizes)[owner]))
+            order = np.lexsort((middle_of, -np.where(stays, np.inf, gain / self._prices(sizes)[owner])))
 
             def best(few: int, order: np.ndarray = order) -> np.ndarray:
                 kept = np.bincount(owner[order[:few]], lengths[order[:few]], len(ends)).astype(np.int64)

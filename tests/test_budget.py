@@ -450,6 +450,15 @@ def test_what_has_no_importance_goes_as_far_as_the_budget_asks_and_from_all_dime
             assert d.allowed(found.sizes[name]) == found.sizes[name]
 
 
+def test_what_has_no_importance_stays_where_it_would_save_nothing():
+    """Outside of the part of the model that the budget is of."""
+    over = space("wide_mlp")
+    nothing = {m: np.zeros(n) for d in over.dimensions.values() for m, n in over._members(d)}
+    wanted = budgets.parse("40% macs in 0", over)  # of its 300 outputs, each at 16 inputs
+    found = budgets.allocate(over, wanted, nothing)
+    assert found.sizes == {n: 120 if n == "0" else d.size for n, d in over.dimensions.items()}
+
+
 def test_what_is_no_choice_any_more_does_not_come_back():
     """However little importance is left: where less has gone than the budget asks, no more than that is taken back."""
     over = space("wide_mlp")
