@@ -22,8 +22,8 @@ from .axes import Dim
 from .calls import GIVEN_SCALE, SCALINGS, FunctionCall, counted_as, is_counted, root, scaling, transform
 from .carried import CARRIERS, Carried
 from .numbering import Said, freeze_numbers
-from .sizes import Expression, Extent, Operation, SizedFloat, SizedInt, power, square_root
-from .tracer import READ, Scale, Tracer, _constant, _tensors, operands_of, shape_of
+from .sizes import Equation, Expression, Extent, Operation, SizedFloat, SizedInt, power, square_root
+from .tracer import READ, Scale, Tracer, Unmeasured, _constant, _tensors, operands_of, shape_of
 
 Tensor = torch.Tensor
 _TO_PYTHON = {"tolist", "numpy", "__array__"}  # what becomes of the elements no operator shows
@@ -97,15 +97,13 @@ class Arrivals(TorchFunctionMode):
         if isinstance(factor, SizedFloat):
             plain = not kwargs or counted == "tensor"  # which says of what kind and where
             power = SCALINGS[counted] * factor.power
-            if number is not None and plain and _scaled(tracer, factor.size.expression, power):
-                tracer.release(factor.fixed)
-            else:
+            if not (number is not None and plain and _scaled(tracer, factor.size, power, factor.fixed)):
                 factor.escape(counted)
         if isinstance(factor, SizedInt):
             plain = not kwargs and isinstance(out, Tensor) and out.is_floating_point()
-            if not (number is not None and plain and _scaled(tracer, factor.expression, SCALINGS[counted])):
+            if not (number is not None and plain and _scaled(tracer, factor, SCALINGS[counted])):
                 _fix(tracer, [factor])
-        if under is not None and (number is None or not _scaled(tracer, under.expression, root(route.name, args) or 0)):
+        if under is not None and (number is None or not _scaled(tracer, under, root(route.name, args) or 0)):
             under.escape(route.name)
         return out
 
@@ -201,16 +199,33 @@ def _route(func: Any) -> _Route:
     return _Route(how, name, _HANDLERS.get(name), is_counted(name), direct.OPERATORS.get(func))
 
 
-def _scaled(tracer: Tracer, size: Expression, power: float) -> bool:
-    """A tensor is a constant times `size` to a power: for a gate to follow, not to be fixed.
+def _scaled(tracer: Tracer, size: SizedInt, power: float, fixed: Equation | None = None) -> bool:
+    """A tensor is a constant times `size` to a power: for a gate to follow, not to be `fixed`.
 
-    False where the size is not known by now as that of axes.
+    False where the size is one of axes that stay.
     """
-    dim = _measured(tracer, size)
+    dim = _measured(tracer, size.expression)
+    if dim is None:  # an attribute may say later what it is the size of
+        fixed = fixed or size.escape("factor")
+        if fixed is not None:
+            tracer.record.unmeasured.append(Unmeasured(tracer.op, tracer.path, size.expression, power, fixed))
+        return fixed is not None
     if dim is None or not axes.is_free(dim):
         return False
     tracer.record.scales.append(Scale(tracer.op, tracer.path, dim, power))
+    if fixed is not None:
+        tracer.release(fixed)
     return True
+
+
+def measure(tracer: Tracer) -> None:
+    """Find the axes of the sizes that tensors were multiplied with before it was known what they are the sizes of."""
+    for scale in tracer.record.unmeasured:
+        dim = _measured(tracer, scale.size)
+        if dim is not None and axes.is_free(dim):
+            tracer.record.scales.append(Scale(scale.op, scale.path, dim, scale.power))
+            tracer.release(scale.fixed)
+    tracer.record.unmeasured.clear()
 
 
 def _measured(tracer: Tracer, expression: Expression) -> Dim | None:

@@ -182,6 +182,17 @@ class Scale:
     power: float
 
 
+@dataclass(frozen=True, eq=False)
+class Unmeasured:
+    """A `Scale` by a size of which no axis is known yet; it stays `fixed` where none will be."""
+
+    op: int
+    path: str
+    size: Expression
+    power: float
+    fixed: Equation
+
+
 READ = "its elements are read by Python"
 
 
@@ -278,6 +289,7 @@ class Record:
     lookups: list[Lookup] = field(default_factory=list)
     positions: list[Position] = field(default_factory=list)
     scales: list[Scale] = field(default_factory=list)
+    unmeasured: list[Unmeasured] = field(default_factory=list)
     by_products: dict[str, tuple[tuple[Dim, ...], ...]] = field(default_factory=dict)  # outputs whose axes may shrink
     read: dict[str, int] = field(default_factory=dict)  # parameter -> the first operator that took it
     written: set[str] = field(default_factory=set)  # parameters and buffers that a forward writes to
@@ -328,7 +340,8 @@ class Record:
     def apart(self) -> Iterator[Apart]:
         """What runs inside, in the midst of a run, adds to no cost, and to nothing that gates and blocks are found by."""
         found: list[list[Any]] = [
-            self.contractions, self.normalisations, self.additions, self.lookups, self.scales, self.calls, self.functions
+            self.contractions, self.normalisations, self.additions, self.lookups, self.scales, self.unmeasured, self.calls,
+            self.functions,
         ]  # fmt: skip
         before = [len(noted) for noted in found]
         beside = Apart()

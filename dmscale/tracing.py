@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from . import attachment, axes, calls, decisions, direct, experts, routing, running
-from .arrivals import Arrivals, transparent_functional
+from .arrivals import Arrivals, measure, transparent_functional
 from .axes import Axis, Dim
 from .carried import constructors
 from .clone import alias, clone, on_meta
@@ -413,6 +413,7 @@ def _run(
         raise
     finally:
         tracer.note_replaced()
+    measure(tracer)
     given = running.tensors_in(out)
     if not given:
         raise TraceError(

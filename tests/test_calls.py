@@ -208,6 +208,34 @@ def test_what_a_forward_does_with_int_itself_is_left_alone(use):
     assert [d.size for d in space.dimensions.values()] == [16], space.frozen
 
 
+class ScaledFirst(nn.Module):
+    """Tokens times the root of the width, as the first transformer has them, before the width says what it is the size of."""
+
+    def __init__(self, late):
+        super().__init__()
+        self.width, self.heads, self.late = 12, 2, late
+        self.tokens, self.q, self.k, self.last = (
+            nn.Embedding(7, 12),
+            nn.Linear(12, 8),
+            nn.Linear(12, 8),
+            nn.Linear(12, 4),
+        )
+
+    def forward(self, x):
+        x = self.tokens(x) * math.sqrt(self.width)
+        if self.late == "never":
+            return self.last(x)
+        q, k = ((t(x) * (self.width * self.heads) ** -0.5).unflatten(-1, (self.heads, -1)) for t in (self.q, self.k))
+        x = x + torch.einsum("bthd,bshd->bts", q, k).softmax(-1) @ x
+        return self.last(x.reshape(*x.shape[:2], self.width))
+
+
+@pytest.mark.parametrize("late", ["later", "never"])
+def test_a_size_may_be_a_factor_before_it_is_known_what_it_is_the_size_of(late):
+    space = kept_word(ScaledFirst(late), torch.randint(7, (2, 5)))
+    assert 12 in [d.size for d in space.dimensions.values()], space.frozen
+
+
 ELSEWHERE = {
     "added": lambda a, q, k: (lambda t: q @ k / t + k.norm() * (t + 1))(math.sqrt(a.size)),
     "in other arithmetic of numpy": lambda a, q, k: q @ k / np.log2(a.size),
