@@ -113,6 +113,8 @@ def _describe(module: Any) -> None:
             module.in_channels, module.out_channels = a, b * module.groups
         else:
             module.out_channels, module.in_channels = a, b * module.groups
+            if module.kernel_size != (size := tuple(module.weight.shape[2:])):  # of features that it took whole
+                module.kernel_size = size
         return
     cls: Any = type(module)
     for attribute, (parameter, dim) in described(cls).items():

@@ -574,10 +574,13 @@ class Tracer(TorchDispatchMode):
         """New frozen axes for a result."""
         return [axes.axis(n, reason) for n in tensor.shape]
 
-    def spatial(self, out: Tensor, x: Tensor, lead: int) -> list[Dim]:
-        """Dimensions from `lead` on: the input's where the size stays (the spatial axes are fixed anyway), else new."""
+    def spatial(self, out: Tensor, x: Tensor, lead: int, summed: Collection[int] = ()) -> list[Dim]:
+        """Dimensions from `lead` on: the input's where the size stays (the spatial axes are fixed anyway), else new.
+
+        Of those that are `summed` over one is left, and they are not fixed.
+        """
         dims = self.dims(x)[lead:]
-        self.freeze_dims(dims, "spatial")
+        self.freeze_dims([dim for i, dim in enumerate(dims) if i not in summed], "spatial")
         before, now = x.shape, out.shape
         return [dims[i - lead] if now[i] == before[i] else axes.axis(now[i], "spatial") for i in range(lead, len(now))]
 

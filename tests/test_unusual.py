@@ -2024,3 +2024,29 @@ def test_a_size_that_is_an_element_of_a_tensor_keeps_its_place_among_sizes():
     space = traced(SizedByTensor(), torch.randn(2, 20, 5), torch.tensor([[4, 4], [2, 2]]))
     assert sorted(d.size for d in space.dimensions.values()) == [4, 8], space.frozen
     assert_exact(space)
+
+
+class TextCNN(nn.Module):
+    """Kernels that are as wide as the features of a word, of which none is beside another (Kim, 2014)."""
+
+    def __init__(self, words=20, width=12, channels=6):
+        super().__init__()
+        self.embed = nn.Embedding(words, width)
+        self.convs = nn.ModuleList(nn.Conv2d(1, channels, (k, width)) for k in (2, 3))
+        self.last = nn.Linear(2 * channels, 3)
+
+    def forward(self, x):
+        x = self.embed(x).unsqueeze(1)
+        x = [conv(x).squeeze(3).relu() for conv in self.convs]
+        return self.last(torch.cat([F.max_pool1d(i, i.size(2)).squeeze(2) for i in x], 1))
+
+
+def test_what_a_kernel_takes_whole_is_summed_over():
+    space = traced(TextCNN(), torch.randint(20, (2, 7)))
+    assert sorted(d.size for d in space.dimensions.values()) == [6, 6, 12], space.frozen
+    assert_exact(space)
+    structure = space.sample(seed=1)
+    small = space.export(structure)
+    assert [c.kernel_size for c in small.convs] == [tuple(c.weight.shape[2:]) for c in small.convs]
+    assert space.cost(structure).macs == counted_macs(small, space.example_inputs)
+    searched(space, "60% params")

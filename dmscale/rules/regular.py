@@ -61,15 +61,22 @@ def convolution(
 ) -> list[Dim]:  # fmt: skip
     """(B, C, *spatial) with (O, C / groups, *kernel); the kernel axes are fixed, the spatial ones come anew.
 
-    Places that a kernel of size one looks at one by one are as free as those of any pointwise operator.
+    Places that a kernel of size one looks at one by one are as free as those of any pointwise operator.  What a kernel takes
+    whole (the features of words, in a TextCNN) it sums over as it does over channels.
     """
     taken, weights = trace.value(x), trace.value(weight)
     kernel = weights.dims[2:]
-    trace.freeze_dims(kernel, "kernel size")
+    depthwise = 1 < groups == x.shape[1] == weight.shape[0]
+    whole = {
+        j for j, dim in enumerate(taken.dims[2:])
+        if dim and x.shape[2 + j] == weight.shape[2 + j] and not any(padding) and axes.is_free(dim)
+    } if groups == 1 and not transposed else set()  # fmt: skip
+    for j in whole:
+        axes.unify(taken.dims[2 + j], kernel[j])
+    trace.freeze_dims([dim for j, dim in enumerate(kernel) if j not in whole], "kernel size")
     still = set(stride) == {1} and not any(padding) and not any(output_padding)
     pointwise = still and not any(kernel)  # a dimension of size one has no axis
-    spatial = list(taken.dims[2:]) if pointwise else trace.spatial(out, x, 2)
-    depthwise = 1 < groups == x.shape[1] == weight.shape[0]
+    spatial = list(taken.dims[2:]) if pointwise else trace.spatial(out, x, 2, whole)
     if transposed or (groups > 1 and not depthwise):
         eq = _TRANSPOSED if transposed else _GROUPED
         dims, _ = contract(trace, eq, (x, weight), sizes={"g": groups}, known={"y": spatial})
@@ -79,6 +86,8 @@ def convolution(
         dims = [b, o, *spatial]
         trace.count_macs((b, i, o, *kernel, *spatial))
         trace.contracted(i, [(v, dim) for v, dim in ((taken, c), (weights, i)) if dim])
+        for j in whole:
+            trace.contracted(kernel[j], [(taken, taken.dims[2 + j]), (weights, kernel[j])])
         if taken.data and weights.data:
             trace.batched(b)
         if not weights.data and not (depthwise and taken.data):
