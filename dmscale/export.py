@@ -23,6 +23,7 @@ from .experts import Experts
 from .known import describe
 from .polynomial import Quotient
 from .sizes import Attribute, is_copy_of_items, with_entries
+from .tree import walk
 
 if TYPE_CHECKING:
     from .tracing import Trace
@@ -129,8 +130,10 @@ def resize(
         the copy, with elements of its own, and the attributes that were set.
     Raises:
         Inexact: an attribute has no whole value at these sizes.
+        ExportError: a module holds its parameters where no copy can be given others.
     """
     names = {id(t): n for n, t in (*model.named_parameters(), *model.named_buffers())}
+    shapes: dict[str, torch.Size] = {}
 
     def resized(t: Tensor) -> Tensor:
         data, name = t.detach(), names[id(t)]
@@ -139,9 +142,14 @@ def resize(
         dense = t.layout is torch.strided
         own = _laid_out(data, t).clone(memory_format=torch.preserve_format) if dense else data.clone()
         data = fill(name, own)
+        shapes[name] = data.shape
         return nn.Parameter(data, requires_grad=t.requires_grad) if isinstance(t, nn.Parameter) else data
 
     twin = clone(model, resized)
+    for name, t in twin.named_parameters():
+        if t.shape != shapes.get(name, t.shape):
+            holder = next(m for path, m in reversed(walk(twin)) if not path or name.startswith(f"{path}."))
+            raise ExportError(f"a {type(holder).__name__} does not hold {name} as modules hold their parameters")
     _resize_constants(twin, _cuts(trace.constants, indices))
     values = _attribute_values(model, attributes, {a: len(index) for a, index in indices.items()})
     for attribute, value in values.items():

@@ -909,3 +909,35 @@ def test_a_module_may_hold_a_static_method():
     space = dmscale.trace(Turns().eval(), torch.randn(3, 4))
     small = space.export(space.uniform(0.5))
     assert small(torch.randn(3, 4)).shape == (3, 2) and type(small.turn) is staticmethod
+
+
+class Elsewhere(nn.Module):
+    """Holds parameters where no copy is given others, as tensors in a dict of its own class (TensorDictParams)."""
+
+    class Held:
+        def __init__(self, **tensors):
+            self.tensors = tensors
+
+        def __deepcopy__(self, memo):
+            return type(self)(**{k: nn.Parameter(t.detach().clone()) for k, t in self.tensors.items()})
+
+    def __init__(self):
+        super().__init__()
+        self.held = self.Held(weight=nn.Parameter(torch.randn(8, 4)))
+
+    @property
+    def _parameters(self):
+        return self.held.tensors if "held" in self.__dict__ else {}
+
+    @_parameters.setter
+    def _parameters(self, value):
+        pass
+
+    def forward(self, x):
+        return F.linear(x, self.held.tensors["weight"])
+
+
+def test_parameters_that_no_copy_can_be_given_stay():
+    space = dmscale.trace(nn.Sequential(Elsewhere(), nn.Linear(8, 16), nn.Linear(16, 2)).eval(), torch.randn(3, 4))
+    assert list(space.dimensions) == ["1"], space.frozen
+    assert any("does not hold 0.weight" in reason for reason in space.frozen.values()), space.frozen
