@@ -210,7 +210,7 @@ def _scaled(tracer: Tracer, size: SizedInt, power: float, fixed: Equation | None
         if fixed is not None:
             tracer.record.unmeasured.append(Unmeasured(tracer.op, tracer.path, size.expression, power, fixed))
         return fixed is not None
-    if dim is None or not axes.is_free(dim):
+    if not axes.is_free(dim):
         return False
     tracer.record.scales.append(Scale(tracer.op, tracer.path, dim, power))
     if fixed is not None:
