@@ -26,6 +26,7 @@ from __future__ import annotations
 import math
 import numbers
 import os
+import warnings
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -461,7 +462,7 @@ class Search:
         return self.layout.by_member(self.importance)
 
     def export(self, recalibrate: Iterable[Any] | None = None) -> nn.Module:
-        """The plain smaller model, exactly on budget and verified against the gated one.
+        """The plain smaller model, exactly on budget and verified against the gated one; warns before the last step.
 
         Args:
             recalibrate: batches (inputs, or (inputs, ...)) on which BatchNorm statistics are measured anew.
@@ -469,6 +470,12 @@ class Search:
             ExportError: it differs from the gated model; the search stays usable.
             DmscaleError: there is no batch to recalibrate on.
         """
+        if not self.done:
+            warnings.warn(
+                f"the search has taken {self.step} of its {self.steps} steps: what it exports is cut to the budget from where it "
+                "is, and was not trained for. Give Search the number of optimizer steps that your loop takes",
+                stacklevel=2,
+            )
         attachment.gather(self.model, self.space.model)
         small = self.space.export(self.structure)
         if recalibrate is not None:

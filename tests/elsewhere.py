@@ -3,8 +3,9 @@
     with Elsewhere():
         move(model)
 
-There is no float64 on it, as on Apple's GPUs.  C++ takes such a tensor for one on the meta device, and Python for one on `DEVICE`.  A tensor of zero dimensions may come from
-the CPU, and so may indices and what is copied, as on CUDA; everything else raises.
+There is no float64 on it, as on Apple's GPUs.  C++ takes such a tensor for one on the meta device, and Python for one on
+`DEVICE`.  A tensor of zero dimensions may come from the CPU, and so may indices and what is copied, as on CUDA; everything else
+raises.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -1193,3 +1194,18 @@ def test_blocks_are_run_where_the_forward_around_counts_their_calls(monkeypatch)
     assert search.structure.sizes["blocks depth"] < 4 and search.structure.sizes["wide"] < 22
     assert not skipped
     assert difference(outputs(search.model.eval(), inputs), outputs(search.export().eval(), inputs)) < 1e-5
+
+
+def test_an_export_before_the_last_step_warns():
+    """A loop may end earlier than the search expects, which would go unnoticed."""
+    model, inputs, batches = problem()
+    search = dmscale.Search(dmscale.trace(model, inputs), "50% macs", STEPS)
+    optimizer = sgd(model.parameters())
+    search.attach(optimizer)
+    train(search, optimizer, batches[: STEPS // 2])
+    with pytest.warns(UserWarning, match=f"has taken {STEPS // 2} of its {STEPS} steps.*number of optimizer steps"):
+        search.export()
+    train(search, optimizer, batches)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        search.export()
