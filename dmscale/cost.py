@@ -14,6 +14,7 @@ and below them.  Latency is measured, not counted, and has no polynomial (`laten
 from __future__ import annotations
 
 import fnmatch
+import itertools
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -280,6 +281,10 @@ def product(polynomials: Sequence[Any]) -> Poly:
     return out
 
 
+_MOST_HOLDERS = 6
+"""Blocks that a parameter is shared by in what a cost says of it; shared by more it is counted as if it stayed."""
+
+
 # -- from a space ------------------------------------------------------------------------------------------------------
 
 
@@ -309,14 +314,24 @@ def cost_model(space: SearchSpace) -> CostModel:
     for name, dims in space.trace.slots.items():
         if name in parameters:
             owners = [name, *(n for n, first in space.trace.aliases.items() if first == name)]
-            held = holders(space, owners)
-            gate = tuple(part for part, inside_of in blocks if all(n.startswith(inside_of) for n in held))
+            held = {tuple(p for p, inside_of in blocks if n.startswith(inside_of)) for n in holders(space, owners)}
             paths = [n.rpartition(".")[0] for n in owners]
-            add("params", dims, gate, 1, paths)
-            add("bytes", dims, gate, parameters[name].element_size(), paths)
+            for gate, sign in _any_of(sorted(held)):
+                add("params", dims, gate, sign, paths)
+                add("bytes", dims, gate, sign * parameters[name].element_size(), paths)
     uncounted = [f"{op} in {path or 'the model'}" for op, paths in record.unknown.items() for path in paths]
     uncounted += [f"other rows than the example's in {path}" for path in space.routed]
     return CostModel(space.variables, terms, uncounted, {"latency": space._latency_metric}, module_names(space.model))
+
+
+def _any_of(gates: Sequence[tuple[Hashable, ...]]) -> Iterator[tuple[tuple[Hashable, ...], int]]:
+    """What stays as long as one of several blocks does, 1 - (1 - a)(1 - b) of their gates: products of them, with signs."""
+    if () in gates or len(gates) > _MOST_HOLDERS:
+        yield (), 1
+        return
+    for n in range(1, len(gates) + 1):
+        for several in itertools.combinations(gates, n):
+            yield tuple(dict.fromkeys(g for gate in several for g in gate)), (-1) ** (n + 1)
 
 
 def holders(space: SearchSpace, names: Sequence[str]) -> list[str]:
