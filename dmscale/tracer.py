@@ -403,7 +403,7 @@ _POINTWISE = [
     aten.rsub, aten.add_, aten.heaviside, aten.rrelu_with_noise, aten._prelu_kernel, aten.hardswish_, aten.hardswish,
     aten.exponential_, aten.geometric_, aten.cauchy_, aten.log_normal_, aten.random_,
     aten.complex, aten.polar, aten.fake_quantize_per_tensor_affine,
-    # without the tag before torch 2.9
+    # without the tag in torch 2.8
     aten.hardtanh_, aten.elu_, aten.celu_, aten.selu_, aten.hardsigmoid_, aten.leaky_relu, aten.leaky_relu_, aten.ldexp,
     aten._conj_physical,
 ]  # fmt: skip
