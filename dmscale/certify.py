@@ -47,7 +47,7 @@ def certify(space: SearchSpace) -> None:
         needed = 4e-9 * sum(p.numel() for p in space.model.parameters())
         raise TraceError(
             f"no memory for the trial of {type(space.model).__name__}, which runs it in float32 ({needed:.1f} GB of weights) "
-            "beside a network of half its widths. Trace with verify=False: an export is verified all the same, and in the model's "
+            "beside a network of half its widths. Trace with verify=False: an export is verified all the same, in the model's "
             "own precision where there is no memory for more"
         ) from error
 

@@ -96,6 +96,12 @@ def _is_dense(x: Tensor) -> bool:
     return True
 
 
+def _is_in_order(x: Tensor) -> bool:
+    """Whether the elements of `x` lie in their order, with gaps maybe: pieces of a chunk do."""
+    strides = list(x.stride())  # where there is but one element those say nothing
+    return 1 not in x.shape and 0 not in strides and strides == sorted(strides, reverse=True)
+
+
 def _empty(shape: Sequence[int], x: Tensor) -> Tensor:
     return blank(tuple(shape), None, x.dtype).detach()
 
@@ -159,8 +165,10 @@ def _convolution(
 
 
 def _addmm(bias: Tensor, a: Tensor, b: Tensor, *rest: Any) -> Any:
-    # a weight comes transposed: `linear` gives what is contiguous all the same
-    if not _plain(bias, a) or b.dtype is not a.dtype or not b.is_meta or a.dim() != 2 or b.dim() != 2:
+    # a weight comes transposed, a step of a sequence in strides: `linear` gives what is contiguous all the same
+    if not _plain(bias) or not (bias.dtype is a.dtype is b.dtype) or not (a.is_meta and b.is_meta):
+        return None
+    if a.dim() != 2 or b.dim() != 2:
         return None
     fits = a.shape[1] == b.shape[0] and bias.shape == b.shape[1:]
     return _empty((a.shape[0], b.shape[1]), a) if fits else None
@@ -206,6 +214,8 @@ def _binary(x: Any, y: Any, *rest: Any) -> Any:
         return None
     if not _plain(x, y):
         alike = x.dtype is y.dtype and x.dtype in _FLOATS and x.is_meta and y.is_meta and x.shape == y.shape
+        if alike and _is_in_order(x) and _is_in_order(y):
+            return _empty(x.shape, x)
         return _like(x) if alike and _is_dense(x) else None
     larger, other = (x, y) if x.dim() >= y.dim() else (y, x)
     if x.shape != y.shape:
@@ -243,6 +253,25 @@ def _cat(tensors: Sequence[Tensor], dim: int = 0) -> Any:
     shape[dim] = sum([t.shape[dim] for t in tensors])
     fits = all([n == m for t in tensors for i, (n, m) in enumerate(zip(t.shape, shape)) if i != dim])
     return _empty(shape, first) if fits else None
+
+
+def _stack(tensors: Sequence[Tensor], dim: int = 0) -> Any:
+    first = tensors[0]
+    if not _plain(*tensors) or any([t.shape != first.shape for t in tensors]):
+        return None
+    shape = list(first.shape)
+    shape.insert(dim % (len(shape) + 1), len(tensors))
+    return _empty(shape, first)
+
+
+def _compare(x: Tensor, number: Any) -> Any:
+    if not x.is_meta or not x.is_contiguous() or type(number) not in (int, float) or x.is_complex():
+        return None
+    return blank(tuple(x.shape), None, torch.bool).detach()
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Any:
+    return (_like(v), _like(g)) if _plain(v, g) else None
 
 
 def _softmax(x: Tensor, dim: int, half_to_float: bool) -> Any:
@@ -289,6 +318,9 @@ _FORMULAS: dict[Any, Callable[..., Any]] = {
     aten.linalg_vector_norm.default: _norm,
     aten.cumsum.default: _cumsum,
     aten.cat.default: _cat,
+    aten.stack.default: _stack,
+    **{p.Scalar: _compare for p in (aten.eq, aten.ne, aten.lt, aten.le, aten.gt, aten.ge)},
+    aten._weight_norm_interface.default: _weight_norm,
     **{p.Tensor: _binary for p in (aten.add, aten.mul, aten.sub, aten.div)},
     aten._softmax.default: _softmax,
     aten.add_.Tensor: _binary_,

@@ -121,6 +121,8 @@ CALLS = {
     ],
     "matrices": lambda x: [
         F.linear(x, torch.randn(7, 6), torch.randn(7)), torch.addmm(torch.randn(1), x[0, 0], torch.randn(6, 3)),
+        torch.addmm(torch.randn(3), x[:, 0, 0], torch.randn(6, 3)),
+        torch.addmm(torch.randn(3), x[0, 0, ::2], torch.randn(3, 6).t()),
         torch.addmm(torch.randn(5, 3), x[0, 0], torch.randn(6, 3)), torch.addmm(torch.randn(3), x[0, 0].t(), torch.randn(5, 3)),
     ],
     "layer norms": lambda x: [
@@ -129,6 +131,25 @@ CALLS = {
         F.layer_norm(x.permute(1, 0, 2, 3), (6,)), F.layer_norm(x[:, :, :1].permute(0, 2, 3, 1), (4,)),
         F.layer_norm(x[:1].permute(0, 2, 3, 1), (4,)), F.layer_norm(x[..., :1].permute(0, 2, 3, 1), (4,)),
         F.layer_norm(torch.randn(1, 4, 7).transpose(1, 2), (4,)),
+    ],
+    "stacked": lambda x: [
+        torch.stack([x, x]), torch.stack([x, x, x], 2), torch.stack([x[0, 0, 0]], -1), torch.stack([x.transpose(1, 3)] * 2, 1),
+        torch.stack([x, x.transpose(2, 3).contiguous().transpose(2, 3)]), torch.stack([x[0, 0, 0, 0]] * 3),
+        torch._weight_norm_interface(x, torch.randn(2, 1, 1, 1)), torch._weight_norm_interface(x, torch.randn(1, 1, 1, 6), 3),
+    ],
+    "pieces": lambda x: [
+        f(y, z) for f in (torch.add, torch.mul, torch.sub, torch.div)
+        for y, z in (
+            x.chunk(2, -1), x.chunk(2, 1), (x[..., :3], x[..., :3].contiguous()), (x[:, 0, 0], x[:, 1, 0]),
+            (x[..., ::2], x[..., 1::2]),
+            (x[:, :1], x[:, 2:3]), (x[..., :1], x[..., 2:3]), (x.transpose(1, 3)[..., :2], x.transpose(1, 3)[..., 2:]),
+            (x[0, :, :, :1].expand(4, 5, 6), x[0]), (x[0, :, :, :3], x[1, :, :, :3].transpose(0, 1).contiguous().transpose(0, 1)),
+        )
+    ],
+    "compared": lambda x: [
+        f(y)
+        for f in (lambda y: y == 0, lambda y: y > 0.5, lambda y: y != 1, lambda y: y <= 2, lambda y: y < 1, lambda y: y >= True)
+        for y in (x, x.int(), x[..., 0], x.transpose(1, 3), x[0, 0, 0, 0], x > 0)
     ],
     "lengths": lambda x: [
         torch.linalg.vector_norm(x, dim=-1), torch.linalg.vector_norm(x, 1, (1, -1), True), torch.linalg.vector_norm(x),
