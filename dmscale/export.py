@@ -62,9 +62,8 @@ def build(
     }
     modules = dict(small.named_modules())  # under the names of the full model
     held = [_holder(small, name)[name.rpartition(".")[2]] for name, _ in plan["constants"]]
-    resized = {
-        id(t): t for t in held
-    }  # which live on where their block goes, so that nothing else gets an id of theirs
+    # they live on where their block goes, so that nothing else gets an id of theirs
+    resized = {id(t): t for t in held}
     follow: dict[str, set[Attribute]] = {}
     gone: dict[str, set[str]] = {}  # a container may hold several stacks: take all their blocks out at once
     for name, stack in stacks.items():

@@ -45,7 +45,7 @@ from .errors import DmscaleError
 from .optional import require
 from .polynomial import Poly
 from .progress import progress_bar
-from .running import arguments, evaluating, tensors_in
+from .running import arguments, evaluating, is_empty, tensors_in
 from .sizes import extent_in
 from .tracer import Instance, Operand
 
@@ -578,7 +578,7 @@ def learn(
     meter: Meter | None,
 ) -> Latency:  # fmt: skip
     """Measure operators and a few whole models of `space`: what `SearchSpace.measure_latency` does, which see."""
-    if any(p.is_meta for p in space.model.parameters()):
+    if is_empty(space.model):
         raise DmscaleError(
             "latency is measured, and the model is on the meta device: give it weights with model.to_empty(device='cpu') "
             "before the trace"

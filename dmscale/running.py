@@ -97,6 +97,11 @@ class StandIn:
         return type(self.module[0]).forward(self.module[0], *args, **kwargs)
 
 
+def is_empty(model: nn.Module) -> bool:
+    """Whether the model is on the meta device, so that nothing has a value."""
+    return any(p.is_meta for p in model.parameters())
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory was short, which tells nothing of a model; on the CPU PyTorch has no class for it."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)

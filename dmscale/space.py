@@ -483,15 +483,16 @@ class SearchSpace:
 
         Args:
             structure: of this space.
-            verify: whether to run both models once and compare their outputs.  A model on the meta device is never run.
+            verify: whether to run both models once and compare their outputs: half precision in float32, where the model runs so
+                and there is memory for it.  A model on the meta device is never run.
         Raises:
-            ExportError: the exported model fails, or differs by a relative error above 1e-4 (float32); the space and the user's
-                model stay usable.
+            ExportError: the exported model fails, differs by a relative error above 1e-4, in float64 too, or there is no memory
+                for both; the space and the user's model stay usable.
             DmscaleError: the structure is of another space.
         """
         small = self.build(structure)
         self._settle(small, structure)
-        if verify and not any(p.is_meta for p in self.model.parameters()):
+        if verify and not running.is_empty(self.model):
             self._verify(small, structure)
         return small
 
@@ -623,8 +624,8 @@ def trace(
 
     Args:
         model: any module; it is left as it is.  Of one that `torch.compile` made the module inside is traced.
-        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments, on the model's device.  Costs are
-            those of one forward on them.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments, on the model's device, or on any if
+            that is "meta".  Costs are those of one forward on them.
         freeze: a name or a glob of dimensions to leave alone, or several.
         only: a name or a glob of the dimensions to offer, or several; all by default.
         minimum: fewest elements to keep: one number for all widths and heads, or a dict of numbers by glob, of which the last
@@ -652,7 +653,7 @@ def trace(
         _check_globs(argument, getattr(options, argument), names)
     _check_bounds("minimum", options.minimum, ("width", "heads", "choice"), space)
     _check_bounds("multiple", options.multiple, ("width",), space)
-    if verify and space.dimensions and not any(p.is_meta for p in model.parameters()):
+    if verify and space.dimensions and not running.is_empty(model):
         certify.certify(space)
     return space
 

@@ -104,7 +104,7 @@ def read(model: nn.Module, example_inputs: Any, cached: bool = False) -> Trace:
             if kind == "meta":
                 traceback.clear_frames(failure.__traceback__)  # which hold all that has run
                 empty_caches(aside)
-                if _is_empty(model):
+                if running.is_empty(model):
                     break
     assert failure is not None
     raise failed_forward(model, failure) from failure
@@ -187,21 +187,13 @@ def _without_onednn() -> Iterator[None]:
 def failed_forward(model: nn.Module, failure: Exception) -> TraceError:
     """The error that says that `model` does not run on the example inputs."""
     where = getattr(failure, "_dmscale_path", "")
+    empty = running.is_empty(model)
     return TraceError(
         f"{type(model).__name__}.forward failed on example_inputs"
         + (f" in module '{where}'" if where else "")
         + f" ({type(failure).__name__}: {failure}). Check that model(*example_inputs) runs"
-        + (
-            ", and on a device with elements: on 'meta' a forward has no values to look at."
-            if _is_empty(model)
-            else "."
-        )
+        + (", and on a device with elements: on 'meta' a forward has no values to look at." if empty else ".")
     )
-
-
-def _is_empty(model: nn.Module) -> bool:
-    """Whether the model is on the meta device, so that nothing has a value."""
-    return any(p.is_meta for p in model.parameters())
 
 
 def _check_model(model: nn.Module, modules: Sequence[tuple[str, nn.Module]]) -> None:
